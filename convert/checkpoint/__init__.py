@@ -1,0 +1,252 @@
+"""Read a fairseq checkpoint without fairseq, without torch, and without executing anything in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from convert.checkpoint.container import Container, open_container, tensors_in
+from convert.checkpoint.dictionary import Dictionary, from_pickle
+from convert.checkpoint.settings import read_settings
+from convert.checkpoint.unpickle import StoredTensor
+from convert.errors import CheckpointError
+from convert.mapping.rules import TensorSpec
+
+__all__ = ["Checkpoint", "is_harmful", "is_harmless", "open_checkpoint"]
+
+# What fairseq's trainers, all generations, are known to pickle. Everything here is inert even for `torch.load`.
+_HARMLESS = {
+    "__builtin__": {"dict", "list", "long", "object", "set", "tuple", "unicode"},
+    "_codecs": {"encode"},
+    "argparse": {"Namespace"},
+    "builtins": {"dict", "frozenset", "int", "list", "object", "set", "tuple", "float", "str", "bool", "bytes"},
+    "collections": {"Counter", "OrderedDict", "defaultdict"},
+    "copyreg": {"_reconstructor"},
+    "copy_reg": {"_reconstructor"},
+    "enum": {"Enum"},
+    "numpy": {"dtype", "ndarray"},
+    "numpy._core.multiarray": {"_reconstruct", "scalar"},
+    "numpy.core.multiarray": {"_reconstruct", "scalar"},
+    "pathlib": {"Path", "PosixPath", "PurePosixPath"},
+    "torch": {"Size", "device", "float16", "float32", "float64", "bfloat16", "int32", "int64"},
+    "torch._tensor": {"_rebuild_from_type_v2"},
+    "torch._utils": {"_rebuild_parameter", "_rebuild_parameter_with_state", "_rebuild_tensor", "_rebuild_tensor_v2"},
+    "torch.nn.parameter": {"Parameter"},
+    "typing": {"Any"},
+}
+_HARMLESS_PREFIXES = ("fairseq.", "omegaconf.")
+# No checkpoint needs these, and `torch.load` would run them.
+_HARMFUL = {
+    *(
+        "_pickle",
+        "_posixsubprocess",
+        "asyncio",
+        "atexit",
+        "bdb",
+        "cProfile",
+        "cloudpickle",
+        "code",
+        "codeop",
+        "commands",
+    ),
+    *(
+        "copyreg",
+        "copy_reg",
+        "ctypes",
+        "dill",
+        "distutils",
+        "functools",
+        "http",
+        "importlib",
+        "inspect",
+        "io",
+        "itertools",
+    ),
+    *("joblib", "marshal", "multiprocessing", "nt", "operator", "os", "pdb", "pickle", "pip", "pkgutil", "platform"),
+    *("popen2", "posix", "posixpath", "profile", "pty", "pydoc", "requests", "runpy", "shelve", "shutil", "signal"),
+    *("site", "smtplib", "socket", "ssl", "subprocess", "sys", "tempfile", "threading", "timeit", "trace", "types"),
+    *("urllib", "urllib2", "venv", "webbrowser", "xmlrpc", "zipimport", "builtins", "__builtin__", "_io", "_codecs"),
+}
+_HARMFUL_NAMES = {"torch.load", "torch.hub.load", "torch.storage._load_from_bytes", "torch.serialization.load"}
+_HARMFUL_NAMES |= {"torch.jit.load", "numpy.load", "numpy.loads", "numpy.testing._private.utils.runstring"}
+
+
+def is_harmless(name: str) -> bool:
+    """Say whether a pickle global is one that fairseq's trainers write.
+
+    Example:
+        >>> is_harmless("collections.OrderedDict"), is_harmless("os.system")
+        (True, False)
+    """
+    module, _, last = name.rpartition(".")
+    if module == "torch" and last.endswith("Storage"):
+        return True
+    return last in _HARMLESS.get(module, ()) or module.startswith(_HARMLESS_PREFIXES)
+
+
+def is_harmful(name: str) -> bool:
+    """Say whether a pickle global is one that could do harm where a real unpickler met it.
+
+    Example:
+        >>> is_harmful("builtins.eval"), is_harmful("my_project.tasks.MyTask")
+        (True, False)
+    """
+    module = name.rpartition(".")[0]
+    return not is_harmless(name) and (module.split(".")[0] in _HARMFUL or name in _HARMFUL_NAMES or "." in name[-1:])
+
+
+@dataclass(slots=True)
+class Checkpoint:
+    """An opened fairseq checkpoint: everything but the tensors' bytes. Use it as a context manager.
+
+    Args:
+        path: the file.
+        container: the mapped file.
+        layout: how its settings are kept: `cfg` (plain dict), `omegaconf`, or `args` (a flat Namespace).
+        settings: the sections `model`, `task` and `criterion` as plain dicts.
+        dictionary: the target dictionary of `task_state`, or `None`.
+        tensors: where each tensor of `model` is.
+        others: entries of `model` that are no tensors, such as data2vec's `_ema`.
+        parts: the bytes of the tensors beside the model, by top-level key, such as the optimizer's state.
+    """
+
+    path: Path
+    container: Container
+    layout: str
+    settings: dict[str, Any]
+    dictionary: Dictionary | None
+    tensors: dict[str, StoredTensor]
+    others: tuple[str, ...]
+    parts: dict[str, int]
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.container.close()
+
+    @property
+    def size(self) -> int:
+        """The file's size in bytes."""
+        return len(self.container.data)
+
+    @property
+    def globals(self) -> tuple[str, ...]:
+        """Every global that the file's pickle names, sorted."""
+        return tuple(sorted(map(str, self.container.globals)))
+
+    @property
+    def inventory(self) -> dict[str, TensorSpec]:
+        """Name, shape and dtype of every tensor of the model."""
+        return {
+            name: TensorSpec(name, tensor.shape, self.container.dtype(tensor)[0])
+            for name, tensor in self.tensors.items()
+        }
+
+    def sha256(self) -> str:
+        """Hash the file, through the mapping."""
+        from convert.transfer import sha256_of
+
+        return sha256_of(self.container.data)
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a checkpoint that fairseq's trainer wrote, of any generation.
+
+    Args:
+        path: the `.pt` file.
+
+    Returns:
+        The checkpoint, mapped; no tensor byte is read. Close it, or use it in a `with` statement.
+
+    Raises:
+        CheckpointError: the file cannot be read, is something else, or tries to do something on loading.
+
+    Example:
+        >>> with open_checkpoint("checkpoints/espeak-wav2vec2-ctc.pt") as checkpoint:
+        ...     checkpoint.settings["model"]["_name"]
+        'wav2vec_ctc'
+    """
+    path = Path(path)
+    container = open_container(path)
+    try:
+        return _read(path, container)
+    except BaseException:
+        container.close()
+        raise
+
+
+def _read(path: Path, container: Container) -> Checkpoint:
+    harmful = sorted(name for name in map(str, container.globals) if is_harmful(name))
+    if harmful:
+        raise CheckpointError(
+            f"{path.name}: its pickle wants to call {', '.join(harmful[:5])}; it was not executed, and nothing was written",
+            code="hostile-pickle",
+            key=harmful[0],
+            hint="do not open this file with torch.load or fairseq; get the checkpoint from its author again",
+        )
+    top = container.value
+    if isinstance(top, dict) and "model" not in top:
+        raise _foreign(path, top)
+    if not isinstance(top, dict) or not isinstance(top["model"], dict):
+        raise CheckpointError(
+            f"{path.name} holds no fairseq checkpoint but {_kind(top)}; nothing was written",
+            code="foreign-file",
+            key=path.name,
+            hint="name the checkpoint that fairseq's trainer wrote, such as checkpoint_best.pt",
+        )
+    if "shard_metadata" in top or top.get("fsdp_metadata"):
+        raise CheckpointError(
+            f"{path.name} is one shard of a model that was trained fully sharded; its tensors are flattened pieces",
+            code="shard",
+            key=path.name,
+            hint="join the shards with fairseq's scripts/consolidate_fsdp_shards.py, then convert the result",
+        )
+    model = {str(name): value for name, value in top["model"].items()}
+    tensors = {name: value for name, value in model.items() if isinstance(value, StoredTensor)}
+    if not tensors:
+        raise CheckpointError(f"{path.name}: its model holds no tensor", code="no-tensors", key=path.name)
+    layout, settings = read_settings(top, path.name)
+    parts = {str(key): _bytes_in(container, value) for key, value in top.items() if key != "model"}
+    return Checkpoint(
+        path=path,
+        container=container,
+        layout=layout,
+        settings=settings,
+        dictionary=_dictionary(top, path.name),
+        tensors=tensors,
+        others=tuple(name for name in model if name not in tensors),
+        parts={key: count for key, count in parts.items() if count},
+    )
+
+
+def _bytes_in(container: Container, value: Any) -> int:
+    storages = {tensor.storage.key: container.dtype(tensor)[1] for tensor in tensors_in(value, container.path.name)}
+    return sum(container.storages[key].count for key in storages)
+
+
+def _dictionary(top: dict[str, Any], name: str) -> Dictionary | None:
+    state = top.get("task_state")
+    if not isinstance(state, dict):
+        return None
+    return from_pickle(state.get("target_dictionary"), name)
+
+
+def _kind(value: Any) -> str:
+    return "a module or object" if not isinstance(value, (list, tuple, str, int)) else f"a {type(value).__name__}"
+
+
+def _foreign(path: Path, top: dict[Any, Any]) -> CheckpointError:
+    keys: Iterator[str] = (str(key) for key, value in top.items() if isinstance(value, StoredTensor))
+    first = next(keys, "")
+    what = "a dict without a `model`"
+    hint = "name the checkpoint that fairseq's trainer wrote, such as checkpoint_best.pt"
+    if first.startswith(("wav2vec2.", "hubert.", "data2vec_audio.", "wavlm.", "lm_head", "masked_spec_embed")):
+        what, hint = "a transformers state_dict, which is a Hugging Face model already", "load it with transformers"
+    elif first:
+        what = f"a bare state_dict (first tensor: {first}) without settings"
+    return CheckpointError(
+        f"{path.name} holds {what}; nothing was written", code="foreign-file", key=path.name, hint=hint
+    )

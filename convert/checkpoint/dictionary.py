@@ -1,0 +1,112 @@
+"""fairseq's `Dictionary` (`fairseq/data/dictionary.py`): symbols in the order of their ids, with their counts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from convert.checkpoint.unpickle import Stub
+from convert.errors import CheckpointError
+
+SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
+
+
+@dataclass(frozen=True, slots=True)
+class Dictionary:
+    """A vocabulary.
+
+    Args:
+        symbols: the symbol of every id, special symbols included.
+        counts: how often each was seen; only kept for the way back.
+        special: the names of `bos`, `pad`, `eos` and `unk`; empty for a classification dictionary, which has none.
+    """
+
+    symbols: tuple[str, ...]
+    counts: tuple[int, ...]
+    special: tuple[str, ...] = SPECIAL
+
+    def __len__(self) -> int:
+        return len(self.symbols)
+
+
+def from_pickle(value: Any, name: str) -> Dictionary | None:
+    """Read a pickled `fairseq.data.dictionary.Dictionary`; `None` when the value is something else.
+
+    Args:
+        value: the unpickled object.
+        name: the file's name, for errors.
+
+    Raises:
+        CheckpointError: `corrupted-dictionary`, when its symbols are no list of distinct texts.
+    """
+    if not isinstance(value, Stub) or value.type.name != "Dictionary" or not isinstance(value.state, dict):
+        return None
+    state = value.state
+    symbols, counts = state.get("symbols"), state.get("count")
+    if not isinstance(symbols, list) or not all(isinstance(symbol, str) for symbol in symbols):
+        raise _corrupted(name, "its symbols are no list of texts")
+    if not isinstance(counts, list) or len(counts) != len(symbols) or not all(isinstance(n, int) for n in counts):
+        counts = [1] * len(symbols)
+    words = [state.get(f"{word}_word") for word in ("bos", "pad", "eos", "unk")]
+    special = tuple(word for word in words if isinstance(word, str) and word in symbols[:4])
+    return _checked(symbols, counts, special, name)
+
+
+def from_file(path: Path) -> Dictionary:
+    """Read a `dict.*.txt` file the way `fairseq.data.Dictionary.load` does.
+
+    Each line is `token count`, split at its last space, with an optional ` #fairseq:overwrite`; the four special
+    symbols come first.
+
+    Args:
+        path: the file, UTF-8.
+
+    Raises:
+        CheckpointError: `bad-dictionary`, with the line's number.
+    """
+    symbols, counts = list(SPECIAL), [1] * len(SPECIAL)
+    try:
+        lines = path.read_text("utf-8").split("\n")
+    except UnicodeDecodeError:
+        raise CheckpointError(
+            f"{path.name} is not a text file in UTF-8", code="bad-dictionary", key=path.name, hint=_HINT
+        ) from None
+    for number, line in enumerate(lines, 1):
+        if not line.rstrip():
+            continue
+        token, _, count = line.rstrip().rpartition(" ")
+        overwrite = count == "#fairseq:overwrite"
+        if overwrite:
+            token, _, count = token.rpartition(" ")
+        if not count.isdigit() or not token:
+            raise CheckpointError(
+                f"{path.name}, line {number}: `token count` expected, {line[:40]!r} found",
+                code="bad-dictionary",
+                key=path.name,
+                hint=_HINT,
+            )
+        if token in symbols and not overwrite:
+            raise CheckpointError(
+                f"{path.name}, line {number}: {token!r} stands there a second time",
+                code="bad-dictionary",
+                key=path.name,
+                hint="fairseq refuses it too, unless the line ends with #fairseq:overwrite",
+            )
+        symbols.append(token)
+        counts.append(int(count))
+    return _checked(symbols, counts, SPECIAL, path.name)
+
+
+def _checked(symbols: Sequence[str], counts: Sequence[int], special: tuple[str, ...], name: str) -> Dictionary:
+    if any("\ud800" <= letter <= "\udfff" for symbol in symbols for letter in symbol):
+        raise _corrupted(name, "a symbol is no valid text")
+    return Dictionary(tuple(symbols), tuple(counts), special)
+
+
+def _corrupted(name: str, why: str) -> CheckpointError:
+    return CheckpointError(f"{name}: the dictionary inside is damaged: {why}", code="corrupted-dictionary", key=name)
+
+
+_HINT = "pass the dict.*.txt that the model was trained with"

@@ -1,0 +1,165 @@
+"""Turn the settings of any fairseq generation into one plain dict: `{"model": ..., "task": ..., "criterion": ...}`.
+
+fairseq has kept them as an `argparse.Namespace` (until 2020, everything flat), as a pickled omegaconf `DictConfig`
+(2.0 and 2.1 layouts, with unresolved `${...}`), and as a plain dict (since May 2021).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from convert.checkpoint.unpickle import Global, StoredTensor, Stub
+from convert.errors import CheckpointError
+
+SECTIONS = ("model", "task", "criterion")
+_DEPTH, _NODES = 60, 200_000
+_REFERENCE = re.compile(r"\$\{([A-Za-z_][\w.]*)\}")
+
+
+class _TooLargeError(Exception):
+    pass
+
+
+def read_settings(checkpoint: dict[str, Any], name: str) -> tuple[str, dict[str, Any]]:
+    """Read a checkpoint's settings.
+
+    Args:
+        checkpoint: the unpickled top level, with `cfg` (fairseq since 2020-11) or `args` (before).
+        name: the file's name, for errors.
+
+    Returns:
+        The layout (`cfg`, `omegaconf` or `args`), and the settings with the sections `model`, `task` and `criterion`.
+        `settings["model"]["w2v_args"]`, where a fine-tuned model has it, is a dict of the same sections, or `None`.
+
+    Raises:
+        CheckpointError: `no-settings`, when there are none; `corrupted-settings`, when they are no plain data.
+    """
+    configuration = checkpoint.get("cfg")
+    try:
+        if configuration is not None:
+            layout = "omegaconf" if isinstance(configuration, Stub) else "cfg"
+            return layout, _sections(_resolved(_plain(configuration)))
+        if checkpoint.get("args") is not None:
+            return "args", _sections(_plain(checkpoint["args"]))
+    except (_TooLargeError, RecursionError):
+        raise CheckpointError(
+            f"{name}: its settings nest deeper than any trainer writes; nothing was written",
+            code="corrupted-settings",
+            key=name,
+        ) from None
+    raise CheckpointError(
+        f"{name} holds a model without settings (neither `cfg` nor `args`): heads, strides and norm placement are unknown",
+        code="no-settings",
+        key=name,
+        hint="use the checkpoint that fairseq's trainer wrote, not a state_dict taken out of it",
+    )
+
+
+def _sections(plain: Any) -> dict[str, Any]:
+    """Give a flat Namespace the sections that hydra's settings have; nested `w2v_args` likewise."""
+    if not isinstance(plain, dict):
+        return {"model": {}, "task": {}, "criterion": {}}
+    if isinstance(plain.get("model"), dict):
+        settings = {section: dict(plain.get(section) or {}) for section in SECTIONS if _is_section(plain.get(section))}
+        settings = {section: settings.get(section, {}) for section in SECTIONS}
+    else:
+        flat = {key: value for key, value in plain.items() if key not in ("arch", "task", "criterion", "_name")}
+        names = {"model": plain.get("arch") or plain.get("_name"), "task": plain.get("task")}
+        names["criterion"] = plain.get("criterion")
+        settings = {section: {"_name": names[section]} | flat for section in SECTIONS}
+        settings["model"]["flat"] = True
+    if isinstance(settings["model"].get("w2v_args"), dict):
+        settings["model"]["w2v_args"] = _sections(settings["model"]["w2v_args"])
+    return settings
+
+
+def _is_section(value: Any) -> bool:
+    return value is None or isinstance(value, dict)
+
+
+def _plain(value: Any) -> Any:
+    budget = [_NODES]
+
+    def walk(item: Any, depth: int) -> Any:
+        budget[0] -= 1
+        if depth > _DEPTH or budget[0] < 0:
+            raise _TooLargeError
+        if isinstance(item, dict):
+            return {str(walk(key, depth + 1)): walk(child, depth + 1) for key, child in item.items()}
+        if isinstance(item, (list, tuple)):
+            return [walk(child, depth + 1) for child in item]
+        if isinstance(item, Stub):
+            return walk(_content(item), depth + 1)
+        if item is None or isinstance(item, (bool, int, float, str)):
+            return item
+        if isinstance(item, bytes):
+            return item.decode("latin1")
+        if isinstance(item, (Global, StoredTensor)):
+            return str(item) if isinstance(item, Global) else None
+        return sorted(map(str, item)) if isinstance(item, set) else str(item)
+
+    return walk(value, 0)
+
+
+def _content(stub: Stub) -> Any:
+    """What an object of a class that was not imported stands for."""
+    state = stub.state
+    if isinstance(state, tuple) and len(state) == 2 and isinstance(state[1], dict):
+        state = (state[0] or {}) | state[1] if isinstance(state[0], (dict, type(None))) else state[1]  # slots
+    if stub.type.module.startswith("omegaconf"):
+        if isinstance(state, dict):
+            if "_content" in state:  # DictConfig, ListConfig (a dict, a list, None or '${...}')
+                return state["_content"]
+            if "content" in state:  # omegaconf 1
+                return state["content"]
+            if "_val" in state:  # AnyNode and its children
+                return state["_val"]
+        return stub.items or None
+    if isinstance(state, dict):  # argparse.Namespace, and settings that are dataclass instances
+        return state
+    if len(stub.args) == 1 and state is None:  # an enum member: Class(value); pathlib's paths
+        return stub.args[0]
+    return stub.args[-1] if stub.args else None
+
+
+def _resolved(root: Any) -> Any:
+    """Resolve `${section.key}` against the root, as omegaconf does; what cannot be resolved stays as it stands."""
+
+    def find(path: str, trail: tuple[str, ...]) -> Any:
+        value: Any = root
+        for part in path.split("."):
+            if not isinstance(value, dict) or part not in value:
+                raise KeyError(path)
+            value = value[part]
+        return resolve(value, (*trail, path))
+
+    def resolve(value: Any, trail: tuple[str, ...]) -> Any:
+        if not isinstance(value, str) or "${" not in value:
+            return value
+        whole = _REFERENCE.fullmatch(value)
+        try:
+            if whole:
+                return value if whole[1] in trail else find(whole[1], trail)
+            return _REFERENCE.sub(lambda match: str(find(match[1], (*trail, match[1]))), value)
+        except (KeyError, RecursionError):
+            return value
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: walk(child) for key, child in value.items()}
+        if isinstance(value, list):
+            return [walk(child) for child in value]
+        return resolve(value, ())
+
+    if (
+        isinstance(root, dict)
+        and isinstance(root.get("model"), dict)
+        and isinstance(root["model"].get("w2v_args"), dict)
+    ):
+        # the pretrained model's settings are a tree of their own: their references start at their own root
+        own = _resolved(root["model"]["w2v_args"])
+        resolved = walk({**root, "model": {k: v for k, v in root["model"].items() if k != "w2v_args"}})
+        resolved["model"]["w2v_args"] = own
+        return resolved
+    return walk(root)

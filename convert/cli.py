@@ -1,0 +1,169 @@
+"""The command line: finds a command's module, runs it, prints its outcome, and turns errors into exit statuses."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import click
+
+from convert.errors import ConvertError, Problem
+from convert.report import envelope, error_text
+
+# One module of `convert.commands` each; it is imported when its command is asked for, so that `--help` starts at once.
+COMMANDS = {
+    "inspect": "Say what a checkpoint is, without reading its tensors.",
+    "plan": "Show what a conversion would do, or why it is refused.",
+    "convert": "Turn a fairseq checkpoint into a Hugging Face model directory.",
+    "restore": "Write a fairseq checkpoint from a model directory.",
+    "verify": "Prove that a model directory computes what fairseq computes.",
+    "record": "Keep fairseq's answers, to verify where fairseq is not installed.",
+    "evaluate": "Measure the word error rate of a model directory.",
+    "publish": "Push a verified model directory to the Hub.",
+    "fetch": "Download a released fairseq checkpoint by name.",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a command has to say.
+
+    Args:
+        ok: whether the answer is yes (exit 0) or no (exit 1).
+        text: for people, on stdout; `-q` leaves it out.
+        data: the fields of the JSON object beside `schema`, `command`, `ok` and `problems`.
+        problems: the reasons of a no.
+    """
+
+    ok: bool
+    text: str
+    data: dict[str, Any] = field(default_factory=dict)
+    problems: tuple[Problem, ...] = ()
+
+
+class LazyGroup(click.Group):
+    """A click group whose commands are imported one by one, when they are needed."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Name the commands in the order of their use."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import a command."""
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"convert.commands.{cmd_name}")
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+def command(name: str, *examples: str) -> Callable[[Callable[..., Outcome]], click.Command]:
+    """Make a click command of a function that returns an `Outcome`.
+
+    Adds `--json`, `-q` and `-v`, appends the examples to the help, and is the only place that prints results and errors.
+
+    Args:
+        name: the command's name, a key of `COMMANDS`.
+        examples: at least three real command lines, shown at the end of `--help`.
+    """
+
+    def decorate(function: Callable[..., Outcome]) -> click.Command:
+        @functools.wraps(function)
+        def run(as_json: bool, quiet: bool, verbose: bool, **arguments: Any) -> None:
+            context = click.get_current_context()
+            context.obj = Settings(quiet=quiet or as_json, verbose=verbose)
+            try:
+                outcome = function(**arguments)
+            except (ConvertError, OSError, MemoryError) as raised:
+                error = raised if isinstance(raised, ConvertError) else _of_system(raised)
+                if as_json:
+                    click.echo(envelope(name, False, error.problems, hint=error.hint))
+                else:
+                    click.echo(error_text(error), err=True)
+                if verbose:
+                    raise
+                context.exit(error.status)
+            if as_json:
+                click.echo(envelope(name, outcome.ok, outcome.problems, **outcome.data))
+            elif not quiet and outcome.text:
+                click.echo(outcome.text)
+            context.exit(0 if outcome.ok else 1)
+
+        run.__doc__ = f"{function.__doc__ or ''}\n\n\b\nExamples:\n" + "\n".join(f"  {line}" for line in examples)
+        made = click.command(name)(run)
+        made.params += [
+            click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object, on failure too."),
+            click.Option(["-q", "--quiet"], is_flag=True, help="Print nothing but errors."),
+            click.Option(["-v", "--verbose"], is_flag=True, help="Say more; show the traceback of an error."),
+        ]
+        return made
+
+    return decorate
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How much a command says, kept as the click context's object."""
+
+    quiet: bool
+    verbose: bool
+
+    @property
+    def progress(self) -> bool:
+        """Whether progress bars are shown: on a terminal, and not when asked to be quiet."""
+        return not self.quiet and sys.stderr.isatty()
+
+
+def _of_system(error: OSError | MemoryError) -> ConvertError:
+    if isinstance(error, MemoryError):
+        return ConvertError("not enough memory; nothing was written", code="memory")
+    name = str(error.filename or "")
+    reason = error.strerror or str(error)
+    hint = "free some space, or write to another disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+    return ConvertError(f"{name}: {reason}" if name else reason, code="system", key=name, hint=hint)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="fairseq-to-hf")
+def main() -> None:
+    """Turn fairseq speech checkpoints into Hugging Face models, and prove that they are the same.
+
+    \b
+    Examples:
+      fairseq-to-hf inspect checkpoint_best.pt
+      fairseq-to-hf convert checkpoint_best.pt my-model
+      fairseq-to-hf verify checkpoint_best.pt my-model
+    """
+
+
+@contextlib.contextmanager
+def progress_bar(label: str) -> Iterator[Callable[[int, int], None] | None]:
+    """Show a progress bar of bytes on a terminal; elsewhere yield `None`, and be silent.
+
+    Yields:
+        A function of (done, total), to be called from any thread.
+    """
+    context = click.get_current_context(silent=True)
+    if context is None or context.obj is None or not context.obj.progress:
+        yield None
+        return
+    bar = click.progressbar(length=1000, label=label, file=sys.stderr)
+    with bar:
+
+        def advance(done: int, total: int) -> None:
+            step = done * 1000 // max(total, 1) - bar.pos
+            if step > 0:
+                bar.update(step)
+
+        yield advance

@@ -1,0 +1,84 @@
+"""`fairseq-to-hf inspect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from convert.checkpoint import is_harmless, open_checkpoint
+from convert.cli import Outcome
+from convert.cli import command as make
+from convert.report import fold, size
+from convert.transfer import product
+
+
+@make(
+    "inspect",
+    "fairseq-to-hf inspect checkpoint_best.pt",
+    "fairseq-to-hf inspect -v checkpoint_best.pt",
+    "fairseq-to-hf inspect --json checkpoint_best.pt",
+)
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+def command(checkpoint: Path) -> Outcome:
+    """Say what a checkpoint is, without reading its tensors.
+
+    Names the architecture, its size, the task, the dictionary, the training state beside the model, and every global of
+    the pickle. Nothing in the file is executed.
+    """
+    with open_checkpoint(checkpoint) as opened:
+        count = sum(product(spec.shape) for spec in opened.inventory.values())
+        model, task = opened.settings["model"], opened.settings["task"]
+        dtypes = sorted({spec.dtype for spec in opened.inventory.values()})
+        data: dict[str, Any] = {
+            "file": {"name": opened.path.name, "size": opened.size, "container": opened.container.kind},
+            "layout": opened.layout,
+            "architecture": model.get("_name"),
+            "task": task.get("_name"),
+            "parameters": count,
+            "dtypes": dtypes,
+            "dictionary": list(opened.dictionary.symbols) if opened.dictionary else None,
+            "training_state": opened.parts,
+            "globals": [{"name": name, "known_harmless": is_harmless(name)} for name in opened.globals],
+            "settings": opened.settings,
+            "tensors": {name: {"shape": spec.shape, "dtype": spec.dtype} for name, spec in opened.inventory.items()},
+        }
+    return Outcome(True, _text(data), data)
+
+
+def _text(data: dict[str, Any]) -> str:
+    symbols = data["dictionary"]
+    encoder = data["settings"]["model"].get("w2v_args") or data["settings"]
+    model = encoder["model"]
+    shape = [f"{model[key]} {word}" for key, word in _SHAPE.items() if key in model]
+    unknown = [row["name"] for row in data["globals"] if not row["known_harmless"]]
+    rows = {
+        "file": f"{data['file']['name']}, {size(data['file']['size'])}, {data['file']['container']} container",
+        "settings": f"{data['layout']} layout",
+        "architecture": f"{data['architecture']} ({', '.join(shape)})",
+        "task": str(data["task"]),
+        "normalize": str(data["settings"]["task"].get("normalize")),
+        "parameters": f"{data['parameters']:,} in {len(data['tensors'])} tensors, {', '.join(data['dtypes'])}",
+        "dictionary": f"{len(symbols)} symbols: {' '.join(symbols[:12])}{' ...' if len(symbols) > 12 else ''}"
+        if symbols
+        else "none in the file",
+        "beside it": ", ".join(f"{key} {size(count)}" for key, count in data["training_state"].items()) or "nothing",
+        "globals": f"{len(data['globals'])}, "
+        + (f"unknown: {', '.join(unknown)}" if unknown else "all known to be harmless"),
+    }
+    context = click.get_current_context(silent=True)
+    text = "\n".join(f"{key:<13} {value}" for key, value in rows.items())
+    if context is not None and context.obj and context.obj.verbose:
+        tensors = [f"  {line}" for line in fold(data["tensors"])]
+        text = "\n".join(
+            [text, "", "tensors", *tensors, "", "globals", *(f"  {row['name']}" for row in data["globals"])]
+        )
+    return text
+
+
+_SHAPE = {
+    "encoder_layers": "layers",
+    "encoder_embed_dim": "wide",
+    "encoder_attention_heads": "heads",
+}

@@ -1,0 +1,35 @@
+"""Options that several commands share; each is an argument of `convert.package.plan`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def planning(function: F) -> F:
+    """Add the options that decide what a conversion does."""
+    options = [
+        click.option(
+            "--head", default="", type=click.Choice(["", "ctc", "pretraining", "encoder"]), help="Default: what it is."
+        ),
+        click.option(
+            "--dict", "dictionary", type=click.Path(path_type=Path), help="dict.*.txt, where the checkpoint has none."
+        ),
+        click.option(
+            "--base", type=click.Path(path_type=Path), help="Pretrained checkpoint, where the settings refer to it."
+        ),
+        click.option(
+            "--training-only",
+            multiple=True,
+            metavar="SETTING",
+            help="A setting unknown to this version that acts while training only. If it does not, the model is wrong.",
+        ),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function

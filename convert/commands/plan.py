@@ -1,0 +1,62 @@
+"""`fairseq-to-hf plan`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from convert.cli import Outcome
+from convert.cli import command as make
+from convert.commands.options import planning
+from convert.model.architectures import Model
+from convert.package import plan
+from convert.report import fold
+
+
+@make(
+    "plan",
+    "fairseq-to-hf plan checkpoint_best.pt",
+    "fairseq-to-hf plan checkpoint_best.pt --head encoder",
+    "fairseq-to-hf plan --json checkpoint_best.pt",
+)
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@planning
+def command(checkpoint: Path, **asked: Any) -> Outcome:
+    """Show what a conversion would do, or why it is refused.
+
+    Lists every tensor that is renamed, dropped or made, every value of config.json with its origin, and the settings that
+    only act while training. Exit status 1 when the checkpoint cannot be converted completely.
+    """
+    model = plan(checkpoint, **asked)
+    return Outcome(True, describe(model), as_data(model))
+
+
+def as_data(model: Model) -> dict[str, Any]:
+    """Return a plan as plain data."""
+    return {
+        "architecture": {"fairseq": model.fairseq, "class": model.target, "head": model.head},
+        "table": {"name": model.plan.table.name, "digest": model.plan.table.digest},
+        "renames": dict(model.plan.renames),
+        "drops": [{"key": drop.source, "reason": drop.reason} for drop in model.plan.drops],
+        "fills": [{"key": fill.target, "rule": fill.rule, "reason": fill.reason} for fill in model.plan.fills],
+        "edits": [{"key": e.target, "row": e.row, "rule": e.rule, "value": e.value} for e in model.plan.table.edits],
+        "config": {value.name: {"value": value.value, "origin": value.origin} for value in model.config},
+        "training_only": dict(model.training_only),
+        "files": sorted([*model.processor.files, "config.json", "conversion.json", "model.safetensors"]),
+    }
+
+
+def describe(model: Model) -> str:
+    """Write a plan for people."""
+    lines = [f"{model.fairseq} becomes {model.target}", "", f"tensors renamed: {len(model.plan.renames)}"]
+    pairs = [f"{source} -> {target}" for source, target in model.plan.renames.items()]
+    lines += [f"  {line}" for line in fold(pairs)]
+    lines += [f"dropped: {len(model.plan.drops)}", *(f"  {drop.source}: {drop.reason}" for drop in model.plan.drops)]
+    lines += [f"made by a rule: {len(model.plan.fills)}"]
+    lines += [f"  {fill.target}: {fill.rule} ({fill.reason})" for fill in model.plan.fills]
+    lines += [f"  {e.target}[{e.row}]: {e.rule} {e.value} ({e.reason})" for e in model.plan.table.edits]
+    lines += ["config.json", *(f"  {v.name} = {v.value!r}  ({v.origin})" for v in model.config)]
+    lines += ["settings that act while training only", f"  {', '.join(model.training_only) or 'none'}"]
+    return "\n".join(lines)

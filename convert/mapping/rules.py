@@ -1,0 +1,380 @@
+"""Rules between fairseq's names and Hugging Face's, expanded to exact keys, and the planner that proves them complete.
+
+Standard library only: tensors never appear here, only their names, shapes and dtypes. `source` is always fairseq,
+`target` is always Hugging Face (a table's `inverse` swaps the two).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from convert.errors import PlanError, Problem
+
+_AXIS = re.compile(r"\{(\w+)\}")
+Dims = Mapping[str, int]
+Axes = Mapping[str, Sequence[object]]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """What is known of a tensor without its bytes; `dtype` is a safetensors name such as `F32`, or empty for any."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Rename:
+    """One tensor keeps its bytes and gets another name.
+
+    Args:
+        source: fairseq's key, with named axes such as `{layer}`.
+        target: Hugging Face's key, with the same axes.
+        shape: the names of its dimensions (or numbers), separated by spaces; axes may stand in them.
+
+    Raises:
+        ValueError: the two keys have different axes.
+
+    Example:
+        >>> Rename("encoder.layers.{layer}.fc1.bias", "encoder.layers.{n}.fc1.bias", "ffn")
+        Traceback (most recent call last):
+        ValueError: axes differ: 'encoder.layers.{layer}.fc1.bias' has ['layer'], 'encoder.layers.{n}.fc1.bias' has ['n']
+    """
+
+    source: str
+    target: str
+    shape: str
+
+    def __post_init__(self) -> None:
+        ours, theirs = sorted(_AXIS.findall(self.source)), sorted(_AXIS.findall(self.target))
+        if ours != theirs:
+            raise ValueError(f"axes differ: {self.source!r} has {ours}, {self.target!r} has {theirs}")
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """A source tensor that has no place in the target, and why. `shape` may be empty: it is not checked then.
+
+    Args:
+        source: fairseq's key.
+        reason: why the tensor is not needed.
+        optional: whether it may be absent, as relics of other versions are.
+    """
+
+    source: str
+    reason: str
+    shape: str = ""
+    optional: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """A target tensor that no source tensor holds, the rule that makes it, and why.
+
+    Args:
+        target: Hugging Face's key.
+        rule: `zeros`, `identity`, or `norm of KEY` (the Euclidean norm of a target tensor over all axes but the last).
+        reason: why there is no source.
+        shape: the names of its dimensions.
+    """
+
+    target: str
+    rule: str
+    reason: str
+    shape: str
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """A change of the rows of a target tensor that a setting asks for, after it was copied.
+
+    Args:
+        target: Hugging Face's key.
+        row: the row (first axis) that changes.
+        rule: `add`, or `set` every element of the row to.
+        value: the number.
+        reason: the setting that asks for it.
+    """
+
+    target: str
+    row: int
+    rule: str
+    value: float
+    reason: str
+
+
+Rule = Rename | Drop | Fill
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The exact conversion of one model: every rule expanded to keys without axes.
+
+    Args:
+        name: what it converts, such as `wav2vec2 ctc`.
+        renames: source key -> (target key, shape).
+        drops: source key -> rule.
+        fills: target key -> rule.
+        shapes: the shape of every target key.
+        edits: changes of single rows.
+
+    Build one with `Table.build`.
+    """
+
+    name: str
+    renames: Mapping[str, str]
+    drops: Mapping[str, Drop]
+    fills: Mapping[str, Fill]
+    shapes: Mapping[str, tuple[int, ...]]
+    edits: tuple[Edit, ...] = ()
+
+    @classmethod
+    def build(cls, name: str, rules: Iterable[Rule], axes: Axes, dims: Dims, edits: Iterable[Edit] = ()) -> Table:
+        """Expand rules to exact keys.
+
+        Args:
+            name: what the table converts.
+            rules: the rules; no two may name the same source or the same target.
+            axes: the values of every axis, such as `{"layer": range(12)}`.
+            dims: the size of every named dimension.
+            edits: changes of single rows.
+
+        Raises:
+            PlanError: `duplicate-source` or `duplicate-target`, every one of them.
+            KeyError: an axis or a dimension has no value.
+        """
+        renames: list[tuple[str, str]] = []
+        drops: list[Drop] = []
+        fills: list[Fill] = []
+        shapes: dict[str, tuple[int, ...]] = {}
+        for rule in rules:
+            for values in _grid(rule, axes):
+                shape = _shape(rule.shape.format(**values), dims)
+                if isinstance(rule, Rename):
+                    renames.append((rule.source.format(**values), rule.target.format(**values)))
+                    shapes[renames[-1][1]] = shape
+                elif isinstance(rule, Fill):
+                    fills.append(replace(rule, target=rule.target.format(**values), rule=rule.rule.format(**values)))
+                    shapes[fills[-1].target] = shape
+                else:
+                    drops.append(replace(rule, source=rule.source.format(**values), shape=" ".join(map(str, shape))))
+        problems = [
+            *_repeated("duplicate-source", [source for source, _ in renames] + [drop.source for drop in drops]),
+            *_repeated("duplicate-target", [target for _, target in renames] + [fill.target for fill in fills]),
+        ]
+        if problems:
+            raise PlanError(f"table {name!r} contradicts itself", code=problems[0].code, problems=problems)
+        return cls(
+            name,
+            dict(renames),
+            {drop.source: drop for drop in drops},
+            {fill.target: fill for fill in fills},
+            shapes,
+            tuple(edits),
+        )
+
+    @property
+    def target(self) -> dict[str, TensorSpec]:
+        """The complete target inventory, of any dtype."""
+        return {key: TensorSpec(key, shape) for key, shape in self.shapes.items()}
+
+    @property
+    def source(self) -> dict[str, TensorSpec]:
+        """The source inventory that the table expects, without optional drops whose shape is free."""
+        kept = {key: TensorSpec(key, self.shapes[target]) for key, target in self.renames.items()}
+        return kept | {
+            key: TensorSpec(key, tuple(map(int, drop.shape.split())))
+            for key, drop in self.drops.items()
+            if not drop.optional
+        }
+
+    @property
+    def inverse(self) -> Table:
+        """The table that leads back: every rename turned round, fills become drops; it has no edits.
+
+        Drops have no inverse: what was dropped must come from elsewhere, so that a table with drops leads back only
+        to the tensors it kept.
+        """
+        drops = {
+            key: Drop(key, f"made by the rule `{fill.rule}`: {fill.reason}", " ".join(map(str, self.shapes[key])))
+            for key, fill in self.fills.items()
+        }
+        shapes = {source: self.shapes[target] for source, target in self.renames.items()}
+        return Table(f"{self.name} inverse", {t: s for s, t in self.renames.items()}, drops, {}, shapes)
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of everything the table says."""
+        lines = [f"{s} {t} {self.shapes[t]}" for s, t in self.renames.items()]
+        lines += [f"{key} dropped" for key in self.drops]
+        lines += [f"{key} {fill.rule} {self.shapes[key]}" for key, fill in self.fills.items()]
+        lines += [f"{edit.target} {edit.row} {edit.rule} {edit.value!r}" for edit in self.edits]
+        return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+    def rename_key(self, key: str) -> str | None:
+        """Translate one source key; `None` for a key that is dropped.
+
+        Raises:
+            PlanError: `unmapped-source`.
+        """
+        if key in self.renames:
+            return self.renames[key]
+        if key in self.drops:
+            return None
+        raise PlanError(f"table {self.name!r} does not know {key}", code="unmapped-source", key=key)
+
+    def map_state_dict(self, state_dict: Mapping[str, T]) -> dict[str, T]:
+        """Translate the keys of a state_dict; the values are handed on as they are, dropped ones left out.
+
+        Args:
+            state_dict: source keys with tensors of any kind. Every one must be known, and none may be missing.
+
+        Returns:
+            The tensors under their target names, in the table's order. What the table fills is not among them.
+
+        Raises:
+            PlanError: `unmapped-source` and `missing-source`, every one of them.
+        """
+        wanted = {*self.renames, *(key for key, drop in self.drops.items() if not drop.optional)}
+        problems = [Problem("unmapped-source", key, "no rule for it") for key in state_dict if not self._knows(key)]
+        problems += [Problem("missing-source", key, "is not in the state_dict") for key in wanted - set(state_dict)]
+        if problems:
+            raise PlanError(f"{len(problems)} keys do not fit table {self.name!r}", code="keys", problems=problems)
+        return {target: state_dict[source] for source, target in self.renames.items()}
+
+    def _knows(self, key: str) -> bool:
+        return key in self.renames or key in self.drops
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A conversion that was proved complete: each source tensor is renamed or dropped, each target tensor has an origin.
+
+    Args:
+        table: the table it follows.
+        source: the checkpoint's tensors.
+        target: the tensors to write, with the dtype each will have before any conversion.
+    """
+
+    table: Table
+    source: Mapping[str, TensorSpec]
+    target: Mapping[str, TensorSpec]
+
+    @property
+    def renames(self) -> Mapping[str, str]:
+        """Source key -> target key."""
+        return self.table.renames
+
+    @property
+    def drops(self) -> tuple[Drop, ...]:
+        """The source tensors that are left out, those that are there."""
+        return tuple(drop for key, drop in self.table.drops.items() if key in self.source)
+
+    @property
+    def fills(self) -> tuple[Fill, ...]:
+        """The target tensors that a rule makes."""
+        return tuple(self.table.fills.values())
+
+
+def plan(table: Table, source: Mapping[str, TensorSpec], target: Mapping[str, TensorSpec] | None = None) -> Plan:
+    """Prove that a table converts a source completely. Pure: no tensor is needed.
+
+    Args:
+        table: the table.
+        source: the checkpoint's inventory.
+        target: the target's inventory where another authority than the table has one, such as a transformers model on
+            the meta device; by default the table's own.
+
+    Returns:
+        The plan.
+
+    Raises:
+        PlanError: every `unmapped-source`, `dead-rule`, `unfilled-target`, `unknown-target`, `shape` and `dtype` at once.
+
+    Example:
+        >>> table = Table.build("toy", [Rename("proj.bias", "lm_head.bias", "vocab")], {}, {"vocab": 32})
+        >>> plan(table, {"proj.bias": TensorSpec("proj.bias", (32,), "F32")}).renames
+        {'proj.bias': 'lm_head.bias'}
+    """
+    wanted = table.target if target is None else target
+    problems = [
+        Problem("unmapped-source", key, f"no rule takes this tensor of shape {spec.shape}")
+        for key, spec in source.items()
+        if key not in table.renames and key not in table.drops
+    ]
+    problems += [
+        Problem("dead-rule", key, f"the checkpoint has no such tensor; shape {spec.shape} was expected")
+        for key, spec in table.source.items()
+        if key not in source
+    ]
+    problems += [Problem("unfilled-target", key, "no rule fills it") for key in wanted if key not in table.shapes]
+    problems += [
+        Problem("unknown-target", key, "the target has no such tensor") for key in table.shapes if key not in wanted
+    ]
+    for key, target_key in table.renames.items():
+        if key in source and target_key in wanted:
+            problems += _disagreements(source[key], wanted[target_key], table.shapes[target_key])
+    for key, drop in table.drops.items():
+        if key in source and drop.shape and source[key].shape != tuple(map(int, drop.shape.split())):
+            problems.append(Problem("shape", key, f"source {source[key].shape}, the settings say ({drop.shape})"))
+    if problems:
+        raise PlanError(
+            f"{len(problems)} problems make a complete conversion impossible; nothing was written",
+            code="incomplete",
+            problems=problems,
+        )
+    dtypes = {target_key: source[key].dtype for key, target_key in table.renames.items()}
+    default = Counter(dtypes.values()).most_common(1)[0][0] if dtypes else ""
+    made = {key: TensorSpec(key, table.shapes[key], dtypes.get(key, default)) for key in table.shapes}
+    return Plan(table, dict(source), made)
+
+
+def under(rules: Iterable[Rule], *, source: str = "", target: str = "") -> list[Rule]:
+    """Put prefixes before the keys of rules, such as `w2v_encoder.w2v_model.` and `wav2vec2.`."""
+    made: list[Rule] = []
+    for rule in rules:
+        if isinstance(rule, Rename):
+            made.append(Rename(source + rule.source, target + rule.target, rule.shape))
+        elif isinstance(rule, Fill):
+            made.append(
+                replace(rule, target=target + rule.target, rule=rule.rule.replace("norm of ", f"norm of {target}"))
+            )
+        else:
+            made.append(replace(rule, source=source + rule.source))
+    return made
+
+
+def _grid(rule: Rule, axes: Axes) -> Iterable[dict[str, object]]:
+    text = rule.target if isinstance(rule, Fill) else rule.source
+    names = list(dict.fromkeys(_AXIS.findall(text)))
+    for values in itertools.product(*(axes[name] for name in names)):
+        yield dict(zip(names, values, strict=True))
+
+
+def _shape(names: str, dims: Dims) -> tuple[int, ...]:
+    return tuple(int(name) if name.isdigit() else dims[name] for name in names.split())
+
+
+def _repeated(code: str, keys: Iterable[str]) -> list[Problem]:
+    return [Problem(code, key, f"{count} rules name it") for key, count in Counter(keys).items() if count > 1]
+
+
+def _disagreements(source: TensorSpec, target: TensorSpec, stated: tuple[int, ...]) -> list[Problem]:
+    problems = []
+    if source.shape != stated:
+        problems.append(Problem("shape", source.name, f"source {source.shape}, the settings say {stated}"))
+    if target.shape != stated:
+        problems.append(Problem("shape", target.name, f"source {source.shape}, target {target.shape}"))
+    if source.dtype not in ("", "F32", "F16", "BF16", "F64"):
+        problems.append(Problem("dtype", source.name, f"source {source.dtype}, a floating point type was expected"))
+    elif target.dtype and source.dtype and target.dtype != source.dtype:
+        problems.append(Problem("dtype", target.name, f"source {source.dtype}, target {target.dtype}"))
+    return problems

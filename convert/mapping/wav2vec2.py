@@ -1,0 +1,258 @@
+"""The conversion tables of wav2vec 2.0 (`fairseq.models.wav2vec.Wav2Vec2Model`, `Wav2VecCtc`), one line a tensor.
+
+`source` is relative to fairseq's encoder, `target` to Hugging Face's base model; `table` adds the prefixes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from convert.errors import PlanError, Problem
+from convert.mapping.rules import Drop, Edit, Fill, Rename, Rule, Table, TensorSpec, under
+
+# fmt: off
+CONVOLUTIONS = (
+    Rename("feature_extractor.conv_layers.{conv}.0.weight",        "feature_extractor.conv_layers.{conv}.conv.weight",             "conv_dim.{conv} conv_in.{conv} conv_kernel.{conv}"),
+)
+CONVOLUTION_BIASES = (
+    Rename("feature_extractor.conv_layers.{conv}.0.bias",          "feature_extractor.conv_layers.{conv}.conv.bias",               "conv_dim.{conv}"),
+)
+GROUP_NORM = (  # extractor_mode="default": a norm on convolution 0 only
+    Rename("feature_extractor.conv_layers.0.2.{p}",                "feature_extractor.conv_layers.0.layer_norm.{p}",               "conv_dim.0"),
+)
+LAYER_NORM = (  # extractor_mode="layer_norm": TransposeLast, Fp32LayerNorm, TransposeLast
+    Rename("feature_extractor.conv_layers.{conv}.2.1.{p}",         "feature_extractor.conv_layers.{conv}.layer_norm.{p}",          "conv_dim.{conv}"),
+)
+FEATURES_NORM = (
+    Rename("layer_norm.{p}",                                       "feature_projection.layer_norm.{p}",                            "features"),
+)
+PROJECTION = (
+    Rename("post_extract_proj.weight",                             "feature_projection.projection.weight",                         "hidden features"),
+    Rename("post_extract_proj.bias",                               "feature_projection.projection.bias",                           "hidden"),
+)
+NO_PROJECTION = (  # fairseq builds none when the widths agree; Hugging Face always has one
+    Fill("feature_projection.projection.weight", "identity", "the checkpoint has no post_extract_proj: the widths agree",          "hidden features"),
+    Fill("feature_projection.projection.bias",   "zeros",    "the checkpoint has no post_extract_proj: the widths agree",          "hidden"),
+)
+MASK = (
+    Rename("mask_emb",                                             "masked_spec_embed",                                            "hidden"),
+)
+POSITIONS = (
+    Rename("encoder.pos_conv.0.bias",                              "encoder.pos_conv_embed.conv.bias",                             "hidden"),
+    Rename("encoder.pos_conv.0.weight_g",                          "encoder.pos_conv_embed.conv.parametrizations.weight.original0", "1 1 conv_pos"),
+    Rename("encoder.pos_conv.0.weight_v",                          "encoder.pos_conv_embed.conv.parametrizations.weight.original1", "hidden pos_group conv_pos"),
+)
+POSITIONS_PLAIN = (  # weight norm was removed: its direction is the weight, its magnitude the weight's norm
+    Rename("encoder.pos_conv.0.bias",                              "encoder.pos_conv_embed.conv.bias",                             "hidden"),
+    Rename("encoder.pos_conv.0.weight",                            "encoder.pos_conv_embed.conv.parametrizations.weight.original1", "hidden pos_group conv_pos"),
+    Fill("encoder.pos_conv_embed.conv.parametrizations.weight.original0", "norm of encoder.pos_conv_embed.conv.parametrizations.weight.original1",
+         "weight norm was removed from the positional convolution", "1 1 conv_pos"),
+)
+LAYERS = (
+    Rename("encoder.layers.{layer}.self_attn.{qkvo}_proj.weight",  "encoder.layers.{layer}.attention.{qkvo}_proj.weight",          "hidden hidden"),
+    Rename("encoder.layers.{layer}.self_attn.{qkvo}_proj.bias",    "encoder.layers.{layer}.attention.{qkvo}_proj.bias",            "hidden"),
+    Rename("encoder.layers.{layer}.self_attn_layer_norm.{p}",      "encoder.layers.{layer}.layer_norm.{p}",                        "hidden"),
+    Rename("encoder.layers.{layer}.fc1.weight",                    "encoder.layers.{layer}.feed_forward.intermediate_dense.weight", "ffn hidden"),
+    Rename("encoder.layers.{layer}.fc1.bias",                      "encoder.layers.{layer}.feed_forward.intermediate_dense.bias",  "ffn"),
+    Rename("encoder.layers.{layer}.fc2.weight",                    "encoder.layers.{layer}.feed_forward.output_dense.weight",      "hidden ffn"),
+    Rename("encoder.layers.{layer}.fc2.bias",                      "encoder.layers.{layer}.feed_forward.output_dense.bias",        "hidden"),
+    Rename("encoder.layers.{layer}.final_layer_norm.{p}",          "encoder.layers.{layer}.final_layer_norm.{p}",                  "hidden"),
+    Rename("encoder.layer_norm.{p}",                               "encoder.layer_norm.{p}",                                       "hidden"),
+)
+CTC_HEAD = (
+    Rename("w2v_encoder.proj.weight",                              "lm_head.weight",                                               "vocab hidden"),
+    Rename("w2v_encoder.proj.bias",                                "lm_head.bias",                                                 "vocab"),
+)
+QUANTIZER_HEAD = (
+    Rename("quantizer.vars",                                       "quantizer.codevectors",                                        "1 codes code_width"),
+    Rename("quantizer.weight_proj.weight",                         "quantizer.weight_proj.weight",                                 "codes features"),
+    Rename("quantizer.weight_proj.bias",                           "quantizer.weight_proj.bias",                                   "codes"),
+    Rename("project_q.weight",                                     "project_q.weight",                                             "final codevector"),
+    Rename("project_q.bias",                                       "project_q.bias",                                               "final"),
+    Rename("final_proj.weight",                                    "project_hid.weight",                                           "final hidden"),
+    Rename("final_proj.bias",                                      "project_hid.bias",                                             "final"),
+)
+_NO_HEAD = "belongs to the head, and the bare encoder was asked for"
+PRETRAINING_DROPS = (
+    Drop("quantizer.vars",                          _NO_HEAD, optional=True),
+    Drop("quantizer.weight_proj.{p}",               _NO_HEAD, optional=True),
+    Drop("quantizer.weight_proj.{depth}.{p}",       _NO_HEAD, optional=True),  # quantizer_depth > 1: the last projection
+    Drop("quantizer.weight_proj.{depth}.0.{p}",     _NO_HEAD, optional=True),  # and the ones before it
+    Drop("project_q.{p}",                           _NO_HEAD, optional=True),
+    Drop("final_proj.{p}",                          _NO_HEAD, optional=True),
+    Drop("target_glu.0.{p}",                        _NO_HEAD, optional=True),
+)
+# fmt: on
+CTC_PREFIX = "w2v_encoder.w2v_model."
+HEADS = ("ctc", "pretraining", "encoder")
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The geometry that decides which tensors a wav2vec 2.0 model has. Nothing has a default: all of it is stated.
+
+    Args:
+        kind: what the checkpoint is, `ctc` (`Wav2VecCtc`) or `pretraining` (`Wav2Vec2Model`).
+        convolutions: (output channels, kernel) of every feature convolution.
+        group_norm: whether convolution 0 has a group norm; otherwise each has a layer norm.
+        conv_bias: whether the feature convolutions have biases.
+        projection: whether there is a `post_extract_proj`.
+        weight_norm: whether the positional convolution still has its weight norm.
+        hidden, ffn, layers: `encoder_embed_dim`, `encoder_ffn_embed_dim`, `encoder_layers`.
+        conv_pos, pos_group: kernel of the positional convolution, and its input channels a group.
+        vocab: rows of the CTC projection, 0 without one.
+        codes, code_width, codevector, final: rows of the codebook (groups x variables), width of one code, width of a
+            quantized vector, width of the contrastive space; all 0 without a quantizer.
+    """
+
+    kind: str
+    convolutions: tuple[tuple[int, int], ...]
+    group_norm: bool
+    conv_bias: bool
+    projection: bool
+    weight_norm: bool
+    hidden: int
+    ffn: int
+    layers: int
+    conv_pos: int
+    pos_group: int
+    vocab: int
+    codes: int
+    code_width: int
+    codevector: int
+    final: int
+
+
+def table(layout: Layout, head: str = "", *, base: str = "wav2vec2", edits: Iterable[Edit] = ()) -> Table:
+    """Make the table of one model.
+
+    Args:
+        layout: the model's geometry.
+        head: `ctc` (target `Wav2Vec2ForCTC`), `pretraining` (`Wav2Vec2ForPreTraining`) or `encoder` (`Wav2Vec2Model`);
+            by default what the checkpoint is.
+        base: the target's base prefix, `wav2vec2` or that of a model built like it.
+        edits: changes of single rows, see `Edit`.
+
+    Raises:
+        PlanError: `no-head`, when the checkpoint does not have the head that was asked for.
+
+    Example:
+        >>> from convert.mapping import infer_layout, table
+        >>> # table(infer_layout(shapes)).rename_key("w2v_encoder.proj.bias") gives "lm_head.bias"
+    """
+    head = head or layout.kind
+    if head not in (layout.kind, "encoder"):
+        raise PlanError(
+            f"a {layout.kind} checkpoint has no {head} head",
+            code="no-head",
+            key=head,
+            hint=f"--head {layout.kind} or --head encoder",
+        )
+    source = CTC_PREFIX if layout.kind == "ctc" else ""
+    target = "" if head == "encoder" else f"{base}."
+    rules = under(encoder_rules(layout), source=source, target=target)
+    if head != "encoder":
+        rules += CTC_HEAD if layout.kind == "ctc" else QUANTIZER_HEAD
+    elif layout.kind == "ctc":
+        rules += [Drop(rule.source, _NO_HEAD, rule.shape) for rule in CTC_HEAD]
+    else:
+        rules += PRETRAINING_DROPS
+    return Table.build(f"{base} {head}", rules, axes(layout), dims(layout), edits if head == "ctc" else ())
+
+
+def encoder_rules(layout: Layout) -> list[Rule]:
+    """Choose the rules of everything below the head, without prefixes."""
+    chosen: list[Rule] = [*CONVOLUTIONS]
+    chosen += CONVOLUTION_BIASES if layout.conv_bias else ()
+    chosen += GROUP_NORM if layout.group_norm else LAYER_NORM
+    chosen += FEATURES_NORM
+    chosen += PROJECTION if layout.projection else NO_PROJECTION
+    chosen += MASK
+    chosen += POSITIONS if layout.weight_norm else POSITIONS_PLAIN
+    chosen += LAYERS
+    return chosen
+
+
+def axes(layout: Layout) -> dict[str, tuple[object, ...]]:
+    """Return the values of every axis that the rules name."""
+    return {
+        "conv": tuple(range(len(layout.convolutions))),
+        "layer": tuple(range(layout.layers)),
+        "qkvo": ("q", "k", "v", "out"),
+        "p": ("weight", "bias"),
+        "depth": tuple(range(8)),
+    }
+
+
+def dims(layout: Layout) -> dict[str, int]:
+    """Return the size of every dimension that the rules name."""
+    channels = [1, *(channel for channel, _ in layout.convolutions)]
+    sizes = {"features": channels[-1], "hidden": layout.hidden, "ffn": layout.ffn, "vocab": layout.vocab}
+    sizes |= {"conv_pos": layout.conv_pos, "pos_group": layout.pos_group, "codes": layout.codes}
+    sizes |= {"code_width": layout.code_width, "codevector": layout.codevector, "final": layout.final}
+    for index, (channel, kernel) in enumerate(layout.convolutions):
+        sizes |= {f"conv_in.{index}": channels[index], f"conv_dim.{index}": channel, f"conv_kernel.{index}": kernel}
+    return sizes
+
+
+def infer_layout(source: Mapping[str, TensorSpec] | Mapping[str, tuple[int, ...]]) -> Layout:
+    """Read the geometry off the names and shapes of a fairseq state_dict.
+
+    This is enough to rename tensors. It is not enough for a configuration: strides, heads, norm placement, activation
+    and normalisation are not in the shapes.
+
+    Args:
+        source: fairseq's keys with their specs or shapes.
+
+    Raises:
+        PlanError: `missing-source`, when it is no wav2vec 2.0 model.
+
+    Example:
+        >>> infer_layout({})
+        Traceback (most recent call last):
+        convert.errors.PlanError: this is no wav2vec 2.0 state_dict: 4 tensors that each has are missing
+    """
+    shapes = {key: spec.shape if isinstance(spec, TensorSpec) else tuple(spec) for key, spec in source.items()}
+    kind = "ctc" if any(key.startswith("w2v_encoder.") for key in shapes) else "pretraining"
+    prefix = CTC_PREFIX if kind == "ctc" else ""
+    encoder = {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
+    weight_norm = "encoder.pos_conv.0.weight" not in encoder
+    positions = f"encoder.pos_conv.0.weight{'_v' if weight_norm else ''}"
+    needed = ["feature_extractor.conv_layers.0.0.weight", "encoder.layers.0.fc1.weight", positions, "layer_norm.weight"]
+    lost = [prefix + key for key in needed if key not in encoder]
+    if lost:
+        problems = [Problem("missing-source", key, "is not there") for key in lost]
+        message = f"this is no wav2vec 2.0 state_dict: {len(lost)} tensors that each has are missing"
+        raise PlanError(message, code="missing-source", problems=problems)
+    convolutions = _count(encoder, r"feature_extractor\.conv_layers\.(\d+)\.0\.weight")
+    kernels = [encoder.get(f"feature_extractor.conv_layers.{i}.0.weight", (0, 0, 0)) for i in range(convolutions)]
+    codes = encoder.get("quantizer.vars", (0, 0, 0))
+    ffn, hidden = encoder["encoder.layers.0.fc1.weight"]
+    return Layout(
+        kind=kind,
+        convolutions=tuple((shape[0], shape[2]) for shape in kernels),
+        group_norm="feature_extractor.conv_layers.0.2.weight" in encoder,
+        conv_bias="feature_extractor.conv_layers.0.0.bias" in encoder,
+        projection="post_extract_proj.weight" in encoder,
+        weight_norm=weight_norm,
+        hidden=hidden,
+        ffn=ffn,
+        layers=_count(encoder, r"encoder\.layers\.(\d+)\.fc1\.weight"),
+        conv_pos=encoder[positions][2],
+        pos_group=encoder[positions][1],
+        vocab=shapes.get("w2v_encoder.proj.bias", (0,))[0],
+        codes=codes[1],
+        code_width=codes[2],
+        codevector=encoder.get("project_q.weight", (0, 0))[1],
+        final=encoder.get("final_proj.bias", (0,))[0],
+    )
+
+
+def _count(keys: Iterable[str], pattern: str) -> int:
+    found = [int(match[1]) for key in keys if (match := re.fullmatch(pattern, key))]
+    return max(found, default=-1) + 1
+
+
+__all__ = ["HEADS", "Layout", "encoder_rules", "infer_layout", "table"]

@@ -1,0 +1,150 @@
+"""A Hugging Face model directory as it lies on the disk: its records, and the byte range of every tensor."""
+
+from __future__ import annotations
+
+import json
+import mmap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from convert.checkpoint import Checkpoint
+from convert.checkpoint.dictionary import Dictionary
+from convert.errors import ConvertError, Problem
+from convert.mapping.rules import TensorSpec
+from convert.transfer import WIDTHS, Piece, product, tensor_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a tensor lies: its file, its first byte, and what it is."""
+
+    file: str
+    start: int
+    count: int
+    spec: TensorSpec
+
+
+class ModelDirectory:
+    """Reads a model directory.
+
+    Args:
+        path: the directory.
+
+    Raises:
+        ConvertError: `not-a-model`, when it is none, or a file in it is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.is_dir():
+            raise self._error("is no directory", "name the directory that `fairseq-to-hf convert` made")
+        self.config: dict[str, Any] = self.json("config.json")
+        self.tensors = self._tensors()
+
+    @property
+    def conversion(self) -> dict[str, Any]:
+        """The content of conversion.json."""
+        return self.json("conversion.json")
+
+    @property
+    def dictionary(self) -> Dictionary | None:
+        """fairseq's dictionary as conversion.json keeps it."""
+        kept = self.conversion.get("dictionary")
+        return Dictionary(tuple(kept["symbols"]), tuple(kept["counts"])) if kept else None
+
+    def json(self, name: str) -> dict[str, Any]:
+        """Read one of its JSON files."""
+        try:
+            value = json.loads((self.path / name).read_text("utf-8"))
+        except FileNotFoundError:
+            raise self._error(f"has no {name}", "name the directory that `fairseq-to-hf convert` made") from None
+        except (ValueError, UnicodeDecodeError) as error:
+            raise self._error(f"holds a damaged {name} ({error})", "convert the checkpoint again") from None
+        if not isinstance(value, dict):
+            raise self._error(f"holds a {name} that is no JSON object", "convert the checkpoint again")
+        return value
+
+    def weight_files(self) -> list[str]:
+        """List the safetensors files, in order."""
+        if (self.path / "model.safetensors.index.json").is_file():
+            names = self.json("model.safetensors.index.json").get("weight_map", {}).values()
+            return sorted({Path(str(name)).name for name in names})
+        return ["model.safetensors"]
+
+    def _tensors(self) -> dict[str, Place]:
+        places: dict[str, Place] = {}
+        for name in self.weight_files():
+            for place in self._header(name):
+                places[place.spec.name] = place
+        return places
+
+    def _header(self, name: str) -> Iterator[Place]:
+        remedy = "convert the checkpoint again"
+        try:
+            with (self.path / name).open("rb") as file:
+                count = int.from_bytes(file.read(8), "little")
+                entries = json.loads(file.read(min(count, 100_000_000)))
+                size = file.seek(0, 2)
+            for key, entry in entries.items():
+                if key == "__metadata__":
+                    continue
+                first, last = entry["data_offsets"]
+                spec = TensorSpec(key, tuple(entry["shape"]), entry["dtype"])
+                if not 0 <= first <= last <= size - 8 - count or last - first != WIDTHS[spec.dtype] * product(
+                    spec.shape
+                ):
+                    raise ValueError(f"{key} leaves the file")
+                yield Place(name, 8 + count + first, last - first, spec)
+        except FileNotFoundError:
+            raise self._error(f"has no {name}", "name the directory that `fairseq-to-hf convert` made") from None
+        except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+            raise self._error(f"holds a damaged {name} ({error})", remedy) from None
+
+    def read(self, name: str) -> bytes:
+        """Return a tensor's bytes."""
+        place = self.tensors[name]
+        with (self.path / place.file).open("rb") as file:
+            file.seek(place.start)
+            return file.read(place.count)
+
+    def compare(self, opened: Checkpoint, listed: Sequence[Piece]) -> list[Problem]:
+        """Compare every tensor with what a conversion would write; see `convert.package.compare_weights`."""
+        meant = {piece.spec.name for piece in listed}
+        problems = [
+            Problem("unexpected-tensor", key, "stands only in the model") for key in self.tensors if key not in meant
+        ]
+        maps: dict[str, mmap.mmap] = {}
+        for piece in listed:
+            place = self.tensors.get(piece.spec.name)
+            if place is None:
+                problems.append(Problem("missing-tensor", piece.spec.name, "is not in the model"))
+            elif (place.spec.shape, place.spec.dtype) != (piece.spec.shape, piece.spec.dtype):
+                found, expected = f"{place.spec.dtype} {place.spec.shape}", f"{piece.spec.dtype} {piece.spec.shape}"
+                problems.append(Problem("shape", piece.spec.name, f"the model has {found}, the checkpoint {expected}"))
+            else:
+                if place.file not in maps:
+                    with (self.path / place.file).open("rb") as file:
+                        maps[place.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                problems += self._differences(opened, piece, place, maps[place.file])
+        for data in maps.values():
+            data.close()
+        return problems
+
+    def _differences(self, opened: Checkpoint, piece: Piece, place: Place, data: mmap.mmap) -> Iterator[Problem]:
+        width = WIDTHS[piece.spec.dtype]
+        at = place.start
+        for meant in tensor_bytes(opened.container, piece):
+            found = data[at : at + len(meant)]
+            if found != bytes(meant):
+                first = next(i for i in range(0, len(found), width) if found[i : i + width] != meant[i : i + width])
+                number = (at - place.start + first) // width
+                detail = f"element {number} of {place.count // width}: bytes {found[first : first + width].hex()} in the model, "
+                detail += f"{bytes(meant[first : first + width]).hex()} in the checkpoint"
+                yield Problem("bytes", piece.spec.name, detail)
+                return
+            at += len(meant)
+
+    def _error(self, what: str, hint: str) -> ConvertError:
+        return ConvertError(f"{self.path} {what}", code="not-a-model", key=str(self.path), hint=hint)

@@ -1,0 +1,138 @@
+"""What every setting of fairseq's wav2vec 2.0 means: a value of Hugging Face's configuration, training only, or a limit.
+
+Sources: `fairseq.models.wav2vec.wav2vec2.Wav2Vec2Config`, `wav2vec2_asr.Wav2Vec2CtcConfig`, and
+`transformers.Wav2Vec2Config`. A setting that stands in none of these lists is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+# fairseq.utils.get_activation_fn -> transformers.activations.ACT2FN
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_accurate": "gelu_new",
+    "gelu_fast": "gelu_new",
+    "linear": "linear",
+    "relu": "relu",
+    "swish": "swish",
+    "tanh": "tanh",
+}
+
+# setting -> field of transformers.Wav2Vec2Config with the same meaning and value
+# fmt: off
+SAME = {
+    "encoder_embed_dim":       "hidden_size",
+    "encoder_layers":          "num_hidden_layers",
+    "encoder_attention_heads": "num_attention_heads",
+    "encoder_ffn_embed_dim":   "intermediate_size",
+    "conv_bias":               "conv_bias",
+    "conv_pos":                "num_conv_pos_embeddings",
+    "conv_pos_groups":         "num_conv_pos_embedding_groups",
+    "layer_norm_first":        "do_stable_layer_norm",
+    "dropout":                 "hidden_dropout",
+    "attention_dropout":       "attention_dropout",
+    "activation_dropout":      "activation_dropout",
+    "dropout_input":           "feat_proj_dropout",
+    "dropout_features":        "feat_quantizer_dropout",
+    "encoder_layerdrop":       "layerdrop",
+    "mask_length":             "mask_time_length",
+    "mask_channel_prob":       "mask_feature_prob",
+    "mask_channel_length":     "mask_feature_length",
+    "latent_vars":             "num_codevectors_per_group",
+    "latent_groups":           "num_codevector_groups",
+    "num_negatives":           "num_negatives",
+    "logit_temp":              "contrastive_logits_temperature",
+}
+# fmt: on
+
+# Settings of the fine-tuned model that replace the pretrained model's (wav2vec2_asr.Wav2VecEncoder, arg_overrides).
+FINE_TUNING = {
+    "dropout": "dropout",
+    "activation_dropout": "activation_dropout",
+    "attention_dropout": "attention_dropout",
+    "dropout_input": "dropout_input",
+    "layerdrop": "encoder_layerdrop",
+    "mask_length": "mask_length",
+    "mask_prob": "mask_prob",
+    "mask_channel_length": "mask_channel_length",
+    "mask_channel_prob": "mask_channel_prob",
+}
+
+# Settings that `describe` reads by name.
+READ = {
+    *("_name", "activation_fn", "conv_feature_layers", "extractor_mode", "final_dim", "latent_dim", "mask_prob"),
+    *("quantize_targets",),
+}
+
+# Settings that act while training only, with the reason where the name does not say it.
+TRAINING_ONLY = {
+    *(
+        "checkpoint_activations",
+        "codebook_negatives",
+        "cross_sample_negatives",
+        "data",
+        "ddp_backend",
+        "decoder_layerdrop",
+    ),
+    *("drop_path", "feature_grad_mult", "freeze_finetune_updates", "freeze_regex", "latent_temp", "layer_decay"),
+    *("load_ema", "mask_channel_before", "mask_channel_min_space", "mask_channel_other", "mask_channel_selection"),
+    *("mask_dropout", "mask_min_space", "mask_other", "mask_selection", "max_positions", "min_params_to_wrap"),
+    *("negatives_from_everywhere", "no_mask_channel_overlap", "no_mask_overlap", "no_pretrained_weights"),
+    *("offload_activations", "require_same_masks", "tpu", "update_alibi", "w2v_path", "zero_mask", "seed"),
+    *("required_seq_len_multiple",),  # pads and masks what it padded: without effect on the result
+    *("quantizer_factor",),  # width of the hidden layers that quantizer_depth > 1 adds
+    *("same_quantizer",),  # acts with quantize_input only, which is refused
+    *("fp16", "attn_type", "depthwise_conv_kernel_size", "pos_enc_type"),  # conformer layers only
+    *("adp_num", "adp_dim", "adp_act_fn", "adp_trf_idx"),  # adapter layers only
+    *("eval_wer", "eval_wer_config", "eval_wer_tokenizer", "eval_wer_post_process", "autoregressive"),
+}
+TRAINING_ONLY_CTC = {
+    *("apply_mask", "blank_mode", "blank_weight", "final_dropout", "normalize", "w2v_args"),  # read by name
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """A setting that Hugging Face's class cannot represent unless it has its neutral value.
+
+    Args:
+        field: fairseq's setting.
+        neutral: says whether a value is neutral.
+        why: what is missing on the other side.
+        heads: the heads that the limit holds for.
+    """
+
+    field: str
+    neutral: Callable[[Any], bool]
+    why: str
+    heads: tuple[str, ...] = ("ctc", "pretraining", "encoder")
+
+
+def _off(value: Any) -> bool:
+    return not value
+
+
+def _at_most_one(value: Any) -> bool:
+    return value in (None, 0, 1)
+
+
+LIMITS = (
+    Limit("pos_conv_depth", _at_most_one, "Wav2Vec2Model has one positional convolution"),
+    Limit("quantize_input", _off, "Wav2Vec2Model does not quantize its input"),
+    Limit("crop_seq_to_multiple", _at_most_one, "Wav2Vec2Model does not crop frames"),
+    Limit("conv_pos_batch_norm", _off, "Wav2Vec2Model has weight norm on the positional convolution"),
+    Limit("layer_type", lambda value: value in (None, "transformer"), "Wav2Vec2Model has transformer layers"),
+    Limit(
+        "quantizer_depth", _at_most_one, "the quantizer of Wav2Vec2ForPreTraining is one projection", ("pretraining",)
+    ),
+    Limit("target_glu", _off, "Wav2Vec2ForPreTraining has no gated linear unit on its targets", ("pretraining",)),
+    Limit(
+        "quantize_targets",
+        lambda value: value is True,
+        "Wav2Vec2ForPreTraining always quantizes its targets; --head encoder leaves them out",
+        ("pretraining",),
+    ),
+)

@@ -1,0 +1,157 @@
+"""Vocabulary, tokenizer and feature extractor, so that Hugging Face decodes and normalises what fairseq would.
+
+fairseq's CTC blank is id 0, named `<s>`; Hugging Face calls the blank `<pad>`. Only the two names are exchanged: ids and
+weights stay. fairseq turns ids into text by joining symbols with spaces and applying the criterion's `post_process`
+(`fairseq.data.data_utils.post_process`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from convert.checkpoint.dictionary import Dictionary
+from convert.errors import Problem
+from convert.model.settings import Reader
+
+BLANK = "<ctc_blank>"  # examples/speech_recognition's decoders prefer it to <s>
+
+
+@dataclass(frozen=True, slots=True)
+class Processor:
+    """The files beside the weights.
+
+    Args:
+        files: file name -> JSON content.
+        ids: the special tokens' ids for `config.json`; empty without a vocabulary.
+        decoding: how text is made: `letter`, `sentencepiece`, `phonemes`, or empty without a vocabulary.
+    """
+
+    files: Mapping[str, Any]
+    ids: Mapping[str, int]
+    decoding: str
+
+
+def make_processor(
+    dictionary: Dictionary | None, criterion: Mapping[str, Any], task: Reader, problems: list[Problem]
+) -> Processor:
+    """Make the processor's files.
+
+    Args:
+        dictionary: the target dictionary; `None` for a model without a vocabulary.
+        criterion: the criterion's settings: `post_process`.
+        task: the task's settings: `sample_rate`, `normalize`, `labels`.
+        problems: what cannot be represented is added here.
+    """
+    features = {
+        "do_normalize": task.get("normalize", bool),
+        "feature_extractor_type": "Wav2Vec2FeatureExtractor",
+        "feature_size": 1,
+        "padding_side": "right",
+        "padding_value": 0.0,
+        # transformers' own converter says false for group norm models; fairseq always masks the padding
+        "return_attention_mask": True,
+        "sampling_rate": task.get("sample_rate", int, 16000),
+    }
+    if dictionary is None:
+        return Processor({"preprocessor_config.json": features}, {}, "")
+    features["processor_class"] = "Wav2Vec2Processor"
+    repeated = sorted({symbol for symbol in dictionary.symbols if dictionary.symbols.count(symbol) > 1})
+    if repeated or not set(dictionary.special) >= {"<s>", "<pad>"}:
+        detail = f"symbols stand there twice: {repeated[:5]}" if repeated else "has no <s> and <pad>: no CTC vocabulary"
+        problems.append(Problem("bad-dictionary", "dictionary", detail))
+    vocabulary = vocab(dictionary)
+    decoding = _decoding(criterion, task, problems)
+    names = {symbol: index for symbol, index in vocabulary.items() if index < len(dictionary)}
+    blank = BLANK if BLANK in names else "<pad>"
+    tokenizer: dict[str, Any] = {
+        "bos_token": "<s>",
+        "clean_up_tokenization_spaces": False,
+        "do_lower_case": False,
+        "eos_token": "</s>",
+        "pad_token": blank,
+        "processor_class": "Wav2Vec2Processor",
+        "unk_token": "<unk>",
+    }
+    files: dict[str, Any] = {"vocab.json": vocabulary, "preprocessor_config.json": features}
+    if decoding == "phonemes":
+        tokenizer |= {
+            "tokenizer_class": "Wav2Vec2PhonemeCTCTokenizer",
+            "do_phonemize": False,
+            "phonemizer_lang": "en-us",
+        }
+        tokenizer |= {"phone_delimiter_token": " ", "word_delimiter_token": None}
+    elif decoding == "letter" and _plain(dictionary):
+        tokenizer |= {"tokenizer_class": "Wav2Vec2CTCTokenizer", "replace_word_delimiter_char": " "}
+        tokenizer["word_delimiter_token"] = "|" if "|" in names else None
+    else:
+        tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
+        files["tokenizer.json"] = _fast(vocabulary, blank, "▁" if decoding == "sentencepiece" else "|")
+    files["tokenizer_config.json"] = tokenizer
+    ids = {
+        "pad_token_id": names.get(blank, 0),
+        "bos_token_id": names.get("<s>", 1),
+        "eos_token_id": names.get("</s>", 2),
+    }
+    return Processor(files, ids, decoding)
+
+
+def vocab(dictionary: Dictionary) -> dict[str, int]:
+    """Return `vocab.json`: every symbol's id, the names of the blank and of the padding exchanged.
+
+    Example:
+        >>> vocab(Dictionary(("<s>", "<pad>", "</s>", "<unk>", "|", "E"), (1,) * 6))
+        {'<pad>': 0, '<s>': 1, '</s>': 2, '<unk>': 3, '|': 4, 'E': 5}
+    """
+    symbols = list(dictionary.symbols)
+    if BLANK not in symbols and symbols[:2] == ["<s>", "<pad>"]:
+        symbols[0], symbols[1] = symbols[1], symbols[0]
+    return {symbol: index for index, symbol in enumerate(symbols)}
+
+
+def _decoding(criterion: Mapping[str, Any], task: Reader, problems: list[Problem]) -> str:
+    """fairseq's `post_process`; symbols of phone labels stay separated by spaces."""
+    value = criterion.get("post_process") or criterion.get("remove_bpe") or "letter"
+    if task.values.get("labels") in ("phn", "phones"):
+        return "phonemes"
+    known = {"letter": "letter", "sentencepiece": "sentencepiece", "none": "phonemes"}
+    if value not in known:
+        detail = f"{value!r} has no counterpart among transformers' tokenizers; known: {', '.join(known)}"
+        problems.append(Problem("unsupported-setting", "criterion.post_process", detail))
+    return known.get(value, "letter")
+
+
+def _plain(dictionary: Dictionary) -> bool:
+    """Whether joining symbols and replacing the symbol `|` gives what replacing characters of the joined text gives."""
+    symbols = dictionary.symbols[len(dictionary.special) :]
+    return not any(" " in symbol or ("|" in symbol and symbol != "|") for symbol in symbols)
+
+
+def _fast(vocabulary: Mapping[str, int], blank: str, delimiter: str) -> dict[str, Any]:
+    """A `tokenizers` file that collapses repeats, drops blanks and spaces, and replaces the delimiter wherever it is."""
+    special = [blank, *(name for name in ("<s>", "</s>", "<unk>") if name in vocabulary)]
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": vocabulary[name], "content": name, "special": True, "single_word": False}
+            | {"lstrip": False, "rstrip": False, "normalized": False}
+            for name in special
+        ],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Split", "pattern": {"String": " "}, "behavior": "Removed", "invert": False},
+        "post_processor": None,
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "CTC", "pad_token": blank, "word_delimiter_token": delimiter, "cleanup": False},
+                {"type": "Fuse"},
+                {"type": "Replace", "pattern": {"String": " "}, "content": ""},
+                {"type": "Replace", "pattern": {"String": delimiter}, "content": " "},
+                {"type": "Strip", "content": " ", "start": 1 << 16, "stop": 1 << 16},
+            ],
+        },
+        "model": {"type": "WordLevel", "vocab": dict(vocabulary), "unk_token": "<unk>"},
+    }

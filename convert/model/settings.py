@@ -1,0 +1,119 @@
+"""Typed access to fairseq's settings that collects every problem instead of stopping at the first."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass, field
+from typing import Any
+
+from convert.errors import Problem
+
+MISSING = object()
+
+
+@dataclass(slots=True)
+class Reader:
+    """Reads settings by name and type, notes where each came from, and collects problems.
+
+    Args:
+        values: the settings.
+        origins: where each stands in the checkpoint, such as `cfg.model.w2v_args.model`.
+        problems: what was wrong so far.
+    """
+
+    values: dict[str, Any]
+    origins: dict[str, str]
+    problems: list[Problem] = field(default_factory=list)
+
+    def origin(self, name: str) -> str:
+        """Say where a setting stands, such as `cfg.model.dropout`."""
+        return f"{self.origins.get(name, 'absent')}.{name}" if name in self.origins else f"{name} is not set"
+
+    def get(self, name: str, kind: type, default: Any = MISSING) -> Any:
+        """Return a setting of a type; `int` takes no `bool`, `float` takes `int`, and texts of numbers are read.
+
+        A problem is noted, and a harmless value returned, when it is absent without a default, or of another type.
+        """
+        value = self.values.get(name, default)
+        if value is MISSING or (value is None and default is MISSING):
+            self.problems.append(
+                Problem("missing-setting", name, "the settings do not say it, and it cannot be guessed")
+            )
+            return kind()
+        if value is None or value is default:
+            return default
+        if isinstance(value, str) and kind in (int, float):
+            try:
+                value = kind(value)
+            except ValueError:
+                value = object()
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            text = repr(self.values[name])[:60]
+            self.problems.append(Problem("bad-setting", name, f"{kind.__name__} expected, {text} found"))
+            return kind()
+        return value
+
+    def convolutions(self, name: str) -> list[tuple[int, int, int]]:
+        """Read `conv_feature_layers`: (channels, kernel, stride) of every feature convolution."""
+        text = self.get(name, str)
+        if not text:
+            return []
+        try:
+            return parse_convolutions(text)
+        except ValueError as error:
+            self.problems.append(Problem("bad-setting", name, str(error)))
+            return []
+
+
+def parse_convolutions(text: str) -> list[tuple[int, int, int]]:
+    """Read fairseq's expression for convolutions without evaluating it: lists of tuples, `+`, and `* number`.
+
+    Args:
+        text: such as `[(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512,2,2)] + [(512,2,2)]`.
+
+    Raises:
+        ValueError: anything else stands there.
+
+    Example:
+        >>> parse_convolutions("[(512, 10, 5)] + [(512, 3, 2)] * 2")
+        [(512, 10, 5), (512, 3, 2), (512, 3, 2)]
+        >>> parse_convolutions("__import__('os').getcwd()")
+        Traceback (most recent call last):
+        ValueError: a list of (channels, kernel, stride) expected, "__import__('os').getcwd()" found; nothing was evaluated
+    """
+    try:
+        if len(text) > 4096:
+            raise ValueError
+        value = _expression(ast.parse(text.strip(), mode="eval").body)
+        if not isinstance(value, list) or not 0 < len(value) <= 64:
+            raise ValueError
+        for layer in value:
+            if not isinstance(layer, tuple) or len(layer) != 3 or not all(0 < n < 1 << 20 for n in layer):
+                raise ValueError
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        raise ValueError(
+            f"a list of (channels, kernel, stride) expected, {text[:60]!r} found; nothing was evaluated"
+        ) from None
+    return value
+
+
+def _expression(node: ast.expr) -> Any:
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        return node.value
+    if isinstance(node, ast.Tuple):
+        return tuple(_expression(item) for item in node.elts)
+    if isinstance(node, ast.List):
+        return [_expression(item) for item in node.elts]
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        left, right = _expression(node.left), _expression(node.right)
+        if isinstance(left, list) and isinstance(right, list):
+            return left + right
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+        left, right = _expression(node.left), _expression(node.right)
+        if isinstance(left, int):
+            left, right = right, left
+        if isinstance(left, list) and isinstance(right, int) and len(left) * right <= 64:
+            return left * right
+    raise ValueError

@@ -1,0 +1,394 @@
+"""From a checkpoint to a model directory: planned, written beside the target, read back, then renamed into place."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import glob
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from convert.checkpoint import Checkpoint, open_checkpoint
+from convert.checkpoint.dictionary import from_file
+from convert.errors import ConvertError, MismatchError, Problem
+from convert.model.architectures import Model, Request, describe
+from convert.report import json_bytes
+from convert.transfer import Transfer, Written, pieces, split
+
+DTYPES = {"keep": "keep", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+MAX_SHARD_SIZE = 5_000_000_000  # what transformers' save_pretrained splits at
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """A finished conversion.
+
+    Args:
+        path: the model directory.
+        model: what was decided about it.
+        files: size and SHA-256 of every file.
+        source_sha256: SHA-256 of the checkpoint.
+    """
+
+    path: Path
+    model: Model
+    files: dict[str, dict[str, Any]]
+    source_sha256: str
+
+
+def plan(
+    checkpoint: str | Path,
+    *,
+    head: str = "",
+    dictionary: str | Path | None = None,
+    base: str | Path | None = None,
+    training_only: Sequence[str] = (),
+) -> Model:
+    """Decide what a conversion of a checkpoint would do. Reads no tensor bytes.
+
+    Args:
+        checkpoint: the file that fairseq's trainer wrote.
+        head: `ctc`, `pretraining` or `encoder`; by default what the checkpoint is.
+        dictionary: a `dict.*.txt`, for checkpoints that carry none.
+        base: the pretrained checkpoint, for a fine-tuned one that does not carry its settings.
+        training_only: settings unknown to this version that act while training only.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+        PlanError: it cannot be converted completely; every reason is in `problems`.
+    """
+    with open_checkpoint(checkpoint) as opened:
+        return describe(opened, _request(head, dictionary, base, training_only))
+
+
+def convert(
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    head: str = "",
+    dictionary: str | Path | None = None,
+    base: str | Path | None = None,
+    training_only: Sequence[str] = (),
+    dtype: str = "keep",
+    max_shard_size: int = MAX_SHARD_SIZE,
+    overwrite: bool = False,
+    allow_non_finite: bool = False,
+    progress: Progress | None = None,
+) -> Converted:
+    """Turn a fairseq checkpoint into a Hugging Face model directory, completely or not at all.
+
+    Args:
+        checkpoint: the file that fairseq's trainer wrote.
+        out: the directory to make.
+        head, dictionary, base, training_only: as for `plan`.
+        dtype: `keep`, `float32`, `float16` or `bfloat16`.
+        max_shard_size: the largest safetensors file, in bytes.
+        overwrite: whether an existing model directory is replaced, once the new one is proved.
+        allow_non_finite: whether NaN and infinite weights are taken as they are.
+        progress: called with (bytes done, bytes in all), from several threads.
+
+    Returns:
+        What was written; every tensor was read back and compared byte for byte with the checkpoint.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read, or is damaged.
+        PlanError: it cannot be converted completely; every reason is in `problems`.
+        ConvertError: `exists`, when `out` is there already.
+        OSError: the disk is full, and the like.
+
+    Example:
+        >>> import tempfile
+        >>> done = convert("checkpoints/espeak-wav2vec2-ctc.pt", tempfile.mkdtemp() + "/model")
+        >>> done.model.target
+        'Wav2Vec2ForCTC'
+    """
+    out = Path(out)
+    if dtype not in DTYPES:
+        raise ConvertError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}", code="usage", key="--dtype")
+    if max_shard_size < 1:
+        raise ConvertError(f"a shard of {max_shard_size} bytes is too small", code="usage", key="--max-shard-size")
+    _check_target(out, overwrite, Path(checkpoint))
+    with open_checkpoint(checkpoint) as opened:
+        model = describe(opened, _request(head, dictionary, base, training_only))
+        with _beside(out) as work:
+            files, digest = _write(opened, model, work, DTYPES[dtype], max_shard_size, allow_non_finite, progress)
+            _replace(work, out, overwrite)
+    return Converted(out, model, files, digest)
+
+
+def _request(head: str, dictionary: Any, base: Any, training_only: Sequence[str]) -> Request:
+    settings = None
+    if base is not None:
+        with open_checkpoint(base) as opened:
+            settings = opened.settings
+    return Request(head, from_file(Path(dictionary)) if dictionary else None, settings, tuple(training_only))
+
+
+def _write(
+    opened: Checkpoint,
+    model: Model,
+    work: Path,
+    dtype: str,
+    max_shard_size: int,
+    allow_non_finite: bool,
+    progress: Progress | None,
+) -> tuple[dict[str, dict[str, Any]], str]:
+    listed = pieces(opened.container, model.plan, opened.tensors, dtype)
+    total = opened.size + sum(piece.count for piece in listed)
+    done = [0]
+
+    def advance(count: int) -> None:
+        done[0] += count
+        if progress:
+            progress(min(done[0], total), total)
+
+    shards = split(listed, max_shard_size)
+    written: list[Written] = []
+    with Transfer(opened.container, allow_non_finite=allow_non_finite, progress=advance) as transfer:
+        for index, shard in enumerate(shards, 1):
+            name = "model.safetensors" if len(shards) == 1 else f"model-{index:05}-of-{len(shards):05}.safetensors"
+            written.append(transfer.write(work / name, shard))
+        digest = transfer.source_sha256()
+    if len(shards) > 1:
+        names = {piece.spec.name: file.name for shard, file in zip(shards, written, strict=True) for piece in shard}
+        size = sum(piece.count for piece in listed)
+        written.append(
+            _json(work, "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": names})
+        )
+    names_of_dtypes = {value: key for key, value in DTYPES.items()}
+    config = {value.name: value.value for value in model.config}
+    if dtype != "keep":
+        config["torch_dtype"] = names_of_dtypes[dtype]
+    written.append(_json(work, "config.json", config))
+    written += [_json(work, name, content) for name, content in sorted(model.processor.files.items())]
+    files = {
+        file.name: {"size": file.size, "sha256": file.sha256} for file in sorted(written, key=lambda file: file.name)
+    }
+    _json(work, "conversion.json", _record(opened, model, digest, names_of_dtypes.get(dtype, "keep"), files))
+    return files, digest
+
+
+def _record(opened: Checkpoint, model: Model, digest: str, dtype: str, files: dict[str, Any]) -> dict[str, Any]:
+    """The content of conversion.json: what the result was made from and how, with nothing private or volatile."""
+    kept: dict[str, Any] = {}
+    for edit in model.plan.table.edits:
+        kept.setdefault(edit.target, {})[str(edit.row)] = _row(opened, model, edit.target, edit.row)
+    return {
+        "schema": 1,
+        "tool": {"name": "fairseq-to-hf", "version": tool_version()},
+        "source": {
+            "name": opened.path.name,
+            "size": opened.size,
+            "sha256": digest,
+            "container": opened.container.kind,
+            "layout": opened.layout,
+        },
+        "architecture": {"fairseq": model.fairseq, "class": model.target, "head": model.head},
+        "settings": without_paths(opened.settings),
+        "training_only": without_paths(dict(model.training_only)),
+        "config": {value.name: value.origin for value in model.config},
+        "dictionary": None
+        if model.dictionary is None
+        else {"symbols": list(model.dictionary.symbols), "counts": list(model.dictionary.counts)},
+        "decoding": model.processor.decoding,
+        "table": {"name": model.plan.table.name, "digest": model.plan.table.digest},
+        "tensors": {target: source for source, target in model.plan.renames.items()},
+        "drops": [{"key": drop.source, "reason": drop.reason} for drop in model.plan.drops],
+        "fills": [{"key": fill.target, "rule": fill.rule, "reason": fill.reason} for fill in model.plan.fills],
+        "edits": [
+            {"key": edit.target, "row": edit.row, "rule": edit.rule, "value": edit.value, "reason": edit.reason}
+            for edit in model.plan.table.edits
+        ],
+        "edited_rows": kept,
+        "dtype": dtype,
+        "files": files,
+    }
+
+
+def _row(opened: Checkpoint, model: Model, target: str, row: int) -> str:
+    """The bytes of a row before an edit, in hexadecimal, for the way back."""
+    from convert.transfer import read_array
+
+    sources = {name: source for source, name in model.plan.renames.items()}
+    data: bytes = read_array(opened.container, opened.tensors[sources[target]])[row].tobytes()
+    return data.hex()
+
+
+def without_paths(value: Any) -> Any:
+    """Keep only the last component of every path in settings: the rest is somebody's machine.
+
+    Example:
+        >>> without_paths({"data": "/home/me/manifests", "w2v_path": "base.pt"})
+        {'data': 'manifests', 'w2v_path': 'base.pt'}
+    """
+    if isinstance(value, dict):
+        return {key: without_paths(child) for key, child in value.items()}
+    if isinstance(value, list):
+        return [without_paths(child) for child in value]
+    if isinstance(value, str) and not value.isspace():
+        parts = value.replace("\\", "/").split("/")
+        return parts[-1] or (parts[-2] if len(parts) > 1 else "") if len(parts) > 1 else value
+    return value
+
+
+def compare_weights(checkpoint: str | Path, model_dir: str | Path, **request: Any) -> list[Problem]:
+    """Compare every tensor of a model directory with the checkpoint it claims to come from, byte for byte.
+
+    Args:
+        checkpoint: the fairseq checkpoint.
+        model_dir: the model directory; its `conversion.json` says the head and the dtype.
+        request: `dictionary`, `base` and `training_only`, as for `plan`.
+
+    Returns:
+        One problem for each tensor that is missing, unexpected, of another shape or dtype, or of other bytes; empty when
+        all are the same.
+
+    Raises:
+        CheckpointError, PlanError: the checkpoint cannot be read or converted.
+        ConvertError: `not-a-model`, when the directory holds no conversion of ours.
+    """
+    from convert.model.directory import ModelDirectory
+
+    directory = ModelDirectory(Path(model_dir))
+    record = directory.conversion
+    with open_checkpoint(checkpoint) as opened:
+        base, training_only = request.get("base"), request.get("training_only", tuple(record.get("training_only", ())))
+        dictionary = request.get("dictionary")
+        asked = _request(record["architecture"]["head"], dictionary, base, training_only)
+        if dictionary is None and opened.dictionary is None:
+            asked = Request(asked.head, directory.dictionary, asked.base, asked.training_only)
+        model = describe(opened, asked)
+        listed = pieces(opened.container, model.plan, opened.tensors, DTYPES[record["dtype"]])
+        return directory.compare(opened, listed)
+
+
+def tool_version() -> str:
+    """Return the installed version of this package."""
+    try:
+        return version("fairseq-to-hf")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _json(work: Path, name: str, content: Any) -> Written:
+    import hashlib
+
+    data = json_bytes(content)
+    with (work / name).open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    if (work / name).read_bytes() != data:
+        raise MismatchError(f"{name} read back differently from what was written", code="read-back", key=name)
+    return Written(name, len(data), hashlib.sha256(data).hexdigest())
+
+
+def _check_target(out: Path, overwrite: bool, checkpoint: Path) -> None:
+    if not out.parent.is_dir():
+        raise ConvertError(
+            f"{out.parent} is no directory; nothing was written", code="no-parent", key=str(out), hint="make it first"
+        )
+    if not os.path.lexists(out):
+        return
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise ConvertError(
+            f"{out} exists already; nothing was written",
+            code="exists",
+            key=str(out),
+            hint="choose another name, or replace it with --overwrite",
+        )
+    if out.is_symlink() or not (out / "conversion.json").is_file():
+        raise ConvertError(
+            f"{out} is no model directory of this tool, so that it is not replaced; nothing was written",
+            code="not-ours",
+            key=str(out),
+            hint="choose another name, or remove it yourself",
+        )
+    if out.resolve() in checkpoint.resolve().parents:
+        raise ConvertError(
+            f"{out} holds the checkpoint itself; nothing was written",
+            code="not-ours",
+            key=str(out),
+            hint="move the file",
+        )
+
+
+@contextlib.contextmanager
+def _beside(out: Path) -> Iterator[Path]:
+    """Make a working directory beside the target, which is removed whatever happens.
+
+    It is locked while this process lives, so that what a killed process left is known as such and removed here.
+    """
+    for left in out.parent.glob(f".{glob.escape(out.name)}.*.part"):
+        with contextlib.suppress(OSError), _locked(left):
+            shutil.rmtree(left, ignore_errors=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
+    try:
+        with _locked(work):
+            yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _replace(work: Path, out: Path, overwrite: bool) -> None:
+    """Rename the finished directory into place; an old one takes its place beside, and is removed with it."""
+    work.chmod(0o777 & ~_umask())
+    if out.is_dir() and not any(out.iterdir()):
+        out.rmdir()
+    if not os.path.lexists(out):
+        work.rename(out)
+    elif overwrite and not _exchange(work, out):  # no atomic exchange here: the old one moves aside for an instant
+        old = work.with_suffix(".old.part")
+        out.rename(old)
+        try:
+            work.rename(out)
+        except BaseException:
+            old.rename(out)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    _sync(out.parent)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Exchange two directories in one step (Linux: renameat2 with RENAME_EXCHANGE); say whether that was possible."""
+    import ctypes
+
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    at_cwd, exchange = -100, 2
+    return bool(rename(at_cwd, os.fsencode(a), at_cwd, os.fsencode(b), exchange) == 0)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
