@@ -1,0 +1,267 @@
+"""Downloads a released fairseq checkpoint by its name in the catalogue, and remembers its SHA-256."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+from types import MappingProxyType
+
+from convert.errors import ConvertError, MismatchError
+from convert.report import json_bytes
+
+PIECE = 1 << 20
+AGENT = {"User-Agent": "fairseq-to-hf"}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A released checkpoint as fairseq's README files describe it; `None` is what no source says."""
+
+    name: str
+    title: str
+    address: str
+    dictionary: str | None  # its address
+    description: str
+    license: str | None  # SPDX
+    twin: str | None  # the Hub model of the same weights, by its name and card
+    language: tuple[str, ...] | None  # ISO 639; None when there are more than a few
+    datasets: tuple[str, ...]  # Hub ids, as far as its training data is on the Hub
+    base_model: str | None  # the Hub id of what it was fine-tuned from
+    citation: str  # arXiv number
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """The sidecar `FILE.json` of a fetched file: which bytes came from where."""
+
+    name: str
+    address: str
+    size: int
+    sha256: str
+    etag: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """What `fetch` leaves behind; `downloaded` is false when everything was there and agreed with its record."""
+
+    checkpoint: Path
+    dictionary: Path | None
+    record: Record
+    downloaded: bool
+
+
+class _InterruptedError(Exception):
+    """The network's fault: worth another attempt."""
+
+
+@functools.cache
+def catalogue() -> Mapping[str, Entry]:
+    """Return the released checkpoints by name.
+
+    Example:
+        >>> catalogue()["wav2vec2-large-lv60-10m-self"].twin
+        'Splend1dchan/wav2vec2-large-10min-lv60-self'
+    """
+    entries = json.loads(files("convert").joinpath("catalogue.json").read_text("utf-8"))["entries"]
+    for fields in entries:
+        fields["language"] = fields["language"] and tuple(fields["language"])
+        fields["datasets"] = tuple(fields["datasets"])
+    return MappingProxyType({fields["name"]: Entry(**fields) for fields in entries})
+
+
+def fetch(
+    name: str,
+    directory: str | Path,
+    *,
+    entries: Mapping[str, Entry] | None = None,
+    timeout: float = 30.0,
+    attempts: int = 5,
+    pause: float = 1.0,
+    progress: bool = False,
+) -> Fetched:
+    """Download a checkpoint as `NAME.pt`, its dictionary as `NAME.dict.txt`, each with its record `FILE.json`.
+
+    An interrupted download goes on where it stopped, unless the server's file has changed. A file that is there
+    already is compared with its record; a record without its file says which bytes the download has to bring.
+
+    Args:
+        name: a name of the catalogue.
+        directory: where the files go; made when missing.
+        entries: the catalogue to look in; by default the one that ships.
+        timeout: seconds without an answer or a byte after which an attempt is given up.
+        attempts: how often to try; `pause` seconds lie before the second, twice as many before the third, and so on.
+        progress: show a bar, if stderr is a terminal.
+
+    Raises:
+        ConvertError: unknown name, the network failed, or a file without a record is in the way.
+        MismatchError: a file, or what the server sent, is not what the record says.
+    """
+    entries = catalogue() if entries is None else entries
+    if name not in entries:
+        from difflib import get_close_matches
+
+        near = ", ".join(get_close_matches(name, entries, n=3, cutoff=0.5))
+        hint = f"did you mean {near}? " * bool(near) + "all names: fairseq-to-hf fetch --list"
+        raise ConvertError(f"no released checkpoint is called {name!r}", code="unknown-name", key=name, hint=hint)
+    target = Path(directory, f"{name}.pt")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    bring = functools.partial(_bring, name, timeout=timeout, attempts=attempts, pause=pause, progress=progress)
+    dictionary, brought = None, False
+    if address := entries[name].dictionary:  # first: when its address is dead, that shows before the large transfer
+        dictionary = target.with_name(f"{name}.dict.txt")
+        _, brought = bring(address, dictionary)
+    record, downloaded = bring(entries[name].address, target)
+    return Fetched(target, dictionary, record, brought or downloaded)
+
+
+def _bring(
+    name: str, address: str, target: Path, *, timeout: float, attempts: int, pause: float, progress: bool
+) -> tuple[Record, bool]:
+    sidecar = target.with_name(f"{target.name}.json")
+    recorded = _read_record(sidecar)
+    if target.exists():
+        if recorded is None:
+            message = f"{target}: is in the way and has no record {sidecar.name}; left as it is"
+            raise ConvertError(message, code="in-the-way", key=str(target), hint="move it away and fetch again")
+        found = Record(name, address, target.stat().st_size, _sha256(target), recorded.etag)
+        _compare(found, recorded, target, f"move {target.name} and {sidecar.name} away and fetch again")
+        return recorded, False
+    for attempt in range(attempts):
+        time.sleep(pause * 2 ** (attempt - 1) if attempt else 0)
+        try:
+            part, etag = _attempt(address, target, timeout, progress)
+            break
+        except _InterruptedError as error:
+            reason = error
+    else:
+        kept = [f"{part.stat().st_size} bytes are kept in {part.name}" for part in _parts(target)]
+        message = f"{address}: {reason}, {attempts} attempts; {', '.join(kept) or 'nothing was written'}"
+        raise ConvertError(message, code="network", key=address, hint="run it again: it goes on where it stopped")
+    found = Record(name, address, part.stat().st_size, _sha256(part), etag)
+    if recorded:
+        _compare(found, recorded, part, f"to accept the new bytes, delete {sidecar.name} and fetch again")
+    # the record first: killed in between, the next fetch finds the whole part and has only to rename it
+    draft = sidecar.with_name(f"{sidecar.name}.part")
+    draft.write_bytes(json_bytes({"schema": 1, **asdict(found)}))
+    draft.replace(sidecar)
+    part.replace(target)
+    for stale in _parts(target):
+        stale.unlink()
+    return found, True
+
+
+def _attempt(address: str, target: Path, timeout: float, progress: bool) -> tuple[Path, str | None]:
+    """Bring one version of the file into its `.part`, whose name says which version its bytes are of."""
+    import fcntl
+    from urllib.request import Request, urlopen
+
+    with _network(address), urlopen(Request(address, headers=AGENT, method="HEAD"), timeout=timeout) as head:
+        etag, length = head.headers["ETag"], head.headers["Content-Length"] or ""
+    if not length.isdigit() or not (size := int(length)):
+        raise ConvertError(f"{address}: the server does not say how large it is", code="size", key=address)
+    part = target.with_name(f"{target.name}.{hashlib.sha256(f'{etag} {size}'.encode()).hexdigest()[:12]}.part")
+    with part.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = part.exists()  # or it has become the final file since it was opened
+        except BlockingIOError:
+            held = False
+        if not held:
+            raise ConvertError(f"{part}: another fetch is writing it", code="busy", key=str(part), hint="wait for it")
+        # without a strong validator nothing says that the rest belongs to these bytes (RFC 9110, 13.1.5)
+        if not etag or etag.startswith("W/") or file.seek(0, os.SEEK_END) > size:
+            file.truncate(0)
+        start = file.seek(0, os.SEEK_END)
+        if start < size:
+            resume = {"Range": f"bytes={start}-", "If-Range": etag} if start else {}
+            with _network(address):
+                answer = urlopen(Request(address, headers=AGENT | resume), timeout=timeout)
+            with answer, _bar(progress, target.name, size) as advance:
+                whole = (answer.status, answer.headers["Content-Length"]) == (200, length)
+                rest = (answer.status, answer.headers["Content-Range"]) == (206, f"bytes {start}-{size - 1}/{size}")
+                if answer.headers["ETag"] != etag or not (whole or rest):
+                    raise _InterruptedError("the server's file changed during the download")
+                if whole:
+                    file.truncate(0)
+                advance(0 if whole else start)
+                while True:
+                    with _network(address):
+                        piece = answer.read1(PIECE)
+                    if not piece:
+                        break
+                    file.write(piece)
+                    advance(len(piece))
+        found = file.seek(0, os.SEEK_END)
+        os.fsync(file.fileno())
+    if found != size:
+        raise _InterruptedError(f"the connection ended at {found} of {size} bytes")
+    return part, etag
+
+
+@contextmanager
+def _network(address: str) -> Iterator[None]:
+    """Tell what another attempt may mend from what it cannot."""
+    from http.client import HTTPException
+    from urllib.error import HTTPError
+
+    try:
+        yield
+    except HTTPError as error:
+        error.close()
+        answer = f"the server answered {error.code} {error.reason}"
+        if error.code in (408, 416, 429) or error.code >= 500:
+            raise _InterruptedError(answer) from error
+        raise ConvertError(f"{address}: {answer}; nothing was written", code="http", key=address) from error
+    except (OSError, HTTPException) as error:
+        raise _InterruptedError(str(getattr(error, "reason", error)) or type(error).__name__) from error
+
+
+@contextmanager
+def _bar(show: bool, label: str, size: int) -> Iterator[Callable[[int], None]]:
+    if not (show and sys.stderr.isatty()):
+        yield lambda count: None
+        return
+    import click
+
+    with click.progressbar(length=size, label=label, file=sys.stderr, update_min_steps=size // 400) as bar:
+        yield bar.update
+
+
+def _parts(target: Path) -> list[Path]:
+    return sorted(target.parent.glob(f"{target.name}.*.part"))
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _compare(found: Record, recorded: Record, path: Path, hint: str) -> None:
+    said, is_ = (f"{record.address}, {record.size} bytes, sha256 {record.sha256}" for record in (recorded, found))
+    if said != is_:
+        message = f"{path}: recorded {said}; found {is_}; nothing was changed"
+        raise MismatchError(message, code="sha256", key=str(path), hint=hint)
+
+
+def _read_record(sidecar: Path) -> Record | None:
+    try:
+        fields = json.loads(sidecar.read_text("utf-8"))
+        return Record(**{name: fields[name] for name in Record.__dataclass_fields__})
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        message = f"{sidecar}: is not the record of a fetched file ({type(error).__name__}: {error})"
+        raise ConvertError(message, code="record", key=str(sidecar), hint="delete it and fetch again") from error
