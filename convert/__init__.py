@@ -16,8 +16,15 @@ _PUBLIC = {
     "convert": "convert.package",
     "plan": "convert.package",
     "compare_weights": "convert.package",
-    "restore": "convert.restore",
-    "fetch": "convert.fetch",
+    "restore": "convert.restoration",
+    "verify": "convert.verification",
+    "record": "convert.verification",
+    "assert_identical": "convert.verification",
+    "evaluate": "convert.evaluation",
+    "Evaluation": "convert.evaluation",
+    "publish": "convert.publishing",
+    "Stated": "convert.publishing",
+    "fetch": "convert.fetching",
 }
 __all__ = list(_PUBLIC)
 

@@ -117,9 +117,9 @@ def convert(
     _check_target(out, overwrite, Path(checkpoint))
     with open_checkpoint(checkpoint) as opened:
         model = describe(opened, _request(head, dictionary, base, training_only))
-        with _beside(out) as work:
+        with beside(out) as work:
             files, digest = _write(opened, model, work, DTYPES[dtype], max_shard_size, allow_non_finite, progress)
-            _replace(work, out, overwrite)
+            into_place(work, out, overwrite)
     return Converted(out, model, files, digest)
 
 
@@ -151,11 +151,11 @@ def _write(
 
     shards = split(listed, max_shard_size)
     written: list[Written] = []
-    with Transfer(opened.container, allow_non_finite=allow_non_finite, progress=advance) as transfer:
-        for index, shard in enumerate(shards, 1):
-            name = "model.safetensors" if len(shards) == 1 else f"model-{index:05}-of-{len(shards):05}.safetensors"
-            written.append(transfer.write(work / name, shard))
-        digest = transfer.source_sha256()
+    transfer = Transfer(opened.container, allow_non_finite=allow_non_finite, progress=advance)
+    for index, shard in enumerate(shards, 1):
+        name = "model.safetensors" if len(shards) == 1 else f"model-{index:05}-of-{len(shards):05}.safetensors"
+        written.append(transfer.write(work / name, shard))
+    digest = transfer.source_sha256()
     if len(shards) > 1:
         names = {piece.spec.name: file.name for shard, file in zip(shards, written, strict=True) for piece in shard}
         size = sum(piece.count for piece in listed)
@@ -184,7 +184,7 @@ def _record(opened: Checkpoint, model: Model, digest: str, dtype: str, files: di
         "schema": 1,
         "tool": {"name": "fairseq-to-hf", "version": tool_version()},
         "source": {
-            "name": opened.path.name,
+            "name": opened.path.name.encode("utf-8", "backslashreplace").decode(),  # file names may be any bytes
             "size": opened.size,
             "sha256": digest,
             "container": opened.container.kind,
@@ -291,13 +291,20 @@ def _json(work: Path, name: str, content: Any) -> Written:
 
 
 def _check_target(out: Path, overwrite: bool, checkpoint: Path) -> None:
+    if out.name in ("", ".."):  # Path(".").name is empty: the working directory would be made inside it, not beside it
+        raise ConvertError(
+            f"{out} is not the name of a new directory; nothing was written",
+            code="usage",
+            key=str(out),
+            hint="name the directory to make, such as my-model",
+        )
     if not out.parent.is_dir():
         raise ConvertError(
             f"{out.parent} is no directory; nothing was written", code="no-parent", key=str(out), hint="make it first"
         )
     if not os.path.lexists(out):
         return
-    if out.is_dir() and not any(out.iterdir()):
+    if out.is_dir() and not out.is_symlink() and not any(out.iterdir()):
         return
     if not overwrite:
         raise ConvertError(
@@ -323,7 +330,7 @@ def _check_target(out: Path, overwrite: bool, checkpoint: Path) -> None:
 
 
 @contextlib.contextmanager
-def _beside(out: Path) -> Iterator[Path]:
+def beside(out: Path) -> Iterator[Path]:
     """Make a working directory beside the target, which is removed whatever happens.
 
     It is locked while this process lives, so that what a killed process left is known as such and removed here.
@@ -333,15 +340,21 @@ def _beside(out: Path) -> Iterator[Path]:
             shutil.rmtree(left, ignore_errors=True)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
     try:
-        with _locked(work):
+        with contextlib.ExitStack() as lock:
+            with contextlib.suppress(OSError):  # a file system without locks: then nothing is ever taken for a leftover
+                lock.enter_context(_locked(work))
             yield work
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        try:
+            shutil.rmtree(work, ignore_errors=True)
+        except KeyboardInterrupt:  # finish, then stop
+            shutil.rmtree(work, ignore_errors=True)
+            raise
 
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
@@ -349,14 +362,22 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _replace(work: Path, out: Path, overwrite: bool) -> None:
-    """Rename the finished directory into place; an old one takes its place beside, and is removed with it."""
+def into_place(work: Path, out: Path, overwrite: bool = True) -> None:
+    """Rename what is finished into place; an old directory takes its place beside, and is removed with it.
+
+    Raises:
+        OSError: `out` appeared meanwhile, and is not to be overwritten.
+    """
+    if work.is_file():
+        work.replace(out)
+        _sync(out.parent)
+        return
     work.chmod(0o777 & ~_umask())
     if out.is_dir() and not any(out.iterdir()):
         out.rmdir()
-    if not os.path.lexists(out):
+    if not overwrite or not os.path.lexists(out):
         work.rename(out)
-    elif overwrite and not _exchange(work, out):  # no atomic exchange here: the old one moves aside for an instant
+    elif not _exchange(work, out):  # no atomic exchange here: the old one moves aside for an instant
         old = work.with_suffix(".old.part")
         out.rename(old)
         try:

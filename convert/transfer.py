@@ -61,17 +61,13 @@ class Written:
     sha256: str
 
 
-def sha256_of(data: mmap.mmap, progress: Progress | None = None, stop: threading.Event | None = None) -> str:
+def sha256_of(data: mmap.mmap) -> str:
     """Hash a mapped file, in constant memory."""
     digest = hashlib.sha256()
     for at in range(0, len(data), CHUNK):
-        if stop and stop.is_set():
-            break
         with memoryview(data) as view, view[at : at + CHUNK] as piece:
             digest.update(piece)
         release(data, at, CHUNK)
-        if progress:
-            progress(min(CHUNK, len(data) - at))
     return digest.hexdigest()
 
 
@@ -143,6 +139,9 @@ def header(listed: Iterable[Piece]) -> bytes:
 class Transfer:
     """Writes files from one checkpoint while the checkpoint itself is hashed.
 
+    The calling thread hashes the source on its way through it and writes; a second thread checks, reads back, compares
+    and hashes what was written. Each byte of the source is in both cores' caches once.
+
     Args:
         container: the mapped checkpoint.
         allow_non_finite: whether NaN and infinite weights are taken as they are.
@@ -155,32 +154,25 @@ class Transfer:
         self.container = container
         self.allow_non_finite = allow_non_finite
         self.progress = progress or (lambda count: None)
-        self.stop = threading.Event()
-        self.non_finite: list[Problem] = []
+        self.source = hashlib.sha256()
+        self.hashed = 0
         self.checked: set[str] = set()
-        self._source: list[str | BaseException] = []
-        self._hasher = threading.Thread(target=self._hash_source, daemon=True)
 
-    def __enter__(self) -> Transfer:
-        self._hasher.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop.set()
-        self._hasher.join()
-
-    def _hash_source(self) -> None:
-        try:
-            self._source.append(sha256_of(self.container.data, self.progress, self.stop))
-        except BaseException as error:  # noqa: BLE001 - handed to the caller of source_sha256
-            self._source.append(error)
+    def _hash_to(self, end: int) -> None:
+        """Hash the source from where hashing stopped up to a position; before it, there is nothing to do."""
+        data = self.container.data
+        while self.hashed < end:
+            count = min(CHUNK, end - self.hashed)
+            with memoryview(data) as whole, whole[self.hashed : self.hashed + count] as piece:
+                self.source.update(piece)
+            release(data, max(0, self.hashed - 2 * _QUEUE * CHUNK), CHUNK)  # the prover is that far behind at most
+            self.hashed += count
+            self.progress(count)
 
     def source_sha256(self) -> str:
-        """Wait for the source file's SHA-256."""
-        self._hasher.join()
-        if isinstance(self._source[0], BaseException):
-            raise self._source[0]
-        return self._source[0]
+        """Hash the rest of the source file, and return its SHA-256."""
+        self._hash_to(len(self.container.data))
+        return self.source.hexdigest()
 
     def write(self, path: Path, listed: list[Piece]) -> Written:
         """Write one safetensors file, read it back, and compare every byte.
@@ -202,53 +194,48 @@ class Transfer:
                 os.posix_fallocate(file.fileno(), 0, size)
             else:
                 os.ftruncate(file.fileno(), size)
-            prover = _Prover(file.fileno(), path.name, self.progress)
+            prover = _Prover(file.fileno(), path.name, self.container.path, self.progress)
             prover.start()
             try:
-                at = self._put(file.fileno(), prover, head, 0)
+                at = self._put(file.fileno(), prover, 0, head, None, None)
                 for piece in listed:
-                    for data in self._chunks(piece):
-                        at = self._put(file.fileno(), prover, data, at)
+                    whole = self._whole(piece)
+                    for data in tensor_bytes(self.container, piece):
+                        at = self._put(file.fileno(), prover, at, data, piece, whole)
             finally:
                 digest = prover.finish()
             os.fsync(file.fileno())
-        if self.non_finite and not self.allow_non_finite:
+        if prover.non_finite and not self.allow_non_finite:
             raise PlanError(
-                f"{len(self.non_finite)} tensors hold NaN or infinite numbers; nothing was written",
+                f"{len(prover.non_finite)} tensors hold NaN or infinite numbers; nothing was written",
                 code="non-finite",
-                problems=self.non_finite,
+                problems=prover.non_finite,
                 hint="training diverged: take an earlier checkpoint, or convert it as it is with --allow-non-finite",
             )
         return Written(path.name, size, digest)
 
-    def _put(self, descriptor: int, prover: _Prover, data: Any, at: int) -> int:
+    def _put(
+        self, descriptor: int, prover: _Prover, at: int, data: Any, piece: Piece | None, whole: Range | None
+    ) -> int:
         view = memoryview(data).cast("B") if len(data) else memoryview(b"")
+        if whole is not None:
+            self._hash_to(min(whole.start + whole.count, max(self.hashed, whole.start) + len(view)))
         done = 0
         while done < len(view):
             done += os.pwrite(descriptor, view[done:], at + done)
-        prover.add(at, view)
+        prover.add(_Chunk(at, view, piece, whole))
         return at + len(view)
 
-    def _chunks(self, piece: Piece) -> Iterator[Any]:
-        """Yield a tensor's bytes; raise when its source is damaged, and note it when its numbers are not finite."""
-        whole: Range | None = None
-        if piece.source is not None:
-            where = self.container.storages[piece.source.storage.key]
-            if piece.made is None and (_start(self.container, piece.source), piece.count) == (where.start, where.count):
-                whole = where
-            else:
-                self._check(where)
-        crc, finite = 0, True
-        for data in tensor_bytes(self.container, piece):
-            crc = zlib.crc32(data, crc) if whole else 0
-            finite = finite and _is_finite(data, piece.spec.dtype)
-            yield data
-        if whole and whole.crc not in (None, crc):
-            raise corrupted(self.container.path, whole)
-        if not finite:
-            self.non_finite.append(Problem("non-finite", piece.spec.name, "holds NaN or infinite numbers"))
+    def _whole(self, piece: Piece) -> Range | None:
+        """Return a tensor's storage where the tensor is all of it, so that its CRC-32 is checked on the way.
 
-    def _check(self, where: Range) -> None:
+        A storage that is only used in part, or not as it lies, is checked here.
+        """
+        if piece.source is None:
+            return None
+        where = self.container.storages[piece.source.storage.key]
+        if piece.made is None and (_start(self.container, piece.source), piece.count) == (where.start, where.count):
+            return where
         if where.crc is not None and where.entry not in self.checked:
             crc = 0
             for at in range(where.start, where.start + where.count, CHUNK):
@@ -256,37 +243,66 @@ class Transfer:
             if crc != where.crc:
                 raise corrupted(self.container.path, where)
             self.checked.add(where.entry)
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    at: int
+    view: memoryview
+    piece: Piece | None
+    whole: Range | None
 
 
 class _Prover(threading.Thread):
-    """Reads written bytes back, compares them with the ones that were meant, and hashes them."""
+    """Checks what is written, reads it back, compares it with what was meant, and hashes it."""
 
-    def __init__(self, descriptor: int, name: str, progress: Progress) -> None:
+    def __init__(self, descriptor: int, name: str, source: Path, progress: Progress) -> None:
         super().__init__(daemon=True)
+        self.descriptor = descriptor
         self.written = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
         self.name_of_file = name
+        self.source = source
         self.progress = progress
-        self.queue: queue.Queue[tuple[int, memoryview] | None] = queue.Queue(_QUEUE)
+        self.queue: queue.Queue[_Chunk | None] = queue.Queue(_QUEUE)
         self.digest = hashlib.sha256()
         self.error: BaseException | None = None
+        self.non_finite: list[Problem] = []
+        self._tensor, self._crc, self._left = "", 0, 0  # the tensor in hand, its CRC-32 so far, the bytes left of it
 
-    def add(self, at: int, view: memoryview) -> None:
+    def add(self, chunk: _Chunk) -> None:
         if self.error:
             raise self.error
-        self.queue.put((at, view))
+        self.queue.put(chunk)
 
     def run(self) -> None:
-        while (item := self.queue.get()) is not None:
+        while (chunk := self.queue.get()) is not None:
             if self.error is None:
                 try:
-                    self._prove(*item)
+                    self._check(chunk)
+                    self._prove(chunk)
                 except BaseException as error:  # noqa: BLE001 - handed to the writer, which raises it
                     self.error = error
 
-    def _prove(self, at: int, view: memoryview) -> None:
-        count = len(view)
-        with view, memoryview(self.written) as written, written[at : at + count] as back:
-            if not _same(view, back):
+    def _check(self, chunk: _Chunk) -> None:
+        """Compare a storage's CRC-32 with the zip directory's after its last byte, and look for NaN and infinity."""
+        if chunk.piece is None:
+            return
+        name = chunk.piece.spec.name
+        if not _is_finite(chunk.view, chunk.piece.spec.dtype):
+            self.non_finite.append(Problem("non-finite", name, "holds NaN or infinite numbers"))
+        if chunk.whole is not None and chunk.whole.crc is not None:
+            if name != self._tensor:
+                self._tensor, self._crc, self._left = name, 0, chunk.whole.count
+            self._crc = zlib.crc32(chunk.view, self._crc)
+            self._left -= len(chunk.view)
+            if self._left == 0 and self._crc != chunk.whole.crc:
+                raise corrupted(self.source, chunk.whole)
+
+    def _prove(self, chunk: _Chunk) -> None:
+        at, count = chunk.at, len(chunk.view)
+        with chunk.view, memoryview(self.written) as written, written[at : at + count] as back:
+            if not _same(chunk.view, back):
                 raise MismatchError(
                     f"{self.name_of_file}: bytes {at} to {at + count} read back differently from what was written; "
                     "nothing was kept",
@@ -296,6 +312,8 @@ class _Prover(threading.Thread):
                 )
             self.digest.update(back)
         release(self.written, at, count)
+        if hasattr(os, "posix_fadvise"):  # starts the write-back now, so that fsync finds little left to do
+            os.posix_fadvise(self.descriptor, at, count, os.POSIX_FADV_DONTNEED)
         self.progress(count)
 
     def finish(self) -> str:
@@ -360,7 +378,7 @@ def _is_finite(data: Any, dtype: str) -> bool:
 
 
 def read_array(container: Container, tensor: StoredTensor) -> np.ndarray[Any, Any]:
-    """Copy a tensor's numbers, whatever its strides, into a new array; bfloat16 comes as its raw `uint16`."""
+    """Read a tensor's numbers, whatever its strides, as a contiguous, read-only array; bfloat16 comes as raw `uint16`."""
     import numpy as np
 
     name, width = container.dtype(tensor)
@@ -378,7 +396,14 @@ def read_array(container: Container, tensor: StoredTensor) -> np.ndarray[Any, An
     span = sum((length - 1) * step for length, step in zip(tensor.shape, tensor.stride, strict=True)) + 1
     flat = np.frombuffer(container.data[start : start + span * width], kinds[name])
     strides = [step * width for step in tensor.stride]
-    return np.ascontiguousarray(np.lib.stride_tricks.as_strided(flat, tensor.shape, strides, writeable=False))
+    return np.array(np.lib.stride_tricks.as_strided(flat, tensor.shape, strides, writeable=False), order="C")
+
+
+def _wide(array: np.ndarray[Any, Any], dtype: str) -> np.ndarray[Any, Any]:
+    """Numbers that numpy can compute with: bfloat16, which it does not know, as float32."""
+    import numpy as np
+
+    return (array.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else array
 
 
 def cast(array: np.ndarray[Any, Any], source: str, target: str) -> bytes:
@@ -392,7 +417,7 @@ def cast(array: np.ndarray[Any, Any], source: str, target: str) -> bytes:
 
     if source == target:
         return array.tobytes()
-    wide = (array.astype(np.uint32) << 16).view(np.float32) if source == "BF16" else array
+    wide = _wide(array, source)
     if target != "BF16":
         with np.errstate(over="ignore"):  # too large for the type: becomes infinite, which the finite check reports
             return wide.astype({"F32": np.float32, "F16": np.float16, "F64": np.float64}[target]).tobytes()
@@ -405,13 +430,16 @@ def _maker(
     container: Container, tensor: StoredTensor, source: str, target: str, edits: list[Edit]
 ) -> Callable[[], bytes]:
     def make() -> bytes:
-        array = read_array(container, tensor)
+        array, kind = read_array(container, tensor), source
+        if edits:  # on numbers of our own: what was read may be a read-only view, and bfloat16 comes as raw bits
+            array = _wide(array, source).copy()
+            kind = "F32" if source == "BF16" else source
         for edit in edits:
             if edit.rule == "add":
                 array[edit.row] += array.dtype.type(edit.value)
             else:
                 array[edit.row] = array.dtype.type(edit.value)
-        return cast(array, source, target)
+        return cast(array, kind, target)
 
     return make
 
@@ -433,10 +461,7 @@ def _filler(
             return cast(np.eye(*shape, dtype=np.float32), "F32", dtype)
         if rule.startswith("norm of "):
             tensor = tensors[by_target[rule.removeprefix("norm of ")]]
-            array = read_array(container, tensor)
-            name = container.dtype(tensor)[0]
-            if name == "BF16":
-                array = (array.astype(np.uint32) << 16).view(np.float32)
+            array = _wide(read_array(container, tensor), container.dtype(tensor)[0])
             norm = np.sqrt((array.astype(np.float64) ** 2).sum(axis=tuple(range(array.ndim - 1))))
             return cast(norm.astype(np.float32).reshape(shape), "F32", dtype)
         raise ConvertError(f"no such rule: {rule}", code="rule", key=rule)

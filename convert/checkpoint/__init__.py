@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +20,12 @@ __all__ = ["Checkpoint", "is_harmful", "is_harmless", "open_checkpoint"]
 
 # What fairseq's trainers, all generations, are known to pickle. Everything here is inert even for `torch.load`.
 _HARMLESS = {
-    "__builtin__": {"dict", "list", "long", "object", "set", "tuple", "unicode"},
+    "__builtin__": {"bytearray", "complex", "dict", "frozenset", "list", "long", "object"}
+    | {"set", "slice", "tuple", "unicode"},
     "_codecs": {"encode"},
     "argparse": {"Namespace"},
-    "builtins": {"dict", "frozenset", "int", "list", "object", "set", "tuple", "float", "str", "bool", "bytes"},
+    "builtins": {"bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "object"}
+    | {"set", "slice", "str", "tuple"},
     "collections": {"Counter", "OrderedDict", "defaultdict"},
     "copyreg": {"_reconstructor"},
     "copy_reg": {"_reconstructor"},
@@ -36,7 +40,13 @@ _HARMLESS = {
     "torch.nn.parameter": {"Parameter"},
     "typing": {"Any"},
 }
-_HARMLESS_PREFIXES = ("fairseq.", "omegaconf.")
+# Classes that hold data. Not all of fairseq: `fairseq.checkpoint_utils.load_checkpoint_to_cpu` would open another pickle.
+_HARMLESS_CLASSES = re.compile(
+    r"fairseq\.(data\.dictionary\.\w*Dictionary|(logging\.)?meters\.[A-Z]\w*Meter|dataclass\.(configs|constants)\.[A-Z]\w*"
+    r"|(criterions|models|optim|tasks)\.[a-z0-9_.]+\.[A-Z]\w*Config)"
+    r"|omegaconf\.(base\.(Container|ContainerMetadata|Metadata|Node)|dictconfig\.DictConfig|listconfig\.ListConfig"
+    r"|nodes\.[A-Z]\w*Node)"
+)
 # No checkpoint needs these, and `torch.load` would run them.
 _HARMFUL = {
     *(
@@ -68,7 +78,10 @@ _HARMFUL = {
     *("popen2", "posix", "posixpath", "profile", "pty", "pydoc", "requests", "runpy", "shelve", "shutil", "signal"),
     *("site", "smtplib", "socket", "ssl", "subprocess", "sys", "tempfile", "threading", "timeit", "trace", "types"),
     *("urllib", "urllib2", "venv", "webbrowser", "xmlrpc", "zipimport", "builtins", "__builtin__", "_io", "_codecs"),
+    *("ast", "cgitb", "codecs", "doctest", "ensurepip", "ftplib", "gc", "idlelib", "imaplib", "imp", "logging"),
+    *("pandas", "poplib", "setuptools", "sqlite3", "tarfile", "telnetlib", "turtle", "unittest", "zipfile"),
 }
+_SLACK = 64_000_000  # bytes that the views of a small file may need beyond the file's size
 _HARMFUL_NAMES = {"torch.load", "torch.hub.load", "torch.storage._load_from_bytes", "torch.serialization.load"}
 _HARMFUL_NAMES |= {"torch.jit.load", "numpy.load", "numpy.loads", "numpy.testing._private.utils.runstring"}
 
@@ -83,7 +96,7 @@ def is_harmless(name: str) -> bool:
     module, _, last = name.rpartition(".")
     if module == "torch" and last.endswith("Storage"):
         return True
-    return last in _HARMLESS.get(module, ()) or module.startswith(_HARMLESS_PREFIXES)
+    return last in _HARMLESS.get(module, ()) or _HARMLESS_CLASSES.fullmatch(name) is not None
 
 
 def is_harmful(name: str) -> bool:
@@ -94,7 +107,7 @@ def is_harmful(name: str) -> bool:
         (True, False)
     """
     module = name.rpartition(".")[0]
-    return not is_harmless(name) and (module.split(".")[0] in _HARMFUL or name in _HARMFUL_NAMES or "." in name[-1:])
+    return not is_harmless(name) and (module.split(".")[0] in _HARMFUL or name in _HARMFUL_NAMES)
 
 
 @dataclass(slots=True)
@@ -179,7 +192,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def _read(path: Path, container: Container) -> Checkpoint:
-    harmful = sorted(name for name in map(str, container.globals) if is_harmful(name))
+    # a name with dots walks attributes, `torch` and `os.system`; trainers name classes of modules only
+    harmful = sorted(str(name) for name in container.globals if is_harmful(str(name)) or "." in name.name)
     if harmful:
         raise CheckpointError(
             f"{path.name}: its pickle wants to call {', '.join(harmful[:5])}; it was not executed, and nothing was written",
@@ -204,12 +218,27 @@ def _read(path: Path, container: Container) -> Checkpoint:
             key=path.name,
             hint="join the shards with fairseq's scripts/consolidate_fsdp_shards.py, then convert the result",
         )
-    model = {str(name): value for name, value in top["model"].items()}
+    model: dict[str, Any] = top["model"]
+    strange = [name for name in model if not isinstance(name, str) or not name.isprintable()]
+    if strange:
+        raise CheckpointError(
+            f"{path.name}: its model names a tensor {ascii(strange[0])[:60]}, which is no text; nothing was written",
+            code="corrupted-model",
+            key=path.name,
+        )
     tensors = {name: value for name, value in model.items() if isinstance(value, StoredTensor)}
     if not tensors:
         raise CheckpointError(f"{path.name}: its model holds no tensor", code="no-tensors", key=path.name)
+    total = sum(math.prod(tensor.shape) * container.dtype(tensor)[1] for tensor in tensors.values())
+    if total > 2 * len(container.data) + _SLACK:  # a view with stride 0 repeats one number as often as its shape says
+        raise CheckpointError(
+            f"{path.name}: its tensors would take {total} bytes, and the file has {len(container.data)}; nothing was written",
+            code="size-bomb",
+            key=path.name,
+            hint="get the checkpoint from its author again: no trainer writes such views",
+        )
     layout, settings = read_settings(top, path.name)
-    parts = {str(key): _bytes_in(container, value) for key, value in top.items() if key != "model"}
+    parts = {_printable(key): _bytes_in(container, value) for key, value in top.items() if key != "model"}
     return Checkpoint(
         path=path,
         container=container,
@@ -234,12 +263,16 @@ def _dictionary(top: dict[str, Any], name: str) -> Dictionary | None:
     return from_pickle(state.get("target_dictionary"), name)
 
 
+def _printable(key: Any) -> str:
+    return str(key) if str(key).isprintable() else ascii(key)
+
+
 def _kind(value: Any) -> str:
     return "a module or object" if not isinstance(value, (list, tuple, str, int)) else f"a {type(value).__name__}"
 
 
 def _foreign(path: Path, top: dict[Any, Any]) -> CheckpointError:
-    keys: Iterator[str] = (str(key) for key, value in top.items() if isinstance(value, StoredTensor))
+    keys: Iterator[str] = (_printable(key) for key, value in top.items() if isinstance(value, StoredTensor))
     first = next(keys, "")
     what = "a dict without a `model`"
     hint = "name the checkpoint that fairseq's trainer wrote, such as checkpoint_best.pt"

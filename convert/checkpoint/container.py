@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import re
+import struct
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ DTYPES = {
 }
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.serialization.MAGIC_NUMBER
 _DEPTH, _NODES = 200, 4_000_000
+_END, _DIRECTORY = 22 + 65_535, 1 << 26  # the zip's end record with the longest comment; bytes of the largest directory
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +77,16 @@ class Container:
 
     def dtype(self, tensor: StoredTensor) -> tuple[str, int]:
         """Return a tensor's safetensors dtype and its bytes an element."""
-        known = DTYPES.get(tensor.storage.type)
+        return self.dtype_of(tensor.storage.type)
+
+    def dtype_of(self, storage: str) -> tuple[str, int]:
+        """Return the same for a storage class of torch's."""
+        known = DTYPES.get(storage)
         if known is None:
             raise CheckpointError(
-                f"{self.path.name}: storage type {tensor.storage.type} is not supported; nothing was written",
+                f"{self.path.name}: storage type {storage} is not supported; nothing was written",
                 code="unsupported-dtype",
-                key=tensor.storage.type,
+                key=storage,
             )
         return known
 
@@ -99,15 +105,25 @@ def open_container(path: Path) -> Container:
     """
     if path.is_dir():
         raise _unreadable(path, "is a directory, not a checkpoint file", "directory", "name the .pt file inside it")
-    with path.open("rb") as file:
-        head = file.read(512)
-        if not head:
-            raise _unreadable(path, "is empty", "empty-file", "download or copy it again")
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if path.exists() and not path.is_file():  # opening a pipe would wait for a writer, reading a device would not end
+        raise _unreadable(path, "is a pipe or a device, not a file", "not-a-file", _HINT)
+    try:
+        with path.open("rb") as file:
+            head = file.read(512)
+            if not head:
+                raise _unreadable(path, "is empty", "empty-file", "download or copy it again")
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path.name} cannot be opened: {error.strerror or error}; nothing was written",
+            code="missing-file" if isinstance(error, FileNotFoundError) else "unreadable-file",
+            key=path.name,
+            hint="check the name and the permissions of the checkpoint",
+        ) from None
     try:
         if head[:4] == b"PK\x03\x04":
             return _open_zip(path, data)
-        if head[:1] == b"\x80" and head[1] < 6:
+        if head[:1] == b"\x80" and head[1:2] < b"\x06":
             return _open_legacy(path, data)
         raise _foreign(path, head)
     except BaseException:
@@ -117,13 +133,15 @@ def open_container(path: Path) -> Container:
 
 def _open_zip(path: Path, data: mmap.mmap) -> Container:
     entries: dict[str, zipfile.ZipInfo] = {}
+    if _directory_size(data) > _DIRECTORY:
+        raise _unreadable(path, "has a larger zip directory than any trainer writes", "hostile-zip")
     try:
         with zipfile.ZipFile(path) as archive:
             for info in archive.infolist():
                 if info.filename in entries:
                     raise _unreadable(path, f"holds the entry {info.filename!r} twice", "corrupted-zip")
                 entries[info.filename] = info
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, UnicodeDecodeError, OSError) as error:
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error, OSError) as error:
         raise _unreadable(path, f"is a truncated or damaged zip file ({error})", "truncated") from None
     for name in entries:
         if ".." in name.split("/") or name.startswith("/") or "\\" in name:
@@ -140,13 +158,18 @@ def _open_zip(path: Path, data: mmap.mmap) -> Container:
             raise _unreadable(path, "was written on a big-endian machine", "byteorder")
     where = _range(path, data, entries[pickles[0]])
     _check_crc(path, data, where)
-    value, names, _ = load(data[where.start : where.start + where.count], 0, path.name)
+    loaded = load(data[where.start : where.start + where.count], 0, path.name, len(data))
     folder = f"{prefix}data/"
     storages = {
         name.removeprefix(folder): _range(path, data, info) for name, info in entries.items() if name.startswith(folder)
     }
-    container = Container(path, "zip", data, value, frozenset(names), storages)
-    for tensor in tensors_in(value, path.name):
+    behind = 0
+    for place in sorted((where, *storages.values()), key=lambda place: (place.start, place.count)):
+        if place.start < behind and place.count:  # a small file that pretends to be a large one
+            raise _unreadable(path, f"entry {place.entry} overlaps another one", "hostile-zip")
+        behind = max(behind, place.start + place.count)
+    container = Container(path, "zip", data, loaded.value, loaded.globals, storages)
+    for tensor in tensors_in(loaded.value, path.name):
         found = storages.get(tensor.storage.key)
         need = tensor.storage.count * container.dtype(tensor)[1]
         if found is None or found.count != need:
@@ -155,13 +178,25 @@ def _open_zip(path: Path, data: mmap.mmap) -> Container:
     return container
 
 
+def _directory_size(data: mmap.mmap) -> int:
+    """How many bytes `zipfile` would read as the directory, each of which costs it about ten bytes of memory."""
+    end = data.rfind(b"PK\x05\x06", max(0, len(data) - _END))
+    if end < 0:
+        return 0
+    size = int.from_bytes(data[end + 12 : end + 16], "little")
+    if end < 76 or data[end - 20 : end - 16] != b"PK\x06\x07":
+        return size
+    records = {end - 76, int.from_bytes(data[end - 12 : end - 4], "little")}  # zip64: where it is, where it says it is
+    return max(int.from_bytes(data[at + 40 : at + 48], "little") for at in records)
+
+
 def _range(path: Path, data: mmap.mmap, info: zipfile.ZipInfo) -> Range:
     """Find an entry's bytes: its local header may be longer than the directory says (torch pads it to align tensors)."""
     if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
         raise _unreadable(path, f"entry {info.filename} is compressed, which torch never does", "compressed-entry")
     at = info.header_offset
     header = data[at : at + 30]
-    if len(header) < 30 or header[:4] != b"PK\x03\x04":
+    if at < 0 or len(header) < 30 or header[:4] != b"PK\x03\x04":
         raise _unreadable(path, f"entry {info.filename} has no header", "corrupted-zip")
     start = at + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
     if start + info.file_size > len(data):
@@ -182,25 +217,30 @@ def corrupted(path: Path, where: Range) -> CheckpointError:
 
 
 def _open_legacy(path: Path, data: mmap.mmap) -> Container:
-    magic, _, at = load(data, 0, path.name)
-    if magic != _LEGACY_MAGIC:
+    magic = load(data, 0, path.name, len(data))
+    if magic.value != _LEGACY_MAGIC:
         raise _unreadable(path, "is a pickle that torch.save did not write", "foreign-file", _HINT)
-    _, _, at = load(data, at, path.name)  # protocol version
-    system, _, at = load(data, at, path.name)
+    version = load(data, magic.end, path.name, len(data))
+    described = load(data, version.end, path.name, len(data))
+    system = described.value
     if isinstance(system, dict) and system.get("little_endian") is False:
         raise _unreadable(path, "was written on a big-endian machine", "byteorder")
-    value, names, at = load(data, at, path.name)
-    keys, _, at = load(data, at, path.name)
-    needed = {tensor.storage.key: tensor for tensor in tensors_in(value, path.name)}
-    if not isinstance(keys, list) or set(map(str, keys)) < set(needed):
+    loaded = load(data, described.end, path.name, len(data))
+    listed = load(data, loaded.end, path.name, len(data))
+    keys, at = listed.value, listed.end
+    texts = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
+    if not texts or not loaded.storages.keys() <= set(keys):
         raise _unreadable(path, "names storages that it does not hold", "corrupted-pickle")
-    container = Container(path, "legacy", data, value, frozenset(names), {})
-    for key in map(str, keys):
+    container = Container(path, "legacy", data, loaded.value, loaded.globals, {})
+    for _ in tensors_in(loaded.value, path.name):  # refuses what nests too deep, here as in the zip layout
+        pass
+    for key in keys:
         count = int.from_bytes(data[at : at + 8], "little")
-        if key not in needed:
+        if key not in loaded.storages:
             raise _unreadable(path, f"holds storage {key} that nothing refers to", "corrupted-pickle")
-        width = container.dtype(needed[key])[1]
-        if count != needed[key].storage.count or at + 8 + count * width > len(data):
+        kind, expected = loaded.storages[key]
+        width = container.dtype_of(kind)[1]
+        if count != expected or at + 8 + count * width > len(data):
             have = len(data) - at - 8
             raise _unreadable(path, f"storage {key}: {count * width} bytes expected, {have} are left", "truncated")
         container.storages[key] = Range(at + 8, count * width, None, key)

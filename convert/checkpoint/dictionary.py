@@ -66,9 +66,13 @@ def from_file(path: Path) -> Dictionary:
     Raises:
         CheckpointError: `bad-dictionary`, with the line's number.
     """
-    symbols, counts = list(SPECIAL), [1] * len(SPECIAL)
+    symbols, counts, seen = list(SPECIAL), [1] * len(SPECIAL), set(SPECIAL)
     try:
         lines = path.read_text("utf-8").split("\n")
+    except OSError as error:
+        raise CheckpointError(
+            f"{path.name} cannot be read: {error.strerror or error}", code="bad-dictionary", key=path.name, hint=_HINT
+        ) from None
     except UnicodeDecodeError:
         raise CheckpointError(
             f"{path.name} is not a text file in UTF-8", code="bad-dictionary", key=path.name, hint=_HINT
@@ -80,14 +84,14 @@ def from_file(path: Path) -> Dictionary:
         overwrite = count == "#fairseq:overwrite"
         if overwrite:
             token, _, count = token.rpartition(" ")
-        if not count.isdigit() or not token:
+        if not (count.isascii() and count.isdigit() and len(count) < 19) or not token:
             raise CheckpointError(
                 f"{path.name}, line {number}: `token count` expected, {line[:40]!r} found",
                 code="bad-dictionary",
                 key=path.name,
                 hint=_HINT,
             )
-        if token in symbols and not overwrite:
+        if token in seen and not overwrite:
             raise CheckpointError(
                 f"{path.name}, line {number}: {token!r} stands there a second time",
                 code="bad-dictionary",
@@ -95,6 +99,7 @@ def from_file(path: Path) -> Dictionary:
                 hint="fairseq refuses it too, unless the line ends with #fairseq:overwrite",
             )
         symbols.append(token)
+        seen.add(token)
         counts.append(int(count))
     return _checked(symbols, counts, SPECIAL, path.name)
 

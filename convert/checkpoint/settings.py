@@ -14,6 +14,7 @@ from convert.errors import CheckpointError
 
 SECTIONS = ("model", "task", "criterion")
 _DEPTH, _NODES = 60, 200_000
+_TRAIL, _TEXT = 16, 4_000_000  # references that lead to one another; characters, and those that references expand to
 _REFERENCE = re.compile(r"\$\{([A-Za-z_][\w.]*)\}")
 
 
@@ -44,7 +45,7 @@ def read_settings(checkpoint: dict[str, Any], name: str) -> tuple[str, dict[str,
             return "args", _sections(_plain(checkpoint["args"]))
     except (_TooLargeError, RecursionError):
         raise CheckpointError(
-            f"{name}: its settings nest deeper than any trainer writes; nothing was written",
+            f"{name}: its settings are deeper or larger than any trainer writes; nothing was written",
             code="corrupted-settings",
             key=name,
         ) from None
@@ -79,11 +80,12 @@ def _is_section(value: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    budget = [_NODES]
+    nodes, letters = [_NODES], [_TEXT]
 
     def walk(item: Any, depth: int) -> Any:
-        budget[0] -= 1
-        if depth > _DEPTH or budget[0] < 0:
+        nodes[0] -= 1
+        letters[0] -= len(item) if isinstance(item, (str, bytes)) else 0  # one text may stand there many times
+        if depth > _DEPTH or nodes[0] < 0 or letters[0] < 0:
             raise _TooLargeError
         if isinstance(item, dict):
             return {str(walk(key, depth + 1)): walk(child, depth + 1) for key, child in item.items()}
@@ -91,7 +93,11 @@ def _plain(value: Any) -> Any:
             return [walk(child, depth + 1) for child in item]
         if isinstance(item, Stub):
             return walk(_content(item), depth + 1)
-        if item is None or isinstance(item, (bool, int, float, str)):
+        if isinstance(item, str):  # Python keeps a byte that is no UTF-8 as a lone surrogate, which JSON cannot hold
+            return item if item.isascii() else item.encode("utf-8", "replace").decode()
+        if isinstance(item, int) and not -(2**63) <= item < 2**63:
+            raise _TooLargeError
+        if item is None or isinstance(item, (bool, int, float)):
             return item
         if isinstance(item, bytes):
             return item.decode("latin1")
@@ -125,6 +131,12 @@ def _content(stub: Stub) -> Any:
 
 def _resolved(root: Any) -> Any:
     """Resolve `${section.key}` against the root, as omegaconf does; what cannot be resolved stays as it stands."""
+    left = [_TEXT]
+
+    def spend(letters: int) -> None:
+        left[0] -= letters
+        if left[0] < 0:
+            raise _TooLargeError
 
     def find(path: str, trail: tuple[str, ...]) -> Any:
         value: Any = root
@@ -134,14 +146,22 @@ def _resolved(root: Any) -> Any:
             value = value[part]
         return resolve(value, (*trail, path))
 
+    def text(path: str, trail: tuple[str, ...]) -> str:
+        found = find(path, trail)
+        if isinstance(found, (dict, list)):  # omegaconf refuses it too
+            raise KeyError(path)
+        spend(len(str(found)))
+        return str(found)
+
     def resolve(value: Any, trail: tuple[str, ...]) -> Any:
-        if not isinstance(value, str) or "${" not in value:
+        if not isinstance(value, str) or "${" not in value or len(trail) > _TRAIL:
             return value
+        spend(len(value))
         whole = _REFERENCE.fullmatch(value)
         try:
             if whole:
                 return value if whole[1] in trail else find(whole[1], trail)
-            return _REFERENCE.sub(lambda match: str(find(match[1], (*trail, match[1]))), value)
+            return _REFERENCE.sub(lambda match: text(match[1], (*trail, match[1])), value)
         except (KeyError, RecursionError):
             return value
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import mmap
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,7 @@ class Global:
         return f"{self.module}.{self.name}"
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Stub:
     """An object of a class that was not imported: its constructor's arguments, its state, and its items."""
 
@@ -37,6 +37,9 @@ class Stub:
     args: tuple[Any, ...] = ()
     state: Any = None
     items: list[Any] = field(default_factory=list)
+
+    def __repr__(self) -> str:  # without its content, which can be endless where objects hold one another many times
+        return f"<{self.type}>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,42 +69,63 @@ class StoredTensor:
     stride: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What a pickle holds.
+
+    Args:
+        value: the value.
+        globals: every global it names.
+        storages: type and number of elements of every storage it names, by key, in use or not.
+        end: the position after its last byte.
+    """
+
+    value: Any
+    globals: frozenset[Global]
+    storages: dict[str, tuple[str, int]]
+    end: int
+
+
 class _MalformedError(Exception):
     """The stream breaks the rules of pickle; becomes a `CheckpointError` that names the file."""
 
 
 _MARK = object()
 _PLAIN = (str, int, float, bytes, type(None))
+# Limits far above what trainers write: opcodes of a pickle (and one more for every 64 bytes of the file, so that memory stays
+# in proportion to it), elements handed to constructors beyond those that were read, sets, bytes of one number.
+_STEPS, _COPIES, _SETS, _NUMBER = 1_000_000, 1_000_000, 10_000, 256
 _NOTHING = {"collections.OrderedDict", "collections.defaultdict", "builtins.dict", "__builtin__.dict"}
 _CONTAINERS: dict[str, Callable[[Any], Any]] = {
     "builtins.list": list,
     "__builtin__.list": list,
     "builtins.tuple": tuple,
     "torch.Size": tuple,
-    "builtins.set": lambda values: {value for value in values if isinstance(value, _PLAIN)},
+    "builtins.set": lambda values: _plain_set(values),
 }
 _CONTAINERS["__builtin__.set"] = _CONTAINERS["builtins.frozenset"] = _CONTAINERS["builtins.set"]
 _NUMPY_SCALARS = {"f2": "<e", "f4": "<f", "f8": "<d", "i1": "<b", "i2": "<h", "i4": "<i", "i8": "<q", "u1": "<B"}
 _NUMPY_SCALARS |= {"u2": "<H", "u4": "<I", "u8": "<Q", "b1": "<?"}
 
 
-def load(data: Buffer, start: int, name: str) -> tuple[Any, set[Global], int]:
+def load(data: Buffer, start: int, name: str, size: int) -> Loaded:
     """Read one pickle.
 
     Args:
         data: the bytes; only those of this pickle are looked at.
         start: where the pickle starts.
         name: the file's name, for errors.
+        size: the size of the whole file, which bounds the work and the memory.
 
     Returns:
-        The value, every global it names, and the position after its last byte.
+        Its value, and what it names.
 
     Raises:
         CheckpointError: `corrupted-pickle`, when the stream is not a pickle of plain data.
     """
     machine = _Machine(data, start)
     try:
-        value = machine.run()
+        value = machine.run(_STEPS + size // 64)
     except (
         _MalformedError,
         IndexError,
@@ -121,21 +145,24 @@ def load(data: Buffer, start: int, name: str) -> tuple[Any, set[Global], int]:
             key=name,
             hint="copy or download the file again; if it is whole, it is no checkpoint of fairseq's",
         ) from None
-    return value, machine.globals, machine.position
+    return Loaded(value, frozenset(machine.globals), machine.storages, machine.position)
 
 
 class _Machine:
     def __init__(self, data: Buffer, start: int) -> None:
         self.data = data
-        self.position = start
+        self.start = self.position = start
         self.end = len(data)
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
         self.globals: set[Global] = set()
+        self.storages: dict[str, tuple[str, int]] = {}
+        self.copied = 0
+        self.sets = 0
 
-    def run(self) -> Any:
+    def run(self, steps: int) -> Any:
         data, table = self.data, _TABLE
-        while True:
+        for _ in range(steps):
             if self.position >= self.end:
                 raise _MalformedError(f"it ends at byte {self.position} without its stop mark")
             code = data[self.position]
@@ -148,6 +175,7 @@ class _Machine:
             if step is None:
                 raise _MalformedError(f"opcode 0x{code:02x} at byte {self.position - 1} is not one that torch writes")
             step(self)
+        raise _MalformedError(f"more than {steps:,} steps, which no trainer writes")
 
     # Reading
 
@@ -193,7 +221,7 @@ class _Machine:
     # Objects
 
     def named(self, module: Any, name: Any) -> Global:
-        if not isinstance(module, str) or not isinstance(name, str):
+        if not isinstance(module, str) or not isinstance(name, str) or not f"{module}{name}".isprintable():
             raise _MalformedError(f"a global without a name at byte {self.position}")
         found = Global(module, name)
         self.globals.add(found)
@@ -202,21 +230,31 @@ class _Machine:
     def make(self, function: Any, args: Any) -> Any:
         if not isinstance(function, Global) or not isinstance(args, tuple):
             raise _MalformedError(f"a call of something that is no global at byte {self.position}")
+        # constructors copy: without a limit, a list that is named again and again would grow without being read again
+        self.copied += sum(len(value) for value in args if isinstance(value, (str, bytes, list, tuple, dict, set)))
+        if self.copied > _COPIES + self.position - self.start:
+            raise _MalformedError(f"a value that is copied again and again, at byte {self.position}")
         return rebuild(function, args)
 
-    def persistent(self, identity: Any) -> Storage:
-        """`torch.serialization`'s persistent id: ('storage', type, key, location, count[, view])."""
-        if not (isinstance(identity, tuple) and len(identity) in (5, 6) and identity[0] == "storage"):
+    def persistent(self, identity: Any) -> Storage | Global:
+        """`torch.serialization`'s persistent ids: ('storage', type, key, location, count[, view]), ('module', class, ...)."""
+        if not isinstance(identity, tuple):
+            raise _MalformedError(f"a persistent id that is no tuple at byte {self.position}")
+        if len(identity) == 4 and identity[0] == "module" and isinstance(identity[1], Global):
+            return identity[1]  # a class whose source the legacy layout keeps
+        if len(identity) not in (5, 6) or identity[0] != "storage":
             raise _MalformedError(f"a persistent id that is no storage at byte {self.position}")
         _, kind, key, _, count = identity[:5]
-        if not (isinstance(kind, Global) and isinstance(key, str) and isinstance(count, int) and count >= 0):
+        if not (isinstance(kind, Global) and isinstance(key, str) and key.isprintable() and _is_count(count)):
             raise _MalformedError(f"a storage without type, key or size at byte {self.position}")
+        if self.storages.setdefault(key, (kind.name, count)) != (kind.name, count):
+            raise _MalformedError(f"a storage of two types or sizes at byte {self.position}")
         view = identity[5] if len(identity) == 6 else None
         if view is None:
             return Storage(key, kind.name, count)
-        view_key, start, view_count = view
-        if not (isinstance(start, int) and isinstance(view_count, int) and 0 <= start <= start + view_count <= count):
-            raise _MalformedError(f"storage view {view_key!r} leaves its storage")
+        _, start, view_count = view
+        if not (_is_count(start) and _is_count(view_count) and start + view_count <= count):
+            raise _MalformedError(f"a view leaves its storage at byte {self.position}")
         return Storage(key, kind.name, count, start)
 
     def build(self) -> None:
@@ -254,7 +292,7 @@ class _Machine:
         target = self.top()
         if not isinstance(target, set):
             raise _MalformedError(f"items for a {type(target).__name__} at byte {self.position}")
-        target.update(value for value in values if isinstance(value, _PLAIN))
+        target |= _plain_set(values)
 
     def text(self, count: int) -> str:
         return self.take(count).decode("utf-8", "surrogatepass")
@@ -267,7 +305,7 @@ class _Machine:
             return piece
 
     def remember(self, index: int) -> None:
-        self.memo[index] = self.top()
+        self.memo[_key(index)] = self.top()
 
     def recall(self, index: int) -> None:
         if index not in self.memo:
@@ -275,7 +313,15 @@ class _Machine:
         self.stack.append(self.memo[index])
 
     def signed(self, count: int) -> int:
+        if count > _NUMBER:
+            raise _MalformedError(f"a number of {count} bytes at byte {self.position}")
         return int.from_bytes(self.take(count), "little", signed=True)
+
+    def new_set(self) -> set[Any]:
+        self.sets += 1
+        if self.sets > _SETS:
+            raise _MalformedError(f"more than {_SETS:,} sets, which no trainer writes")
+        return set()
 
 
 def rebuild(function: Global, args: tuple[Any, ...]) -> Any:
@@ -302,21 +348,34 @@ def rebuild(function: Global, args: tuple[Any, ...]) -> Any:
 
 
 def _key(key: Any) -> Any:
-    """Refuse keys whose hash would walk a structure: nested tuples can make that endless, or overflow the C stack."""
-    if isinstance(key, tuple) and len(key) < 16 and not any(isinstance(part, tuple) for part in key):
-        return key
-    if key is None or isinstance(key, (str, int, float, bytes, Global, Stub)):
-        return key
-    raise _MalformedError(f"a {type(key).__name__} as a key")
+    """Refuse keys whose hash would walk a structure: nested tuples can make that endless, or overflow the C stack.
+
+    Numbers beyond 64 bits are refused with them: Python's hash of a number is the number modulo 2**61 - 1, so that a file
+    could choose a hundred thousand that collide.
+    """
+    parts = key if isinstance(key, tuple) and len(key) < 16 else (key,)
+    for part in parts:
+        if not isinstance(part, (*_PLAIN, Global, Stub)) or (isinstance(part, int) and not -(2**63) <= part < 2**63):
+            raise _MalformedError(f"a {type(part).__name__} as a key")
+    return key
+
+
+def _plain_set(values: Iterable[Any]) -> set[Any]:
+    return {_key(value) for value in values if isinstance(value, _PLAIN)}
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**62  # True and False are numbers to Python, not to safetensors
 
 
 def _tensor(args: tuple[Any, ...]) -> StoredTensor:
     storage, offset, shape, stride = args[:4]
-    numbers = [offset, *shape, *stride]
-    if not isinstance(storage, Storage) or not all(isinstance(n, int) and 0 <= n < 2**62 for n in numbers):
-        raise _MalformedError("a tensor without a storage, or with an impossible shape")
+    if not isinstance(shape, (tuple, list)) or not isinstance(stride, (tuple, list)):
+        raise _MalformedError("a tensor without a shape")
     if len(shape) != len(stride) or len(shape) > 64:
         raise _MalformedError(f"a tensor of {len(shape)} axes with {len(stride)} strides")
+    if not isinstance(storage, Storage) or not all(map(_is_count, (offset, *shape, *stride))):
+        raise _MalformedError("a tensor without a storage, or with an impossible shape")
     last = storage.start + offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True)) + 1
     if 0 not in shape and last > storage.count:
         raise _MalformedError(f"a tensor of shape {tuple(shape)} ends behind its storage of {storage.count} elements")
@@ -334,8 +393,8 @@ def _dictionary(args: tuple[Any, ...]) -> dict[Any, Any]:
 
 def _numpy_scalar(args: tuple[Any, ...]) -> Any:
     kind, payload = (*args, None, None)[:2]
-    if isinstance(kind, Stub) and kind.args and isinstance(payload, bytes):
-        layout = _NUMPY_SCALARS.get(str(kind.args[0]))
+    if isinstance(kind, Stub) and kind.args and isinstance(kind.args[0], str) and isinstance(payload, bytes):
+        layout = _NUMPY_SCALARS.get(kind.args[0])
         order = kind.state[1] if isinstance(kind.state, tuple) and len(kind.state) > 1 else "<"
         if layout and len(payload) == struct.calcsize(layout):
             return struct.unpack(layout.replace("<", ">") if order == ">" else layout, payload)[0]
@@ -353,6 +412,8 @@ def _text_number(machine: _Machine) -> Any:
     line = machine.line()
     if line in (b"00", b"01"):
         return line == b"01"
+    if len(line) > 2 * _NUMBER:
+        raise _MalformedError(f"a number of {len(line)} digits before byte {machine.position}")
     return int(line.rstrip(b"L"))
 
 
@@ -456,18 +517,18 @@ _TABLE: dict[int, Callable[[_Machine], None]] = {
     ord("l"): _push(lambda m: m.to_mark()),
     ord("}"): _push(lambda m: {}),
     ord("d"): _push(_pair_up),
-    0x8F: _push(lambda m: set()),
-    0x91: _push(lambda m: {v for v in m.to_mark() if isinstance(v, _PLAIN)}),   # FROZENSET
+    0x8F: _push(_Machine.new_set),
+    0x91: _push(lambda m: m.new_set() | _plain_set(m.to_mark())),   # FROZENSET
     0x90: _Machine.additems,
     ord("a"): _one_value,
     ord("e"): lambda m: m.append(m.to_mark()),
     ord("s"): _one_item,
     ord("u"): lambda m: m.setitems(m.to_mark()),
-    ord("p"): lambda m: m.remember(int(m.line())),
+    ord("p"): lambda m: m.remember(_text_number(m)),
     ord("q"): lambda m: m.remember(m.number(1)),
     ord("r"): lambda m: m.remember(m.number(4)),
     0x94: lambda m: m.remember(len(m.memo)),                        # MEMOIZE
-    ord("g"): lambda m: m.recall(int(m.line())),
+    ord("g"): lambda m: m.recall(_text_number(m)),
     ord("h"): lambda m: m.recall(m.number(1)),
     ord("j"): lambda m: m.recall(m.number(4)),
     ord("c"): _push(lambda m: m.named(m.line().decode(), m.line().decode())),

@@ -1,0 +1,132 @@
+"""Write a checkpoint in torch's zip layout, so that fairseq's own loader takes it; needs neither torch nor fairseq.
+
+The pickle is emitted by hand because Python's pickler insists on importing the classes it names, and
+`fairseq.data.dictionary.Dictionary` cannot be imported where fairseq does not install.
+"""
+
+from __future__ import annotations
+
+import struct
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from convert.checkpoint.container import DTYPES
+from convert.checkpoint.dictionary import Dictionary
+from convert.transfer import product
+
+_STORAGE = {dtype: (name, width) for name, (dtype, width) in DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class NewTensor:
+    """A tensor to write: its safetensors dtype, its shape, and its bytes in pieces."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: Iterable[bytes]
+
+
+def write_checkpoint(path: Path, model: Mapping[str, NewTensor], state: Mapping[str, Any]) -> None:
+    """Write a checkpoint.
+
+    Args:
+        path: the file to make; it must not exist.
+        model: the tensors of `model`.
+        state: the other entries of the top level: plain data, `Dictionary` included.
+    """
+    tensors = list(model.values())
+    keys = {id(tensor): str(index) for index, tensor in enumerate(tensors)}
+    pickle = _Emitter(keys).dump({**state, "model": dict(model)})
+    prefix = path.name.partition(".")[0] or "archive"
+    with path.open("xb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        _entry(archive, f"{prefix}/data.pkl", [pickle])
+        _entry(archive, f"{prefix}/byteorder", [b"little"])
+        for index, tensor in enumerate(tensors):
+            _entry(archive, f"{prefix}/data/{index}", tensor.pieces)
+        _entry(archive, f"{prefix}/version", [b"3\n"])
+
+
+def _entry(archive: zipfile.ZipFile, name: str, pieces: Iterable[bytes]) -> None:
+    info = zipfile.ZipInfo(name)  # dated 1980, as torch's own entries: the same model gives the same bytes
+    with archive.open(info, "w", force_zip64=True) as entry:
+        for piece in pieces:
+            entry.write(piece)
+
+
+class _Emitter:
+    """Emits pickle protocol 2 for plain data, tensors and fairseq dictionaries."""
+
+    def __init__(self, keys: Mapping[int, str]) -> None:
+        self.keys = keys
+        self.out = bytearray()
+
+    def dump(self, value: Any) -> bytes:
+        self.out += b"\x80\x02"
+        self.put(value)
+        return bytes(self.out + b".")
+
+    def put(self, value: Any) -> None:
+        if value is None or isinstance(value, bool):
+            self.out += {None: b"N", True: b"\x88", False: b"\x89"}[value]
+        elif isinstance(value, int):
+            data = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+            self.out += b"\x8a" + bytes([len(data)]) + data
+        elif isinstance(value, float):
+            self.out += b"G" + struct.pack(">d", value)
+        elif isinstance(value, str):
+            data = value.encode("utf-8", "surrogatepass")
+            self.out += b"X" + len(data).to_bytes(4, "little") + data
+        elif isinstance(value, (list, tuple)):
+            self.out += b"](" if isinstance(value, list) else b"("
+            for item in value:
+                self.put(item)
+            self.out += b"e" if isinstance(value, list) else b"t"
+        elif isinstance(value, Mapping):
+            self.out += b"}("
+            for key, item in value.items():
+                self.put(key)
+                self.put(item)
+            self.out += b"u"
+        elif isinstance(value, NewTensor):
+            self.tensor(value)
+        elif isinstance(value, Dictionary):
+            self.dictionary(value)
+        else:
+            raise TypeError(f"a checkpoint cannot hold a {type(value).__name__}")
+
+    def named(self, module: str, name: str) -> None:
+        self.out += f"c{module}\n{name}\n".encode()
+
+    def tensor(self, tensor: NewTensor) -> None:
+        """`torch._utils._rebuild_tensor_v2(storage, offset, shape, stride, requires_grad, hooks)`."""
+        stride, step = [], 1
+        for length in reversed(tensor.shape):
+            stride.append(step)
+            step *= length
+        self.named("torch._utils", "_rebuild_tensor_v2")
+        self.out += b"("
+        self.out += b"("
+        self.put("storage")
+        self.named("torch", _STORAGE[tensor.dtype][0])
+        for part in (self.keys[id(tensor)], "cpu", product(tensor.shape)):
+            self.put(part)
+        self.out += b"tQ"  # the tuple is a persistent id
+        for value in (0, tensor.shape, tuple(reversed(stride)), False):
+            self.put(value)
+        self.named("collections", "OrderedDict")
+        self.out += b")R" + b"tR"
+
+    def dictionary(self, dictionary: Dictionary) -> None:
+        """An instance of `fairseq.data.dictionary.Dictionary`, built without calling its constructor."""
+        names = dict(zip(("bos", "pad", "eos", "unk"), dictionary.special, strict=False))
+        state: dict[str, Any] = {f"{key}_word": name for key, name in names.items()}
+        state |= {f"{key}_index": dictionary.symbols.index(name) for key, name in names.items()}
+        state |= {"symbols": list(dictionary.symbols), "count": list(dictionary.counts), "nspecial": len(names)}
+        state["indices"] = {symbol: index for index, symbol in enumerate(dictionary.symbols)}
+        self.named("fairseq.data.dictionary", "Dictionary")
+        self.out += b")\x81"
+        self.put(state)
+        self.out += b"b"

@@ -1,0 +1,33 @@
+"""`fairseq-to-hf restore`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from convert.cli import Outcome
+from convert.cli import command as make
+from convert.restoration import restore
+
+
+@make(
+    "restore",
+    "fairseq-to-hf restore my-model checkpoint.pt",
+    "fairseq-to-hf restore my-model checkpoint.pt --overwrite",
+    "fairseq-to-hf restore --json model-trained-with-transformers checkpoint.pt",
+)
+@click.argument("model_dir", type=click.Path(path_type=Path))
+@click.argument("out", metavar="CHECKPOINT", type=click.Path(path_type=Path))
+@click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint, once the new one is proved.")
+def command(model_dir: Path, out: Path, overwrite: bool) -> Outcome:
+    """Write a fairseq checkpoint from a model directory.
+
+    Takes a directory that this tool made, or one that transformers saved; fairseq's own loader takes the result.
+    """
+    done = restore(model_dir, out, overwrite=overwrite)
+    lines = [
+        f"{out}: {done.tensors} tensors, each byte read back and compared",
+        *(f"note: {note}" for note in done.notes),
+    ]
+    return Outcome(True, "\n".join(lines), {"checkpoint": str(out), "tensors": done.tensors, "notes": list(done.notes)})

@@ -1,0 +1,363 @@
+"""The way back: from a Hugging Face wav2vec 2.0 directory to a checkpoint that fairseq's own loader takes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from convert.checkpoint import open_checkpoint
+from convert.checkpoint.dictionary import SPECIAL, Dictionary
+from convert.checkpoint.writer import NewTensor, write_checkpoint
+from convert.errors import ConvertError, MismatchError, PlanError, Problem
+from convert.mapping.rules import Table, TensorSpec
+from convert.mapping.wav2vec2 import Layout, table
+from convert.model.directory import ModelDirectory
+from convert.model.fields import ACTIVATIONS, SAME
+from convert.package import beside, into_place
+from convert.transfer import CHUNK, WIDTHS
+
+# What a model in transformers may still call the positional convolution's weight norm (before torch 2.1).
+_ALIASES = {"conv.weight_g": "conv.parametrizations.weight.original0"}
+_ALIASES["conv.weight_v"] = "conv.parametrizations.weight.original1"
+_NEVER = -1e4  # the bias of symbols that fairseq's dictionary must have and the model never learned
+_HEADS = {"Wav2Vec2ForCTC": "ctc", "Wav2Vec2ForPreTraining": "pretraining"}
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """A finished restoration.
+
+    Args:
+        path: the checkpoint.
+        tensors: how many it holds.
+        notes: what was made or changed on the way, for models that fairseq did not make.
+    """
+
+    path: Path
+    tensors: int
+    notes: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class _Draft:
+    """What will be written: each tensor with the function that yields its bytes."""
+
+    specs: dict[str, TensorSpec]
+    bytes: dict[str, Callable[[], Iterator[bytes]]]
+    settings: dict[str, Any]
+    dictionary: Dictionary | None
+    notes: list[str]
+
+
+def restore(model_dir: str | Path, out: str | Path, *, overwrite: bool = False) -> Restored:
+    """Write a fairseq checkpoint from a Hugging Face model directory.
+
+    Args:
+        model_dir: a directory that this tool made (settings from `conversion.json`), or one that transformers saved
+            (settings from `config.json`, vocabulary from `vocab.json`).
+        out: the checkpoint to write.
+        overwrite: whether an existing file is replaced, once the new one is proved.
+
+    Returns:
+        What was written. Every tensor was read back and compared byte for byte with the model's.
+
+    Raises:
+        ConvertError: `not-a-model`, `exists`.
+        PlanError: the model has no fairseq counterpart; every reason is in `problems`.
+    """
+    out = Path(out)
+    directory = ModelDirectory(Path(model_dir))
+    if os.path.lexists(out) and not (overwrite and out.is_file()):
+        hint = "choose another name, or replace it with --overwrite"
+        raise ConvertError(f"{out} exists already; nothing was written", code="exists", key=str(out), hint=hint)
+    if not out.parent.is_dir():
+        raise ConvertError(f"{out.parent} is no directory; nothing was written", code="no-parent", key=str(out))
+    ours = (directory.path / "conversion.json").is_file()
+    draft = _from_conversion(directory) if ours else _from_config(directory)
+    model = {key: NewTensor(spec.dtype, spec.shape, draft.bytes[key]()) for key, spec in draft.specs.items()}
+    history = {"criterion_name": "", "optimizer_name": "", "num_updates": 0, "best_loss": None}
+    state: dict[str, Any] = {"args": None, "cfg": draft.settings, "criterion": None, "optimizer_history": [history]}
+    state |= {"task_state": {} if draft.dictionary is None else {"target_dictionary": draft.dictionary}}
+    state |= {"extra_state": {}, "last_optimizer_state": None}
+    with beside(out) as work:
+        path = work / out.name
+        write_checkpoint(path, model, state)
+        _prove(path, draft)
+        into_place(path, out)
+    return Restored(out, len(model), tuple(draft.notes))
+
+
+def _prove(path: Path, draft: _Draft) -> None:
+    """Read the checkpoint back with the reader that knows nothing of the writer, and compare every byte."""
+    from convert.transfer import read_array
+
+    with open_checkpoint(path) as opened:
+        if opened.inventory != draft.specs:
+            raise MismatchError(f"{path.name} read back with other tensors; nothing was kept", code="read-back")
+        for key, tensor in opened.tensors.items():
+            if read_array(opened.container, tensor).tobytes() != b"".join(draft.bytes[key]()):
+                raise MismatchError(f"{key} read back differently; nothing was kept", code="read-back", key=key)
+
+
+def _reader(directory: ModelDirectory, name: str) -> Callable[[], Iterator[bytes]]:
+    place = directory.tensors[name]
+
+    def read() -> Iterator[bytes]:
+        with (directory.path / place.file).open("rb") as file:
+            file.seek(place.start)
+            for at in range(0, place.count, CHUNK):
+                yield file.read(min(CHUNK, place.count - at))
+
+    return read
+
+
+def _from_conversion(directory: ModelDirectory) -> _Draft:
+    record = directory.conversion
+    if record["drops"]:
+        problems = [Problem("dropped", drop["key"], drop["reason"]) for drop in record["drops"]]
+        raise PlanError(
+            f"{directory.path} lacks tensors that fairseq's model needs; nothing was written",
+            code="dropped",
+            problems=problems,
+            hint="convert the checkpoint again with all of it, such as --head pretraining",
+        )
+    draft = _Draft({}, {}, _loadable(record["settings"]), directory.dictionary, [])
+    made = {fill["key"] for fill in record["fills"]}
+    lost = [target for target in record["tensors"] if target not in directory.tensors]
+    lost += [target for target in directory.tensors if target not in record["tensors"] and target not in made]
+    if lost:
+        problems = [Problem("changed", key, "conversion.json and the weights disagree about it") for key in lost]
+        raise PlanError(f"{directory.path} was changed since its conversion", code="changed", problems=problems)
+    for target, source in record["tensors"].items():
+        spec = directory.tensors[target].spec
+        draft.specs[source] = TensorSpec(source, spec.shape, spec.dtype)
+        draft.bytes[source] = _reader(directory, target)
+        if target in record["edited_rows"]:
+            draft.bytes[source] = _with_rows(directory, target, record["edited_rows"][target])
+    return draft
+
+
+def _with_rows(directory: ModelDirectory, name: str, rows: Mapping[str, str]) -> Callable[[], Iterator[bytes]]:
+    """Put back the rows that the conversion edited."""
+
+    def read() -> Iterator[bytes]:
+        data = bytearray(directory.read(name))
+        for row, text in rows.items():
+            old = bytes.fromhex(text)
+            data[int(row) * len(old) : (int(row) + 1) * len(old)] = old
+        yield bytes(data)
+
+    return read
+
+
+def _loadable(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as today's fairseq wants them: a plain `cfg`, whatever layout they came from."""
+
+    def section(values: Mapping[str, Any]) -> dict[str, Any]:
+        model = {key: value for key, value in values["model"].items() if key not in ("flat", "w2v_args")}
+        if isinstance(values["model"].get("w2v_args"), dict):
+            model["w2v_args"] = section(values["model"]["w2v_args"])
+        task = {"data": "", **values["task"]}
+        if model.get("_name") == "wav2vec_ctc":  # its task was called audio_pretraining before June 2021
+            task |= {"_name": "audio_finetuning"}
+            model.setdefault("data", "")
+            model.setdefault("normalize", task.get("normalize", False))
+        else:
+            task["_name"] = "audio_pretraining"
+        return {"model": model, "task": task, "criterion": None if "w2v_args" not in model else values["criterion"]}
+
+    return {"_name": None, "common": {}, **section(settings)}
+
+
+def _from_config(directory: ModelDirectory) -> _Draft:
+    config = directory.config
+    head = next((_HEADS[name] for name in config.get("architectures") or [] if name in _HEADS), "")
+    problems = _unsupported(config, head)
+    if problems:
+        raise PlanError(f"{directory.path} has no fairseq counterpart", code="unsupported", problems=problems)
+    names = {_alias(name): name for name in directory.tensors}
+    made = _table(config, head, directory, names)
+    draft = _Draft({}, {}, _settings(config, head, directory), None, ["settings come from config.json"])
+    for target, source in made.inverse.renames.items():
+        if target == "wav2vec2.masked_spec_embed" and target not in names:  # transformers has none without masking
+            draft.specs[source] = TensorSpec(source, (config["hidden_size"],), "F32")
+            draft.bytes[source] = lambda: iter([b"\0" * 4 * config["hidden_size"]])
+            draft.notes.append(f"{source}: zeros, the model never masks")
+            continue
+        spec = directory.tensors[names[target]].spec
+        draft.specs[source] = TensorSpec(source, spec.shape, spec.dtype)
+        draft.bytes[source] = _reader(directory, names[target])
+    if head == "ctc":
+        _vocabulary(directory, config, draft)
+    return draft
+
+
+def _alias(name: str) -> str:
+    return next((name.removesuffix(old) + new for old, new in _ALIASES.items() if name.endswith(old)), name)
+
+
+def _unsupported(config: Mapping[str, Any], head: str) -> list[Problem]:
+    problems = []
+    if config.get("model_type") != "wav2vec2" or not head:
+        classes = ", ".join(_HEADS)
+        found = f"{config.get('model_type')}, {config.get('architectures')}"
+        problems.append(Problem("unsupported-architecture", "architectures", f"{classes} expected, {found} found"))
+    if config.get("add_adapter") or config.get("adapter_attn_dim"):
+        problems.append(Problem("unsupported-setting", "adapter", "fairseq's wav2vec 2.0 has no such adapter"))
+    if config.get("hidden_act", "gelu") not in ACTIVATIONS.values():
+        problems.append(Problem("unsupported-setting", "hidden_act", f"{config.get('hidden_act')!r} has no twin"))
+    if config.get("feat_extract_activation", "gelu") != "gelu" or config.get("layer_norm_eps", 1e-5) != 1e-5:
+        problems.append(Problem("unsupported-setting", "feat_extract_activation, layer_norm_eps", "gelu and 1e-5 only"))
+    return problems
+
+
+def _table(config: Mapping[str, Any], head: str, directory: ModelDirectory, names: Mapping[str, str]) -> Table:
+    """Make the table of a transformers model, and hold it against the tensors that are there."""
+    groups, per_group = config.get("num_codevector_groups", 2), config.get("num_codevectors_per_group", 320)
+    lm_head = directory.tensors.get("lm_head.bias")
+    layout = Layout(
+        kind=head,
+        convolutions=tuple(zip(config["conv_dim"], config["conv_kernel"], strict=True)),
+        group_norm=config.get("feat_extract_norm", "group") == "group",
+        conv_bias=config.get("conv_bias", False),
+        projection=config["conv_dim"][-1] != config["hidden_size"],
+        weight_norm=True,
+        hidden=config["hidden_size"],
+        ffn=config["intermediate_size"],
+        layers=config["num_hidden_layers"],
+        conv_pos=config.get("num_conv_pos_embeddings", 128),
+        pos_group=config["hidden_size"] // config.get("num_conv_pos_embedding_groups", 16),
+        vocab=lm_head.spec.shape[0] if lm_head else 0,
+        codes=groups * per_group,
+        code_width=config.get("codevector_dim", 256) // groups,
+        codevector=config.get("codevector_dim", 256),
+        final=config.get("proj_codevector_dim", 256),
+    )
+    made = table(layout, head)
+    problems = [Problem("missing-tensor", key, "is not in the model") for key in made.shapes if key not in names]
+    problems = [p for p in problems if p.key != "wav2vec2.masked_spec_embed"]
+    problems += [
+        Problem("unexpected-tensor", key, "has no place in fairseq's model") for key in names.keys() - made.shapes
+    ]
+    for key, shape in made.shapes.items():
+        if key in names and directory.tensors[names[key]].spec.shape != shape:
+            found = directory.tensors[names[key]].spec.shape
+            problems.append(Problem("shape", key, f"the model has {found}, config.json says {shape}"))
+    for key in made.fills:  # equal widths: fairseq has no projection, so that the model's must do nothing
+        if key in names and not _does_nothing(directory, names[key]):
+            problems.append(
+                Problem("projection", key, "fairseq has no projection between equal widths; this one is used")
+            )
+    if problems:
+        raise PlanError(f"{directory.path} does not fit fairseq's model", code="incomplete", problems=problems)
+    return made
+
+
+def _does_nothing(directory: ModelDirectory, name: str) -> bool:
+    import numpy as np
+
+    spec = directory.tensors[name].spec
+    if spec.dtype != "F32":
+        return False
+    value = np.frombuffer(directory.read(name), np.float32).reshape(spec.shape)
+    return bool(np.array_equal(value, np.eye(*spec.shape) if len(spec.shape) == 2 else np.zeros(spec.shape)))
+
+
+def _settings(config: Mapping[str, Any], head: str, directory: ModelDirectory) -> dict[str, Any]:
+    """fairseq's settings from config.json; what it does not say has transformers' default."""
+    defaults: dict[str, Any] = {"conv_bias": False, "layer_norm_first": False, "conv_pos": 128, "conv_pos_groups": 16}
+    defaults |= {"mask_length": 10, "mask_channel_length": 10, "latent_vars": 320, "latent_groups": 2}
+    defaults |= {"num_negatives": 100, "logit_temp": 0.1, "mask_channel_prob": 0.0}
+    model: dict[str, Any] = {}
+    for name, target in SAME.items():
+        model[name] = config.get(target, defaults.get(name, 0.1 if "drop" in name else None))
+    twins = {value: key for key, value in reversed(ACTIVATIONS.items())}
+    convolutions = zip(config["conv_dim"], config["conv_kernel"], config["conv_stride"], strict=True)
+    model |= {
+        "_name": "wav2vec2",
+        "activation_fn": twins[config.get("hidden_act", "gelu")],
+        "extractor_mode": "default" if config.get("feat_extract_norm", "group") == "group" else "layer_norm",
+        "conv_feature_layers": str([tuple(layer) for layer in convolutions]),
+        "mask_prob": config.get("mask_time_prob", 0.05),
+        "final_dim": config.get("proj_codevector_dim", 256),
+        "latent_dim": config.get("codevector_dim", 256),
+        "quantize_targets": head == "pretraining",
+    }
+    features: dict[str, Any] = {}
+    if (directory.path / "preprocessor_config.json").is_file():
+        features = directory.json("preprocessor_config.json")
+    elif (directory.path / "processor_config.json").is_file():
+        features = directory.json("processor_config.json").get("feature_extractor", {})
+    if "do_normalize" not in features:
+        raise PlanError(
+            f"{directory.path} does not say whether its input is normalised (no preprocessor_config.json)",
+            code="missing-setting",
+            key="do_normalize",
+            hint="save the model's feature extractor beside it",
+        )
+    task = {"_name": "audio_pretraining", "data": "", "normalize": features["do_normalize"]}
+    task["sample_rate"] = features.get("sampling_rate", 16000)
+    inner = {"model": model, "task": task, "criterion": None}
+    if head == "pretraining":
+        return {"_name": None, "common": {}, **inner}
+    outer = {"_name": "wav2vec_ctc", "w2v_args": inner, "data": "", "normalize": task["normalize"], "w2v_path": ""}
+    outer |= {"apply_mask": config.get("apply_spec_augment", True), "final_dropout": config.get("final_dropout", 0.1)}
+    outer |= {"layerdrop": model["encoder_layerdrop"]}
+    outer |= {name: model[name] for name in ("dropout", "activation_dropout", "attention_dropout", "dropout_input")}
+    outer |= {name: model[name] for name in ("mask_length", "mask_prob", "mask_channel_length", "mask_channel_prob")}
+    criterion = {"_name": "ctc", "zero_infinity": config.get("ctc_zero_infinity", False), "post_process": "letter"}
+    return {
+        "_name": None,
+        "common": {},
+        "model": outer,
+        "task": task | {"_name": "audio_finetuning"},
+        "criterion": criterion,
+    }
+
+
+def _vocabulary(directory: ModelDirectory, config: Mapping[str, Any], draft: _Draft) -> None:
+    """Bring the vocabulary into fairseq's order: the blank first, then `<pad>`, `</s>`, `<unk>`, then the rest.
+
+    A model whose vocabulary has that order keeps its head's bytes. Another one has its rows permuted, and rows that
+    fairseq must have and the model does not get zeros and a bias that keeps them from ever being chosen.
+    """
+    ids = {token: index for token, index in directory.json("vocab.json").items() if isinstance(index, int)}
+    rows = draft.specs["w2v_encoder.proj.bias"].shape[0]
+    symbols = [token for token, _ in sorted(ids.items(), key=lambda item: item[1])]
+    blank = config.get("pad_token_id", 0)
+    if sorted(ids.values()) != list(range(rows)):
+        detail = f"vocab.json names {len(ids)} ids, the head has {rows} rows"
+        raise PlanError(f"{directory.path}: {detail}", code="dictionary-size", key="vocab.json")
+    if blank == 0 and len(symbols) > 4 and symbols[2:4] == list(SPECIAL[2:]) and set(symbols[:2]) == set(SPECIAL[:2]):
+        symbols[:2] = SPECIAL[:2]
+        draft.dictionary = Dictionary(tuple(symbols), (1,) * rows)
+        return
+    known = {"<s>": blank, "</s>": ids.get("</s>"), "<unk>": ids.get("<unk>", ids.get("[UNK]"))}
+    order: list[int | None] = [known["<s>"], None, known["</s>"], known["<unk>"]]
+    order += [index for index in range(rows) if index not in order]
+    names = [*SPECIAL, *(symbols[index] for index in order[4:] if index is not None)]
+    draft.dictionary = Dictionary(tuple(names), (1,) * len(names))
+    draft.notes.append(f"the head's {rows} rows were brought into fairseq's order of {len(names)} symbols")
+    for key, filler in (("w2v_encoder.proj.weight", 0.0), ("w2v_encoder.proj.bias", _NEVER)):
+        spec = draft.specs[key]
+        draft.specs[key] = TensorSpec(key, (len(order), *spec.shape[1:]), spec.dtype)
+        draft.bytes[key] = _permuted(draft.bytes[key], spec, order, filler)
+
+
+def _permuted(
+    read: Callable[[], Iterator[bytes]], spec: TensorSpec, order: list[int | None], filler: float
+) -> Callable[[], Iterator[bytes]]:
+    def make() -> Iterator[bytes]:
+        import numpy as np
+
+        from convert.transfer import cast
+
+        data = b"".join(read())
+        width = len(data) // spec.shape[0]
+        row = cast(np.full(width // WIDTHS[spec.dtype], filler, np.float32), "F32", spec.dtype)
+        yield b"".join(row if index is None else data[index * width : (index + 1) * width] for index in order)
+
+    return make
