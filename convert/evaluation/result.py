@@ -1,0 +1,151 @@
+"""The result of an evaluation, and its place in the model directory: `evaluation.json`."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from convert.errors import ConvertError, Problem
+from convert.evaluation.data import Dataset
+from convert.evaluation.score import Scores
+from convert.report import json_bytes
+
+FILE = "evaluation.json"
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What was said in one utterance, and what was heard.
+
+    Args:
+        index: its place in the dataset.
+        name: what it is called there.
+        digest: the SHA-256 of its samples.
+        text: the reference transcript.
+        hypothesis: what the model directory writes.
+        fairseq: what fairseq writes, where it was asked.
+    """
+
+    index: int
+    name: str
+    digest: str
+    text: str
+    hypothesis: str
+    fairseq: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Error rates of a model directory on a dataset.
+
+    Args:
+        dataset: what was measured on.
+        scores: the model directory's error rates.
+        reference: fairseq's error rates, where it was asked.
+        rows: every utterance.
+        normalizer: what was done to both texts before they were compared.
+        decoder: how text was made of logits.
+        command: the command line that measures the same again, without paths.
+        hint: what explains a high error rate; empty when nothing does.
+    """
+
+    dataset: Dataset
+    scores: Scores
+    reference: Scores | None
+    rows: tuple[Row, ...]
+    normalizer: str
+    decoder: str
+    command: str
+    hint: str
+
+    @property
+    def differing(self) -> tuple[Row, ...]:
+        """The utterances that fairseq and the model directory transcribe differently."""
+        return tuple(row for row in self.rows if row.fairseq is not None and row.fairseq != row.hypothesis)
+
+    @property
+    def ok(self) -> bool:
+        """Whether no transcript differs from fairseq's; true as well when fairseq was not asked."""
+        return not self.differing
+
+    @property
+    def problems(self) -> tuple[Problem, ...]:
+        """One for each utterance whose transcript differs."""
+        return tuple(
+            Problem("transcript", row.name, f"fairseq {row.fairseq!r}, transformers {row.hypothesis!r}")
+            for row in self.differing
+        )
+
+    def entry(self) -> dict[str, Any]:
+        """The entry of `evaluation.json`: nothing in it depends on the day, the machine or its speed."""
+        entry: dict[str, Any] = {
+            "dataset": asdict(self.dataset),
+            "metrics": {"wer": self.scores.wer, "cer": self.scores.cer},
+            "utterances": len(self.rows),
+            "words": self.scores.words,
+            "normalizer": self.normalizer,
+            "decoder": self.decoder,
+            "command": self.command,
+        }
+        if self.reference:
+            entry["reference"] = {"name": "fairseq", "wer": self.reference.wer, "cer": self.reference.cer}
+        return entry
+
+
+def write_result(model_dir: Path, entry: dict[str, Any]) -> None:
+    """Write an entry into the directory's `evaluation.json`; it replaces one of the same data, normaliser and decoder.
+
+    Raises:
+        ConvertError: a file of that name is there and is not one of ours.
+    """
+    path = model_dir / FILE
+    results = [old for old in read_results(model_dir) if _identity(old) != _identity(entry)]
+    content = json_bytes({"schema": SCHEMA, "results": sorted([*results, entry], key=_identity)})
+    handle, name = tempfile.mkstemp(prefix=f".{FILE}.", dir=model_dir)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def read_results(model_dir: Path) -> list[dict[str, Any]]:
+    """Read the entries of a model directory's `evaluation.json`; none when there is no such file.
+
+    Raises:
+        ConvertError: the file is not one that `write_result` writes.
+    """
+    path = model_dir / FILE
+    if not path.exists():
+        return []
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        results: list[dict[str, Any]] = found["results"] if found["schema"] == SCHEMA else []
+        identities = [_identity(result) for result in results]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConvertError(f"{FILE}: not an evaluation result", code="result", key=FILE, hint="move it away") from error
+    if found["schema"] != SCHEMA or len(set(identities)) != len(identities):
+        message = f"{FILE}: schema {found['schema']!r}, expected {SCHEMA} with one entry for each dataset and decoder"
+        raise ConvertError(message, code="result", key=FILE, hint="move it away")
+    return results
+
+
+def _identity(entry: dict[str, Any]) -> tuple[str, ...]:
+    """What makes two entries the same measurement: the data (whatever their revision), the normaliser, the decoder."""
+    dataset = entry["dataset"]
+    fields = (
+        dataset["type"],
+        dataset["name"],
+        dataset["config"],
+        dataset["split"],
+        entry["normalizer"],
+        entry["decoder"],
+    )
+    return tuple(str(field) for field in fields)
