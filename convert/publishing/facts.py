@@ -1,0 +1,192 @@
+"""What is known about a model, and from where: the only source of the model card."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+from convert.errors import ConvertError
+from convert.publishing.files import MODEL, Inventory
+
+if TYPE_CHECKING:
+    from convert.fetching import Entry
+
+# The paper that describes a model class, by the beginning of the class's name.
+_METHOD = {"Wav2Vec2": "2006.11477", "Hubert": "2106.07447", "Data2VecAudio": "2202.03555"}
+
+
+@dataclass(frozen=True, slots=True)
+class Paper:
+    """A publication as a card cites it."""
+
+    arxiv: str
+    title: str
+    authors: tuple[str, ...]
+    year: int
+    blog: str | None
+    code: str | None
+    facts: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Stated:
+    """What a person says about the model, which no file knows; it wins over everything else."""
+
+    license: str | None = None
+    language: tuple[str, ...] = ()
+    datasets: tuple[str, ...] = ()
+    base_model: str | None = None
+    catalogue: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """Everything a card may say. `None` and empty mean unknown, and are left out."""
+
+    repo_id: str
+    pin: str | None  # the tag that the snippets load; None where no tag can be set
+    class_name: str
+    config: Mapping[str, Any]
+    preprocessor: Mapping[str, Any]
+    conversion: Mapping[str, Any]
+    verification: Mapping[str, Any] | None
+    evaluation: tuple[Mapping[str, Any], ...]
+    entry: Entry | None
+    license: str | None
+    language: tuple[str, ...]
+    datasets: tuple[str, ...]
+    base_model: str | None
+    papers: tuple[Paper, ...]
+    sample: str | None
+    letters: bool
+    stated: frozenset[str]
+
+    @property
+    def verified(self) -> bool:
+        """Whether a verification of exactly these bytes passed."""
+        return self.verification is not None
+
+    @property
+    def ctc(self) -> bool:
+        """Whether the model writes text."""
+        return self.class_name.endswith("ForCTC")
+
+    @property
+    def title(self) -> str:
+        """The released model's title, else the repository's name."""
+        return self.entry.title if self.entry else self.repo_id.split("/")[-1]
+
+    @property
+    def unknown(self) -> tuple[str, ...]:
+        """The metadata that nobody knows and the card therefore leaves out."""
+        known = {
+            "license": self.license,
+            "language": self.language,
+            "datasets": self.datasets,
+            "base_model": self.base_model,
+        }
+        return tuple(name for name, value in known.items() if not value)
+
+
+@functools.cache
+def papers() -> Mapping[str, Paper]:
+    """Return the publications that cards cite, by arXiv number."""
+    rows = json.loads(files("convert.publishing").joinpath("papers.json").read_text("utf-8"))
+    return {
+        number: Paper(number, **row | {"authors": tuple(row["authors"]), "facts": tuple(row["facts"])})
+        for number, row in rows.items()
+    }
+
+
+def digest(inventory: Inventory) -> str:
+    """Return a name of what `from_pretrained` reads: 12 hexadecimal digits over the model files' names and hashes."""
+    lines = [f"{name} {file.sha256}\n" for name, file in sorted(inventory.files.items()) if MODEL.fullmatch(name)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:12]
+
+
+def gather(
+    inventory: Inventory,
+    repo_id: str,
+    *,
+    verification: Mapping[str, Any] | None,
+    pin: str | None,
+    stated: Stated,
+) -> Facts:
+    """Collect what is known about the model.
+
+    Args:
+        inventory: the model directory.
+        repo_id: where it will be.
+        verification: the passed verification of exactly these bytes, `None` when there is none.
+        pin: the tag that will name the published revision.
+        stated: what a person says.
+
+    Raises:
+        ConvertError: the catalogue does not know the name, or knows other bytes by it.
+    """
+    conversion = inventory.json("conversion.json") or {}
+    config = inventory.json("config.json")
+    entry = _entry(conversion.get("source") or {}, stated.catalogue)
+    class_name = str((config.get("architectures") or [""])[0])
+    numbers = [number for prefix, number in _METHOD.items() if class_name.startswith(prefix)]
+    numbers += [entry.citation] if entry and entry.citation not in numbers else []
+    language = stated.language or ((entry.language or ()) if entry else ())
+    vocabulary = inventory.json("vocab.json") or {}
+    return Facts(
+        repo_id=repo_id,
+        pin=pin,
+        class_name=class_name,
+        config=config,
+        preprocessor=inventory.json("preprocessor_config.json") or {},
+        conversion=conversion,
+        verification=verification,
+        evaluation=_results(inventory.json("evaluation.json")),
+        entry=entry,
+        license=stated.license or (entry.license.lower() if entry and entry.license else None),
+        language=tuple(language),
+        datasets=stated.datasets or (entry.datasets if entry else ()),
+        base_model=stated.base_model or (entry.base_model if entry else None),
+        papers=tuple(papers()[number] for number in numbers if number in papers()),
+        sample=next((name for name in ("sample.flac", "sample.wav") if name in inventory.files), None),
+        letters={"|", "E", "T", "A"} <= set(vocabulary),
+        stated=frozenset(name for name in ("license", "language", "datasets", "base_model") if getattr(stated, name)),
+    )
+
+
+def _entry(source: Mapping[str, Any], name: str | None) -> Entry | None:
+    from convert.fetching import catalogue
+
+    entries = catalogue()
+    name = name or source.get("catalogue")
+    if name is None:  # never by the file's name: two different files are often called checkpoint_best.pt
+        found = [entry for entry in entries.values() if _sha256(entry) and _sha256(entry) == source.get("sha256")]
+        return found[0] if found else None
+    if name not in entries:
+        message = f"no released checkpoint is called {name!r}"
+        raise ConvertError(message, code="unknown-name", key=name, hint="all names: fairseq-to-hf fetch --list")
+    known = _sha256(entries[name])
+    if known and known != source.get("sha256"):
+        detail = f"the catalogue's {name} has sha256 {known[:12]}…, this model was made from {source.get('sha256')}"
+        raise ConvertError(detail, code="catalogue", key=name, status=1)
+    return entries[name]
+
+
+def _sha256(entry: Entry) -> str | None:
+    value = getattr(entry, "sha256", None)  # the catalogue knows it for some
+    return str(value) if value else None
+
+
+def _results(evaluation: Any) -> tuple[Mapping[str, Any], ...]:
+    if evaluation is None:
+        return ()
+    rows: Sequence[Mapping[str, Any]] = evaluation.get("results") or ()
+    for row in rows:
+        if not (row.get("dataset") or {}).get("type") or not isinstance((row.get("metrics") or {}).get("wer"), float):
+            message = "evaluation.json: a result without a dataset's type or a word error rate"
+            raise ConvertError(message, code="evaluation", key="evaluation.json", hint="run evaluate again")
+    return tuple(rows)

@@ -1,0 +1,207 @@
+"""Which files of a model directory may be published, what their bytes are, and what must not be in them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from convert.errors import ConvertError, Problem
+
+PIECE = 1 << 20
+SMALL = 10 << 20  # the Hub stores larger files with LFS, whatever they hold
+
+# What `from_pretrained` may read: these have to be the verified bytes.
+MODEL = re.compile(
+    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|adapter\.[\w-]+\.safetensors"
+    r"|(generation_|preprocessor_|processor_|tokenizer_)?config\.json|vocab\.json|tokenizer\.json"
+    r"|special_tokens_map\.json|added_tokens\.json|alphabet\.json"
+    r"|language_model/(attrs\.json|unigrams\.txt|[\w-][\w.-]*\.(bin|binary|arpa))"
+)
+OURS = ("conversion.json", "verification.json", "evaluation.json")
+BESIDE = re.compile(r"LICENSE(\.txt|\.md)?|NOTICE|sample\.(wav|flac)")
+CARD = "README.md"
+
+_TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")
+_HOME = re.compile(r"(/home/|/Users/|/root/|/private/|/tmp/|file://|[A-Za-z]:\\)")
+_SYMBOLS = ("vocab.json", "tokenizer.json", "alphabet.json")  # a phoneme may well be written /a/
+_ABSOLUTE = re.compile(r"/[\w.@+-]+(/[\w.@+-]*)+")
+
+
+@dataclass(frozen=True, slots=True)
+class LocalFile:
+    """One file as it will be published; `content` holds a small file's bytes, so that no later change can slip in."""
+
+    name: str
+    size: int
+    sha256: str
+    git_sha1: str | None  # None where the Hub will use LFS for certain
+    path: Path | None
+    content: bytes | None
+    stamp: tuple[int, int] = (0, 0)  # size and time of a large file when it was hashed
+
+    def is_unchanged(self) -> bool:
+        """Whether a file that was not kept in memory still has the bytes it was hashed with."""
+        if self.content is not None or self.path is None or _stamp(self.path) == self.stamp:
+            return True
+        return _hash(self.name, self.path).sha256 == self.sha256
+
+    @classmethod
+    def of_bytes(cls, name: str, content: bytes) -> LocalFile:
+        """Describe bytes that are not on the disk."""
+        return cls(name, len(content), hashlib.sha256(content).hexdigest(), git_sha1(content), None, content)
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """The files of a model directory: those to publish, and those left out with the reason."""
+
+    directory: Path
+    files: dict[str, LocalFile]
+    card: bytes | None
+    left_out: tuple[tuple[str, str], ...]
+
+    def json(self, name: str) -> Any:
+        """Return a JSON file's value, `None` when there is no such file."""
+        if name not in self.files:
+            return None
+        try:
+            return json.loads(self.files[name].content or b"")
+        except ValueError as error:
+            raise ConvertError(f"{name}: not JSON: {error}", code="not-json", key=name) from None
+
+
+def git_sha1(content: bytes) -> str:
+    """Return the name that git gives to a file of these bytes.
+
+    Example:
+        >>> git_sha1(b"")
+        'e69de29bb2d1d6434b8b29ae775ad8c2e48c5391'
+    """
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
+def read(directory: str | Path) -> Inventory:
+    """List and hash the files of a model directory that may be published.
+
+    Args:
+        directory: the model directory.
+
+    Raises:
+        ConvertError: it is no model directory (status 2), or a file holds or points to what must not leave (status 1).
+    """
+    root = Path(directory)
+    if not root.is_dir():
+        raise ConvertError(f"{directory}: no such directory", code="no-directory", key=str(directory))
+    files: dict[str, LocalFile] = {}
+    left_out: list[tuple[str, str]] = []
+    problems: list[Problem] = []
+    card: bytes | None = None
+    for path in _walk(root):
+        name = path.relative_to(root).as_posix()
+        reason = _reason_to_leave_out(name, path)
+        if reason:
+            left_out.append((name, reason))
+        elif not path.resolve().is_relative_to(root.resolve()):
+            problems.append(Problem("link-outside", name, "is a link to a file outside the model directory"))
+        else:
+            file = _hash(name, path)
+            problems += _leaks(file)
+            if name == CARD:
+                card = file.content
+            else:
+                files[name] = file
+    if problems:
+        message = f"{len(problems)} of the files must not leave this machine as they are; nothing was sent"
+        hint = "convert again with this version of fairseq-to-hf, or take the named text out and verify again"
+        raise ConvertError(message, code="unsafe-file", status=1, problems=problems, hint=hint)
+    if "config.json" not in files or not any(name.endswith(".safetensors") for name in files):
+        message = f"{root.name}: holds no model: config.json and model.safetensors are needed"
+        raise ConvertError(
+            message, code="no-model", key=root.name, hint="fairseq-to-hf convert CHECKPOINT OUT makes one"
+        )
+    return Inventory(root, files, card, tuple(left_out))
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    for folder, folders, names in os.walk(root):
+        folders.sort()
+        yield from (Path(folder, name) for name in folders if Path(folder, name).is_symlink())
+        yield from (Path(folder, name) for name in sorted(names))
+
+
+def _reason_to_leave_out(name: str, path: Path) -> str:
+    if any(part.startswith(".") for part in name.split("/")):
+        return "hidden"
+    if not path.is_file():
+        return "not a plain file"
+    if name == CARD or name in OURS or MODEL.fullmatch(name) or BESIDE.fullmatch(name):
+        return ""
+    if path.suffix in {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}:
+        return "pickled data can run code where it is loaded"
+    return "not part of a model"
+
+
+def _hash(name: str, path: Path) -> LocalFile:
+    size = path.stat().st_size
+    if size <= SMALL and not name.endswith(".safetensors"):
+        content = path.read_bytes()
+        return LocalFile(
+            name, len(content), hashlib.sha256(content).hexdigest(), git_sha1(content), path.resolve(), content
+        )
+    stamp = _stamp(path)
+    sha256 = hashlib.sha256()
+    sha1 = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False) if size <= SMALL else None
+    with path.open("rb") as file:
+        while piece := file.read(PIECE):
+            sha256.update(piece)
+            if sha1:
+                sha1.update(piece)
+    return LocalFile(name, size, sha256.hexdigest(), sha1.hexdigest() if sha1 else None, path.resolve(), None, stamp)
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _leaks(file: LocalFile) -> list[Problem]:
+    if file.content is None or not file.name.endswith((".json", ".md", ".txt")):
+        return []
+    if _TOKEN.search(file.content):
+        return [Problem("token", file.name, "holds what looks like a Hub token")]
+    if not file.name.endswith(".json") or file.name in _SYMBOLS:
+        return []
+    try:
+        value = json.loads(file.content)
+    except ValueError:
+        return [Problem("not-json", file.name, "is not JSON")]
+    found = sorted({key for key, text in _texts(value, "") if private(text) and not key.startswith("dictionary.")})
+    return [Problem("private-path", file.name, f"{key} names a path of the machine it was made on") for key in found]
+
+
+def private(text: str) -> bool:
+    """Say whether a text is, or names, a path of somebody's machine.
+
+    Example:
+        >>> private("/checkpoint/someone/data"), private("https://example.org/a/b"), private("k/w/m")
+        (True, False, False)
+    """
+    home = os.environ.get("HOME", "")
+    return bool(_HOME.search(text) or _ABSOLUTE.fullmatch(text) or (len(home) > 5 and home in text))
+
+
+def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield from _texts(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            yield from _texts(item, f"{key}.{number}")
+    elif isinstance(value, str):
+        yield key, value

@@ -1,0 +1,232 @@
+"""The Hub's client with limits on its patience, and its errors as one sentence each with the next step."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import logging
+import os
+import re
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from convert.errors import ConvertError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+T = TypeVar("T")
+ATTEMPTS = 4
+PACE = 1.0  # of our own pauses; the tests go faster
+LONGEST_WAIT = 300.0  # seconds; a quota that asks for more ends the run instead
+_SECRETS = re.compile(r"hf_[A-Za-z0-9]+|(?<=\?)\S+")
+_TALKERS = ("huggingface_hub", "httpx", "httpx2", "httpcore", "httpcore2")
+
+
+@contextmanager
+def client(timeout: float, progress: bool) -> Iterator[HfApi]:
+    """Give the client a time limit for every answer, and put back what it had before.
+
+    Args:
+        timeout: seconds without a byte after which a request is given up; the client itself waits for ever
+            (`huggingface_hub.utils._http.default_client_factory`).
+        progress: show the client's progress bars.
+    """
+    try:
+        from huggingface_hub import HfApi, set_client_factory
+
+        utils = hub_utils()
+    except ImportError:
+        message = "publish needs huggingface_hub 1.0 or newer"
+        raise ConvertError(message, code="no-client", hint='pip install -U "huggingface_hub>=1.0"') from None
+    previous = utils._http._GLOBAL_CLIENT_FACTORY
+
+    def limited() -> Any:
+        made = utils._http.default_client_factory()  # it carries the hook that refuses to speak when offline
+        made.timeout = http_library().Timeout(timeout, connect=min(timeout, 10.0))
+        made.event_hooks = {**made.event_hooks, "request": [*made.event_hooks.get("request", ()), _patience()]}
+        return made
+
+    # The client's warnings name signed addresses: whoever has one may write to the storage.
+    levels = {name: logging.getLogger(name).level for name in _TALKERS}
+    bars = not utils.are_progress_bars_disabled()
+    set_client_factory(limited)
+    for name in _TALKERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if not progress:
+        utils.disable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # the Hub's remarks on a card: `validate` returns them
+            yield HfApi()
+    finally:
+        set_client_factory(previous)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        if bars:
+            utils.enable_progress_bars()
+
+
+def _patience() -> Callable[[Any], None]:
+    """A hook that slows down and ends `HfApi.create_repo`, which repeats without a pause when another one is running."""
+    asked = itertools.count()
+
+    def hook(request: Any) -> None:
+        if request.method == "POST" and request.url.path.endswith("/api/repos/create"):
+            number = next(asked)
+            if number > 6:
+                message = "the Hub is still busy with another operation on this account; nothing was committed"
+                raise ConvertError(message, code="busy", hint="run it again in a minute")
+            rest(min(number, 4) * 0.5)
+
+    return hook
+
+
+def ask(call: Callable[[], T], what: str, repo_id: str, *, repeat: bool = True) -> T:
+    """Ask the Hub something; repeat a question that got no answer, and explain an error that stays.
+
+    The raised error has no context: the client's own frames hold the token.
+
+    Args:
+        call: the question.
+        what: what it is for, to follow "could not": `read USER/REPO`.
+        repo_id: the repository.
+        repeat: whether asking twice does no harm.
+    """
+    for attempt in range(ATTEMPTS):
+        try:
+            return call()
+        except ConvertError:
+            raise
+        except recoverable() as error:
+            wait = waiting_time(error, attempt)
+            failure = explain(error, what, repo_id)
+        if wait is None or not repeat or attempt == ATTEMPTS - 1:
+            break
+        rest(wait)
+    raise failure
+
+
+def rest(seconds: float) -> None:
+    """Wait before asking again."""
+    time.sleep(seconds * PACE)
+
+
+def hub_utils() -> Any:
+    """Return `huggingface_hub.utils`."""
+    return importlib.import_module("huggingface_hub.utils")
+
+
+def http_library() -> Any:
+    """Return what the client speaks HTTP with: httpx in huggingface_hub 1.x, httpx2 in 2.x."""
+    return getattr(hub_utils(), "httpx", None) or importlib.import_module("httpx")
+
+
+def recoverable() -> tuple[type[Exception], ...]:
+    """Return what the client raises: the same failure has different faces in uploads, in xet and in the API."""
+    return (OSError, ValueError, RuntimeError, KeyError, http_library().HTTPError)
+
+
+def status_of(error: BaseException | None) -> int | None:
+    """Return the HTTP status of an error or of what caused it; `None` when no answer came."""
+    while error is not None:
+        response = getattr(error, "response", None)
+        if response is not None:
+            return int(response.status_code)
+        error = error.__cause__
+    return None
+
+
+def unanswered(error: BaseException) -> bool:
+    """Whether the Hub may have done what was asked all the same: a lost answer, a time-out, an error behind its door."""
+    status = status_of(error)
+    if status is not None:
+        return status >= 500 or status == 408
+    httpx = http_library()
+    return isinstance(error, httpx.TransportError) and not isinstance(error, httpx.ConnectError)
+
+
+def waiting_time(error: BaseException, attempt: int) -> float | None:
+    """Return how many seconds to wait before asking again, `None` when that is of no use."""
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    status = status_of(error)
+    if status == 429:
+        asked = _retry_after(error)
+        return None if asked and asked > LONGEST_WAIT else (asked if asked is not None else 2.0**attempt)
+    if status is not None:
+        return 0.5 * 2.0**attempt if status >= 500 or status == 408 else None
+    if isinstance(error, OfflineModeIsEnabled):
+        return None
+    return 0.5 * 2.0**attempt if isinstance(error, http_library().TransportError) else None
+
+
+def _retry_after(error: BaseException | None) -> float | None:
+    while error is not None:
+        response = getattr(error, "response", None)
+        if response is not None:
+            value = response.headers.get("Retry-After", "")
+            return float(value) if value.isdigit() else None
+        error = error.__cause__
+    return None
+
+
+def explain(error: BaseException, what: str, repo_id: str) -> ConvertError:
+    """Turn an error of the client into one sentence with the next step; status 2, but 1 for a conflict."""
+    from huggingface_hub import errors
+
+    said = _SECRETS.sub("…", _said(error).strip().split("\n")[0])
+    tail = f": {said}" if said else ""
+    status = status_of(error)
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        code, text, hint = "offline", "HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE"
+    elif isinstance(error, errors.LocalTokenNotFoundError):
+        code, text, hint = "no-token", "there is no Hub token", "hf auth login, or set HF_TOKEN"
+    elif status == 401:
+        code, text = "token", "the Hub does not accept the token"
+        hint = "hf auth login --force, or set HF_TOKEN to a valid token with write permission"
+    elif status == 403:
+        code, text = "forbidden", f"the token may not do that{tail}"
+        hint = f"use a token with write permission for {repo_id.split('/')[0]}, or propose the change with --create-pr"
+    elif status == 404:
+        code, text, hint = "not-found", f"the Hub has no such thing{tail}", f"check the name {repo_id} and the token"
+    elif status in (409, 412):
+        code, text = "conflict", f"somebody else changed the repository meanwhile{tail}"
+        hint = "look at the repository, and run it again"
+    elif status == 429:
+        wait = _retry_after(error)
+        code, text = "quota", "the Hub's quota is used up"
+        hint = f"run it again in {wait:.0f} seconds" if wait else "run it again in an hour"
+    elif status is not None and status >= 500:
+        code, text, hint = "server", f"the Hub answered {status}", "run it again; it goes on where it stopped"
+    elif status is not None:
+        code, text, hint = "refused", f"the Hub answered {status}{tail}", "correct what it names, and run it again"
+    elif isinstance(error, http_library().TimeoutException):
+        code, text, hint = "timeout", "the Hub did not answer in time", "run it again, or give it more --timeout"
+    elif lacks_xet(error):
+        code, text, hint = "xet", "this Hub has no xet storage", "set HF_HUB_DISABLE_XET=1"
+    elif isinstance(error, ValueError) and "metadata" in str(error):
+        code, text, hint = "card", _SECRETS.sub("…", " ".join(str(error).split())), "correct README.md"
+    else:
+        endpoint = os.environ.get("HF_ENDPOINT", "the Hub")
+        code, text = "network", f"{endpoint} cannot be reached or broke the connection ({type(error).__name__})"
+        hint = "check the connection, and run it again; it goes on where it stopped"
+    return ConvertError(
+        f"could not {what}: {text}", code=code, key=repo_id, hint=hint, status=1 if code == "conflict" else 2
+    )
+
+
+def _said(error: BaseException | None) -> str:
+    while error is not None:
+        if getattr(error, "server_message", None):
+            return str(error.server_message)  # type: ignore[attr-defined]
+        error = error.__cause__
+    return ""
+
+
+def lacks_xet(error: BaseException) -> bool:
+    """Whether an upload failed because the Hub has no xet: since huggingface_hub 1.20 the client does not ask before."""
+    return isinstance(error, ConnectionError) and "xet-write-token" in str(error) and "404" in str(error)

@@ -1,0 +1,236 @@
+"""Publishes a model directory: gate, plan, one commit, proof, tag."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from convert.errors import ConvertError
+from convert.publishing import card as cards
+from convert.publishing import check as checks
+from convert.publishing import gate, tags
+from convert.publishing.commit import Moved, Plan, Receipt, prepare, prove, send
+from convert.publishing.facts import Facts, Stated, digest, gather
+from convert.publishing.files import CARD, MODEL, Inventory, LocalFile
+from convert.publishing.files import read as read_directory
+from convert.publishing.hub import client
+from convert.publishing.plan import Wish, make, may_write, refuse_conflict
+from convert.publishing.remote import UNVERIFIED, Remote, read, validate, who
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """What stands on the Hub now, or would after a dry run.
+
+    Args:
+        revision: the commit that holds the model; `None` in a dry run that would make one.
+        committed: whether this run made a commit; false when nothing had changed.
+        target: the branch, or the ref of the pull request, that the commit goes to.
+        created: whether the repository was not there before.
+        files: name, size and sha256 of every file, the card included.
+        changed: the names of those that the commit writes.
+        deleted: the names of those that it deletes.
+        left_out: files of the directory that are not published, with the reason.
+        unknown: what the card does not say, because nobody knows it.
+        notes: what the Hub or the plan remarks.
+        card_diff: what changes in the card.
+        checked: whether the model was loaded from the Hub and computed the same.
+    """
+
+    repo_id: str
+    url: str
+    verified: bool
+    dry_run: bool
+    committed: bool
+    target: str
+    created: bool
+    visibility: str
+    revision: str | None
+    pull_request: int | None
+    tag: str | None
+    files: tuple[tuple[str, int, str], ...]
+    changed: tuple[str, ...]
+    deleted: tuple[str, ...]
+    left_out: tuple[tuple[str, str], ...]
+    unknown: tuple[str, ...]
+    notes: tuple[str, ...]
+    card_diff: str
+    checked: bool
+
+
+def publish(
+    model_dir: str | Path,
+    repo_id: str,
+    *,
+    unverified: bool = False,
+    public: bool = False,
+    create_pr: bool = False,
+    revision: str = "main",
+    tag: str | None = None,
+    stated: Stated | None = None,
+    card: Literal["hub", "local"] | None = None,
+    delete_stale: bool = False,
+    check: bool = False,
+    dry_run: bool = False,
+    timeout: float = 120.0,
+    progress: bool = False,
+) -> Published:
+    """Push a verified model directory to the Hub, in one commit, with a card that is written from what is known.
+
+    The token comes from `HF_TOKEN` or `hf auth login`. Running it again is safe: what is there already is not sent
+    again, and no commit is made when nothing changed.
+
+    Args:
+        model_dir: a directory that `convert` made and `verify` passed.
+        repo_id: `USER/NAME` or `ORGANISATION/NAME`; created when it is not there.
+        unverified: publish without a verification, and say so in the card, the commit and the tag.
+        public: create the repository visible to everybody; an existing one stays as visible as it is.
+        create_pr: propose the change as a pull request, or go on with our own open one.
+        revision: the branch to commit to.
+        tag: the name of the revision, for the card's snippets; by default made from the files' hashes.
+        stated: license, language, datasets, base model and catalogue name, as a person states them.
+        card: which README.md to keep when the Hub's and the directory's were both edited.
+        delete_stale: delete, in the same commit, files of another model that would be loaded with this one.
+        check: load the model from the Hub afterwards and compare what it computes; needs torch and transformers.
+        dry_run: check and plan everything, write nothing.
+        timeout: seconds without an answer after which a request is given up.
+        progress: show progress bars.
+
+    Returns:
+        What stands on the Hub.
+
+    Raises:
+        ConvertError: with status 1, the gate or a conflict says no; with status 2, no answer was to be had.
+        MismatchError: with `check`, the published model computes something else.
+
+    Example:
+        >>> publish("my-model", "me/my-model", dry_run=True)  # doctest: +SKIP
+        Published(repo_id='me/my-model', ...)
+    """
+    if not _NAME.fullmatch(repo_id):
+        raise ConvertError(f"{repo_id!r} is no repository name", code="name", key=repo_id, hint="USER/NAME")
+    if create_pr and (tag or revision != "main"):
+        message = "a pull request goes to main and has no tag before it is merged"
+        raise ConvertError(message, code="usage", hint="leave --tag and --revision out, or --create-pr")
+    inventory = read_directory(model_dir)
+    proof = None if unverified else gate.check(inventory)
+    if unverified:
+        inventory = replace(inventory, files={k: v for k, v in inventory.files.items() if k != "verification.json"})
+    pin = None if create_pr else tag or f"{'un' if unverified else ''}verified-{digest(inventory)}"
+    facts = gather(inventory, repo_id, verification=proof, pin=pin, stated=stated or Stated())
+    # what was not verified has at least to load
+    expected = checks.compute(str(inventory.directory), facts.class_name) if check or unverified else None
+    wish = Wish(public, create_pr, revision, card, delete_stale)
+    with client(timeout, progress) as api:
+        answer = _run(api, inventory, facts, wish, dry_run)
+        if check and expected is not None and answer.revision and not dry_run:
+            found = checks.compute(repo_id, facts.class_name, answer.revision)
+            checks.same(expected, found, repo_id, answer.revision)
+            answer = replace(answer, checked=True)
+    return answer
+
+
+def _run(api: HfApi, inventory: Inventory, facts: Facts, wish: Wish, dry_run: bool) -> Published:
+    user = who(api, facts.repo_id, wish.create_pr)
+    may_write(user, facts.repo_id, wish.create_pr)
+    model = [file for file in inventory.files.values() if MODEL.fullmatch(file.name)]
+    first: Remote | None = None
+    for _ in range(5):
+        remote = read(api, facts.repo_id, revision=wish.revision, create_pr=wish.create_pr, name=str(user.get("name")))
+        if wish.create_pr and not remote.exists:
+            message = f"{facts.repo_id} is not there, or the token may not see it: nothing to propose a change to"
+            raise ConvertError(message, code="not-found", key=facts.repo_id, hint="leave --create-pr out to create it")
+        first = first or remote
+        plan = make(api, inventory, facts, remote, wish)
+        refuse_conflict(plan, first, remote)
+        notes = validate(api, facts.repo_id, plan.write[-1].content or b"")
+        done = plan.done_in(remote.files)
+        if facts.pin and remote.exists:
+            tags.check(api, facts.repo_id, facts.pin, model, remote.head if done else None)
+        if dry_run or done:
+            receipt = None
+            break
+        remote_now = prepare(api, plan, remote)
+        try:
+            receipt = send(api, plan, remote_now)
+            break
+        except Moved:
+            first = first if first.exists else remote_now
+    else:
+        message = f"{facts.repo_id} changes faster than it can be committed to; nothing of ours is there"
+        raise ConvertError(message, code="conflict", key=facts.repo_id, status=1, hint="run it again later")
+    return _finish(api, inventory, facts, plan, remote, receipt, notes, model, dry_run)
+
+
+def _finish(
+    api: HfApi,
+    inventory: Inventory,
+    facts: Facts,
+    plan: Plan,
+    remote: Remote,
+    receipt: Receipt | None,
+    notes: tuple[str, ...],
+    model: list[LocalFile],
+    dry_run: bool,
+) -> Published:
+    done = plan.done_in(remote.files)
+    commit = receipt.commit if receipt else remote.head if done else None
+    if receipt:
+        prove(api, plan, receipt.commit)
+    if facts.pin and commit and not dry_run:
+        title = "" if facts.verified else UNVERIFIED
+        message = f"{title}the files that {facts.repo_id}'s card speaks of"
+        tags.place(api, facts.repo_id, facts.pin, model, commit, message)
+    content = plan.write[-1].content or b""
+    if not dry_run:
+        notes += _keep(inventory, content)
+    visibility = remote.visibility if remote.exists else "public" if plan.public else "private"
+    if remote.exists and plan.public and remote.private:
+        notes += ("the repository is private and stays so: --public is for new ones",)
+    files = plan.write
+    return Published(
+        repo_id=facts.repo_id,
+        url=f"{api.endpoint}/{facts.repo_id}",
+        verified=facts.verified,
+        dry_run=dry_run,
+        committed=receipt is not None,
+        target="a new pull request" if plan.create_pr and remote.pull is None else remote.revision,
+        created=not remote.exists and not dry_run,
+        visibility=visibility,
+        revision=commit,
+        pull_request=receipt.pull if receipt else remote.pull,
+        tag=facts.pin,
+        files=tuple((file.name, file.size, file.sha256) for file in files),
+        changed=tuple(file.name for file in files if not remote.holds(file)),
+        deleted=plan.delete,
+        left_out=inventory.left_out,
+        unknown=facts.unknown,
+        notes=notes,
+        card_diff=cards.diff(remote.card, content),
+        checked=False,
+    )
+
+
+def _keep(inventory: Inventory, card: bytes) -> tuple[str, ...]:
+    """Write the published card into the model directory."""
+    if inventory.card == card:
+        return ()
+    path = inventory.directory / CARD
+    temporary = path.with_name(f".{CARD}.{os.getpid()}")
+    try:
+        temporary.write_bytes(card)
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        return (f"the card was published and could not be written to the model directory: {error.strerror}",)
+    return ()
