@@ -226,7 +226,18 @@ def infer_layout(source: Mapping[str, TensorSpec] | Mapping[str, tuple[int, ...]
         problems = [Problem("missing-source", key, "is not there") for key in lost]
         message = f"this is no wav2vec 2.0 state_dict: {len(lost)} tensors that each has are missing"
         raise PlanError(message, code="missing-source", problems=problems)
-    convolutions = _count(encoder, r"feature_extractor\.conv_layers\.(\d+)\.0\.weight")
+    ranks = {needed[0]: 3, needed[1]: 2, needed[2]: 3, needed[3]: 1}
+    ranks |= {key: 3 for key in encoder if re.fullmatch(r"feature_extractor\.conv_layers\.\d+\.0\.weight", key)}
+    ranks |= {"quantizer.vars": 3, "project_q.weight": 2, "final_proj.bias": 1, "w2v_encoder.proj.bias": 1}
+    wrong = [
+        Problem("shape", key if key in shapes else prefix + key, f"{rank} axes expected, source {shape}")
+        for key, rank in ranks.items()
+        if (shape := shapes.get(key) if key in shapes else encoder.get(key)) is not None and len(shape) != rank
+    ]
+    if wrong:
+        message = f"{len(wrong)} tensors have another number of axes than those of wav2vec 2.0"
+        raise PlanError(message, code="shape", problems=wrong)
+    convolutions = _count(encoder, r"feature_extractor\.conv_layers\.(\d{1,3})\.0\.weight")
     kernels = [encoder.get(f"feature_extractor.conv_layers.{i}.0.weight", (0, 0, 0)) for i in range(convolutions)]
     codes = encoder.get("quantizer.vars", (0, 0, 0))
     ffn, hidden = encoder["encoder.layers.0.fc1.weight"]
@@ -239,7 +250,7 @@ def infer_layout(source: Mapping[str, TensorSpec] | Mapping[str, tuple[int, ...]
         weight_norm=weight_norm,
         hidden=hidden,
         ffn=ffn,
-        layers=_count(encoder, r"encoder\.layers\.(\d+)\.fc1\.weight"),
+        layers=_count(encoder, r"encoder\.layers\.(\d{1,3})\.fc1\.weight"),
         conv_pos=encoder[positions][2],
         pos_group=encoder[positions][1],
         vocab=shapes.get("w2v_encoder.proj.bias", (0,))[0],

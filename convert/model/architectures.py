@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -293,6 +294,10 @@ def _layout(reader: Reader, checkpoint: Checkpoint, kind: str) -> Layout | None:
         detail = f"the settings say {kind}, the tensors are those of a {seen.kind} model"
         reader.problems.append(Problem("conflict", "_name", detail))
         return None
+    if reader.get("encoder_layers", int) > len(checkpoint.tensors):  # or the table would be as long as it says
+        detail = f"{reader.get('encoder_layers', int)} layers of a checkpoint with {len(checkpoint.tensors)} tensors"
+        reader.problems.append(Problem("bad-setting", "encoder_layers", detail))
+        return None
     convolutions = reader.convolutions("conv_feature_layers")
     hidden, groups = reader.get("encoder_embed_dim", int), reader.get("conv_pos_groups", int)
     if not convolutions or not hidden or not groups:
@@ -325,8 +330,11 @@ def _edits(outer: Mapping[str, Any], head: str, problems: list[Problem]) -> list
     weight, mode = outer.get("blank_weight") or 0, outer.get("blank_mode") or "add"
     if head != "ctc" or not weight:
         return []
-    if mode not in ("add", "set") or isinstance(weight, (bool, str)):
+    if mode not in ("add", "set"):
         problems.append(Problem("bad-setting", "blank_mode", f"`add` or `set` expected, {mode!r} found"))
+        return []
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+        problems.append(Problem("bad-setting", "blank_weight", f"a number expected, {str(weight)[:60]!r} found"))
         return []
     reason = f"blank_weight {weight} in mode {mode}"
     bias = Edit("lm_head.bias", 0, mode, float(weight), reason)
@@ -347,7 +355,7 @@ def _dictionary(checkpoint: Checkpoint, request: Request, problems: list[Problem
             Problem("no-dictionary", "--dict", "the checkpoint carries no dictionary (before February 2021)")
         )
     elif dictionary and rows and rows.shape != (len(dictionary),):
-        detail = f"has {len(dictionary)} symbols, the model's head {rows.shape[0]} rows"
+        detail = f"has {len(dictionary)} symbols, the model's head {math.prod(rows.shape[:1])} rows"
         problems.append(Problem("dictionary-size", "dictionary", detail))
     return dictionary
 

@@ -7,6 +7,7 @@ weights stay. fairseq turns ids into text by joining symbols with spaces and app
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -57,7 +58,7 @@ def make_processor(
     if dictionary is None:
         return Processor({"preprocessor_config.json": features}, {}, "")
     features["processor_class"] = "Wav2Vec2Processor"
-    repeated = sorted({symbol for symbol in dictionary.symbols if dictionary.symbols.count(symbol) > 1})
+    repeated = sorted(symbol for symbol, count in Counter(dictionary.symbols).items() if count > 1)
     if repeated or not set(dictionary.special) >= {"<s>", "<pad>"}:
         detail = f"symbols stand there twice: {repeated[:5]}" if repeated else "has no <s> and <pad>: no CTC vocabulary"
         problems.append(Problem("bad-dictionary", "dictionary", detail))
@@ -116,10 +117,10 @@ def _decoding(criterion: Mapping[str, Any], task: Reader, problems: list[Problem
     if task.values.get("labels") in ("phn", "phones"):
         return "phonemes"
     known = {"letter": "letter", "sentencepiece": "sentencepiece", "none": "phonemes"}
-    if value not in known:
+    if not isinstance(value, str) or value not in known:
         detail = f"{value!r} has no counterpart among transformers' tokenizers; known: {', '.join(known)}"
         problems.append(Problem("unsupported-setting", "criterion.post_process", detail))
-    return known.get(value, "letter")
+    return known.get(value, "letter") if isinstance(value, str) else "letter"
 
 
 def _plain(dictionary: Dictionary) -> bool:

@@ -1,0 +1,212 @@
+"""Where the result goes: whatever happens, there is the old directory, the new one, or nothing."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from fairseq_models import save
+
+from convert.errors import ConvertError
+from convert.package import compare_weights, convert
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two checkpoints: what stands there already, and what replaces it."""
+    folder = tmp_path_factory.mktemp("two")
+    return save("ctc_base", folder / "old.pt", seed=1), save("ctc_base", folder / "new.pt", seed=2)
+
+
+def state(out: Path, two: tuple[Path, Path]) -> str:
+    """Say which of the two models stands there, whole, or that nothing does."""
+    if not os.path.lexists(out):
+        return "nothing"
+    source = json.loads((out / "conversion.json").read_bytes())["source"]["name"]
+    path = {path.name: path for path in two}[source]
+    assert compare_weights(path, out) == []
+    return path.stem
+
+
+def _file(out: Path) -> None:
+    out.write_bytes(b"mine")
+
+
+def _folder(out: Path) -> None:
+    out.mkdir()
+    (out / "mine.txt").write_bytes(b"mine")
+
+
+def _link(out: Path) -> None:
+    (out.parent / "elsewhere").mkdir()
+    out.symlink_to("elsewhere")
+
+
+def _dangling(out: Path) -> None:
+    out.symlink_to("nowhere")
+
+
+@pytest.mark.parametrize("make", [_file, _folder, _link, _dangling])
+@pytest.mark.parametrize(("overwrite", "code"), [(False, "exists"), (True, "not-ours")])
+def test_something_else_is_never_replaced(
+    make: Callable[[Path], None], overwrite: bool, code: str, two: tuple[Path, Path], tmp_path: Path
+) -> None:
+    make(tmp_path / "model")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ConvertError) as raised:
+        convert(two[1], tmp_path / "model", overwrite=overwrite)
+    assert (raised.value.code, raised.value.status) == (code, 2)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_model_is_replaced_only_when_asked(two: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    convert(two[0], out)
+    with pytest.raises(ConvertError) as raised:
+        convert(two[1], out)
+    assert raised.value.code == "exists"
+    assert state(out, two) == "old"
+    convert(two[1], out, overwrite=True)
+    assert state(out, two) == "new"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+
+
+def test_empty_directory_is_taken(two: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    convert(two[1], tmp_path / "model")
+    assert state(tmp_path / "model", two) == "new"
+
+
+@pytest.mark.parametrize(("out", "code"), [("missing/model", "no-parent"), (".", "usage"), ("..", "usage")])
+def test_impossible_place(
+    out: str, code: str, two: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConvertError) as raised:
+        convert(two[1], out)
+    assert raised.value.code == code
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_directory_that_holds_the_checkpoint_is_not_replaced(two: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    convert(two[0], out)
+    (out / "new.pt").write_bytes(two[1].read_bytes())
+    with pytest.raises(ConvertError) as raised:
+        convert(out / "new.pt", out, overwrite=True)
+    assert raised.value.code == "not-ours"
+    assert (out / "new.pt").exists()
+
+
+def command(two: tuple[Path, Path], *options: str, program: str = "") -> list[str]:
+    """The command line that makes `model` of the new checkpoint, after a program that arms something."""
+    start = f"{program}\nfrom convert.cli import main\nmain(prog_name='fairseq-to-hf')"
+    return [sys.executable, "-c", start, "convert", str(two[1]), "model", *options]
+
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("limit", [100, 20_000, 300_000])
+def test_disk_full(limit: int, old: bool, two: tuple[Path, Path], tmp_path: Path) -> None:
+    if old:
+        convert(two[0], tmp_path / "model")
+    done = subprocess.run(
+        command(two, "--json", *(["--overwrite"] if old else [])),
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        capture_output=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (2, "")
+    assert [problem["code"] for problem in json.loads(done.stdout)["problems"]] == ["system"]
+    assert state(tmp_path / "model", two) == ("old" if old else "nothing")
+    assert len(list(tmp_path.iterdir())) == int(old)
+
+
+KILLED = """
+import os, signal
+calls, last = [], {last}
+def stop(name):
+    call = getattr(os, name)
+    def stopped(*arguments, **named):
+        calls.append(name)
+        if len(calls) == last:
+            os.kill(os.getpid(), signal.{signal})
+        return call(*arguments, **named)
+    setattr(os, name, stopped)
+for name in ("fsync", "posix_fallocate", "rename", "mkdir", "rmdir", "chmod", "unlink"):
+    stop(name)
+"""
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("kind", ["SIGKILL", "SIGINT"])
+def test_killed_at_every_step(kind: str, old: bool, two: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    seen = []
+    for last in itertools.count(1):
+        if old:
+            convert(two[0], out, overwrite=True)
+        program = KILLED.format(last=last, signal=kind)
+        options = ["--overwrite"] if old else []
+        done = subprocess.run(
+            command(two, *options, program=program), cwd=tmp_path, env=ENVIRONMENT, capture_output=True
+        )
+        assert b"Traceback" not in done.stderr
+        seen.append((done.returncode, state(out, two)))
+        if kind == "SIGINT":  # time to clean up
+            assert {entry.name for entry in tmp_path.iterdir()} <= {"model"}
+        if done.returncode == 0:
+            break
+        convert(two[1], out, overwrite=True)  # a second run cleans up what the killed one left
+        assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+        assert state(out, two) == "new"
+        if not old:
+            for path in sorted(out.iterdir()):
+                path.unlink()
+            out.rmdir()
+    assert len(seen) > 5
+    assert seen[0][1] == ("old" if old else "nothing")
+    assert seen[-1] == (0, "new")
+    assert {where for _, where in seen} == {"old" if old else "nothing", "new"}
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_killed_at_any_moment(old: bool, two: tuple[Path, Path], tmp_path: Path) -> None:
+    rng = random.Random(old)
+    for _ in range(10):
+        if old:
+            convert(two[0], tmp_path / "model", overwrite=True)
+        process = subprocess.Popen(
+            command(two, "--overwrite"), cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.DEVNULL
+        )
+        time.sleep(rng.uniform(0.02, 0.25))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert state(tmp_path / "model", two) in (("old", "new") if old else ("nothing", "new"))
+    convert(two[1], tmp_path / "model", overwrite=True)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+
+
+def test_leftover_of_a_living_process_stays(two: tuple[Path, Path], tmp_path: Path) -> None:
+    from convert.package import beside
+
+    with beside(tmp_path / "model") as work:
+        convert(two[1], tmp_path / "model")
+        assert work.is_dir()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
