@@ -88,7 +88,8 @@ def envelope(command: str, ok: bool, problems: Iterable[Problem] = (), **data: A
     """Write the one JSON object of a command; `data` follows the fixed fields."""
     rows = [{"code": problem.code, "key": problem.key, "detail": problem.detail} for problem in problems]
     head: dict[str, Any] = {"schema": SCHEMA, "command": command, "ok": ok, "problems": rows}
-    return json.dumps(head | data, indent=2, ensure_ascii=False)
+    text = json.dumps(head | data, indent=2, ensure_ascii=False)
+    return text.encode("utf-8", "backslashreplace").decode()  # a path may be no valid text
 
 
 def json_bytes(value: Mapping[str, Any]) -> bytes:

@@ -19,7 +19,7 @@ from fairseq.tasks.audio_pretraining import AudioPretrainingConfig
 from omegaconf import OmegaConf, open_dict
 
 logging.getLogger("fairseq").setLevel(logging.ERROR)
-LETTERS = "| E T A O N I H S R D L U M W C F G Y P B V K ' X J Q Z".split()
+LETTERS = list("|ETAONIHSRDLUMWCFGYPBVK'XJQZ")
 CONVOLUTIONS = "[(32, 10, 5)] + [(32, 3, 2)] * 2 + [(32, 2, 2)]"
 BASE: dict[str, Any] = {
     "extractor_mode": "default",
@@ -94,8 +94,7 @@ REFUSED: dict[str, Variant] = {
     "quantize_input": Variant("ctc", BASE | {"quantize_input": True}),
     "crop_seq_to_multiple": Variant("ctc", BASE | {"crop_seq_to_multiple": 2}),
     "quantize_targets": Variant("pretraining", BASE | {"quantize_targets": False}),
-    "layer_type": Variant("ctc", BASE | {"layer_type": "trf_adp", "adp_num": 1, "adp_dim": 8, "adp_trf_idx": "all"}),
-    "activation_fn": Variant("ctc", BASE | {"activation_fn": "relu_squared"}),
+    "layer_type": Variant("ctc", BASE, {"layer_type": "trf_adp", "adp_num": 1, "adp_dim": 8, "adp_trf_idx": "all"}),
 }
 
 

@@ -49,8 +49,8 @@ def command(checkpoint: Path) -> Outcome:
 
 def _text(data: dict[str, Any]) -> str:
     symbols = data["dictionary"]
-    encoder = data["settings"]["model"].get("w2v_args") or data["settings"]
-    model = encoder["model"]
+    inner = data["settings"]["model"].get("w2v_args")
+    model = (inner if isinstance(inner, dict) else data["settings"])["model"]
     shape = [f"{model[key]} {word}" for key, word in _SHAPE.items() if key in model]
     unknown = [row["name"] for row in data["globals"] if not row["known_harmless"]]
     rows = {

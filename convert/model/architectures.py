@@ -12,9 +12,19 @@ from convert.checkpoint.dictionary import Dictionary
 from convert.errors import PlanError, Problem
 from convert.mapping.rules import Edit, Plan, Table, plan
 from convert.mapping.wav2vec2 import Layout, infer_layout, table
-from convert.model.fields import ACTIVATIONS, FINE_TUNING, LIMITS, READ, SAME, TRAINING_ONLY, TRAINING_ONLY_CTC
+from convert.model.fields import (
+    ACTIVATIONS,
+    COUNTS,
+    DEFAULTS,
+    FINE_TUNING,
+    LIMITS,
+    READ,
+    SAME,
+    TRAINING_ONLY,
+    TRAINING_ONLY_CTC,
+)
 from convert.model.processor import Processor, make_processor
-from convert.model.settings import Reader
+from convert.model.settings import MISSING, Reader
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,12 +221,14 @@ def _classify(
 
 
 def _config(reader: Reader, outer: Mapping[str, Any], checkpoint: Checkpoint, kind: str) -> list[Value]:
-    kinds = {"conv_bias": bool, "layer_norm_first": bool, "encoder_embed_dim": int, "encoder_layers": int}
-    kinds |= dict.fromkeys(("encoder_attention_heads", "encoder_ffn_embed_dim", "conv_pos", "conv_pos_groups"), int)
-    kinds |= dict.fromkeys(("mask_length", "mask_channel_length", "latent_vars", "latent_groups", "num_negatives"), int)
-    values = [
-        Value(target, reader.get(name, kinds.get(name, float)), reader.origin(name)) for name, target in SAME.items()
-    ]
+    values = []
+    for name, target in SAME.items():
+        default = DEFAULTS.get(name, MISSING)
+        if name in COUNTS:
+            value: Any = reader.count(name, default)
+        else:
+            value = reader.get(name, bool if name in ("conv_bias", "layer_norm_first") else float, default)
+        values.append(Value(target, value, reader.origin(name)))
     convolutions = reader.convolutions("conv_feature_layers")
     origin = reader.origin("conv_feature_layers")
     values += [
@@ -227,8 +239,8 @@ def _config(reader: Reader, outer: Mapping[str, Any], checkpoint: Checkpoint, ki
     ]
     values.append(_choice(reader, "activation_fn", "hidden_act", ACTIVATIONS))
     values.append(_choice(reader, "extractor_mode", "feat_extract_norm", {"default": "group", "layer_norm": "layer"}))
-    hidden, final = reader.get("encoder_embed_dim", int), reader.get("final_dim", int)
-    codevector = reader.get("latent_dim", int) or final or hidden
+    hidden, final = reader.get("encoder_embed_dim", int), reader.get("final_dim", int, 0)
+    codevector = reader.get("latent_dim", int, 0) or final or hidden
     values += [
         Value("codevector_dim", codevector, f"{reader.origin('latent_dim')}, else final_dim, else encoder_embed_dim"),
         Value("proj_codevector_dim", final or hidden, f"{reader.origin('final_dim')}, else encoder_embed_dim"),
@@ -240,19 +252,16 @@ def _config(reader: Reader, outer: Mapping[str, Any], checkpoint: Checkpoint, ki
     values += _masking(reader, outer, kind)
     criterion = checkpoint.settings["criterion"]
     if kind == "ctc":
-        outer_reader = Reader(dict(outer), dict.fromkeys(outer, "model"), reader.problems)
-        values.append(
-            Value("final_dropout", outer_reader.get("final_dropout", float), outer_reader.origin("final_dropout"))
-        )
+        own = Reader(dict(outer), dict.fromkeys(outer, "model"), reader.problems)
+        values.append(Value("final_dropout", own.get("final_dropout", float, 0.0), own.origin("final_dropout")))
         values.append(Value("ctc_loss_reduction", "sum", "CtcCriterion sums"))
-        values.append(
-            Value("ctc_zero_infinity", bool(criterion.get("zero_infinity", False)), "criterion.zero_infinity")
-        )
+        values.append(Value("ctc_zero_infinity", criterion.get("zero_infinity") is True, "criterion.zero_infinity"))
     weights = criterion.get("loss_weights")
     if kind == "pretraining" and isinstance(weights, list) and weights and isinstance(weights[0], (int, float)):
         values.append(Value("diversity_loss_weight", float(weights[0]), "criterion.loss_weights[0]"))
-    if hidden and reader.get("encoder_attention_heads", int) and hidden % reader.get("encoder_attention_heads", int):
-        reader.problems.append(Problem("bad-setting", "encoder_attention_heads", f"does not divide {hidden}"))
+    heads = reader.count("encoder_attention_heads")
+    if heads > 0 and hidden % heads:
+        reader.problems.append(Problem("bad-setting", "encoder_attention_heads", f"{heads} does not divide {hidden}"))
     return values
 
 
@@ -270,9 +279,10 @@ def _masking(reader: Reader, outer: Mapping[str, Any], kind: str) -> list[Value]
     `Wav2Vec2Model.__init__` leaves `masked_spec_embed` out otherwise; so that the tensor is kept, a model that never
     masks gets a positive probability together with `apply_spec_augment=False`, which switches masking off.
     """
-    probability = reader.get("mask_prob", float)
-    channels = reader.get("mask_channel_prob", float)
-    applied = bool(outer.get("apply_mask", False)) if kind == "ctc" else True
+    probability = reader.get("mask_prob", float, DEFAULTS["mask_prob"])
+    channels = reader.get("mask_channel_prob", float, DEFAULTS["mask_channel_prob"])
+    own = Reader(dict(outer), dict.fromkeys(outer, "model"), reader.problems)
+    applied = own.get("apply_mask", bool, False) if kind == "ctc" else True
     origin = reader.origin("mask_prob")
     if probability <= 0 and channels <= 0:
         note = "no masking: switched off by apply_spec_augment, so that mask_emb has a place"
@@ -302,9 +312,9 @@ def _layout(reader: Reader, checkpoint: Checkpoint, kind: str) -> Layout | None:
     hidden, groups = reader.get("encoder_embed_dim", int), reader.get("conv_pos_groups", int)
     if not convolutions or not hidden or not groups:
         return None
-    final = reader.get("final_dim", int) or hidden
-    codevector = reader.get("latent_dim", int) or final
-    count = reader.get("latent_groups", int) or 1
+    final = reader.get("final_dim", int, 0) or hidden
+    codevector = reader.get("latent_dim", int, 0) or final
+    count = reader.get("latent_groups", int, DEFAULTS["latent_groups"]) or 1
     return Layout(
         kind=kind,
         convolutions=tuple((channels, kernel) for channels, kernel, _ in convolutions),
@@ -318,7 +328,7 @@ def _layout(reader: Reader, checkpoint: Checkpoint, kind: str) -> Layout | None:
         conv_pos=reader.get("conv_pos", int),
         pos_group=hidden // groups,
         vocab=seen.vocab,
-        codes=reader.get("latent_vars", int) * count,
+        codes=reader.get("latent_vars", int, DEFAULTS["latent_vars"]) * count,
         code_width=codevector // count,
         codevector=codevector,
         final=final,

@@ -48,6 +48,31 @@ SAME = {
 }
 # fmt: on
 
+# What fairseq's dataclass says where a checkpoint is silent. Only of what acts in training, or shows in the shapes;
+# layers, widths, heads, norm placement, activation and convolutions have no default.
+DEFAULTS: dict[str, Any] = {
+    "activation_dropout": 0.0,
+    "attention_dropout": 0.1,
+    "dropout": 0.1,
+    "dropout_features": 0.0,
+    "dropout_input": 0.0,
+    "encoder_layerdrop": 0.0,
+    "latent_groups": 2,
+    "latent_vars": 320,
+    "logit_temp": 0.1,
+    "mask_channel_length": 10,
+    "mask_channel_prob": 0.0,
+    "mask_length": 10,
+    "mask_prob": 0.65,
+    "num_negatives": 100,
+}
+
+# Settings that count something, and so are whole numbers above zero.
+COUNTS = {
+    *("conv_pos", "conv_pos_groups", "encoder_attention_heads", "encoder_embed_dim", "encoder_ffn_embed_dim"),
+    *("encoder_layers", "latent_groups", "latent_vars", "mask_channel_length", "mask_length", "num_negatives"),
+}
+
 # Settings of the fine-tuned model that replace the pretrained model's (wav2vec2_asr.Wav2VecEncoder, arg_overrides).
 FINE_TUNING = {
     "dropout": "dropout",

@@ -53,7 +53,7 @@ def make_processor(
         "padding_value": 0.0,
         # transformers' own converter says false for group norm models; fairseq always masks the padding
         "return_attention_mask": True,
-        "sampling_rate": task.get("sample_rate", int, 16000),
+        "sampling_rate": task.count("sample_rate", 16000),
     }
     if dictionary is None:
         return Processor({"preprocessor_config.json": features}, {}, "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +28,11 @@ class Reader:
 
     def origin(self, name: str) -> str:
         """Say where a setting stands, such as `cfg.model.dropout`."""
-        return f"{self.origins.get(name, 'absent')}.{name}" if name in self.origins else f"{name} is not set"
+        return (
+            f"{self.origins.get(name, 'absent')}.{name}"
+            if name in self.origins
+            else f"fairseq's default, {name} is not set"
+        )
 
     def get(self, name: str, kind: type, default: Any = MISSING) -> Any:
         """Return a setting of a type; `int` takes no `bool`, `float` takes `int`, and texts of numbers are read.
@@ -49,10 +54,18 @@ class Reader:
                 value = object()
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        wrong = not isinstance(value, kind) or (kind is int and isinstance(value, bool))
+        if wrong or (kind is float and not math.isfinite(value)):
             text = repr(self.values[name])[:60]
             self.problems.append(Problem("bad-setting", name, f"{kind.__name__} expected, {text} found"))
             return kind()
+        return value
+
+    def count(self, name: str, default: Any = MISSING) -> int:
+        """Return a setting that counts something: a whole number above zero."""
+        value: int = self.get(name, int, default)
+        if value < 1 and not any(problem.key == name for problem in self.problems):
+            self.problems.append(Problem("bad-setting", name, f"a number above zero expected, {value} found"))
         return value
 
     def convolutions(self, name: str) -> list[tuple[int, int, int]]:
