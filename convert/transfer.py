@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convert.checkpoint.container import Container, Range, corrupted
+from convert.checkpoint.container import Container, Range, corrupted, release
 from convert.checkpoint.unpickle import StoredTensor
 from convert.errors import ConvertError, MismatchError, PlanError, Problem
 from convert.mapping.rules import Edit, Plan, TensorSpec
@@ -467,12 +467,3 @@ def _filler(
         raise ConvertError(f"no such rule: {rule}", code="rule", key=rule)
 
     return make
-
-
-def release(data: mmap.mmap, start: int, count: int) -> None:
-    """Tell the kernel that a mapped range was used, so that it does not count as this process's memory."""
-    page = mmap.PAGESIZE
-    first = -(-start // page) * page
-    last = (start + count) // page * page
-    if last > first and hasattr(mmap, "MADV_DONTNEED"):
-        data.madvise(mmap.MADV_DONTNEED, first, last - first)

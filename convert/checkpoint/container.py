@@ -29,6 +29,7 @@ DTYPES = {
     "BoolStorage": ("BOOL", 1),
 }
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.serialization.MAGIC_NUMBER
+_NEIGHBOURHOOD = 1 << 21
 _DEPTH, _NODES = 200, 4_000_000
 _END, _DIRECTORY = 22 + 65_535, 1 << 26  # the zip's end record with the longest comment; bytes of the largest directory
 
@@ -190,12 +191,28 @@ def _directory_size(data: mmap.mmap) -> int:
     return max(int.from_bytes(data[at + 40 : at + 48], "little") for at in records)
 
 
+def _peek(data: mmap.mmap, at: int, count: int) -> bytes:
+    """Read a few bytes; the kernel maps their whole neighbourhood, which is given back."""
+    piece = data[at : at + count]
+    release(data, at - _NEIGHBOURHOOD, 2 * _NEIGHBOURHOOD)
+    return piece
+
+
+def release(data: mmap.mmap, start: int, count: int) -> None:
+    """Tell the kernel that a mapped range was used, so that it does not count as this process's memory."""
+    page = mmap.PAGESIZE
+    first = -(-max(start, 0) // page) * page
+    last = min(start + count, len(data)) // page * page
+    if last > first and hasattr(mmap, "MADV_DONTNEED"):
+        data.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+
 def _range(path: Path, data: mmap.mmap, info: zipfile.ZipInfo) -> Range:
     """Find an entry's bytes: its local header may be longer than the directory says (torch pads it to align tensors)."""
     if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
         raise _unreadable(path, f"entry {info.filename} is compressed, which torch never does", "compressed-entry")
     at = info.header_offset
-    header = data[at : at + 30]
+    header = _peek(data, at, 30)
     if at < 0 or len(header) < 30 or header[:4] != b"PK\x03\x04":
         raise _unreadable(path, f"entry {info.filename} has no header", "corrupted-zip")
     start = at + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
@@ -235,7 +252,7 @@ def _open_legacy(path: Path, data: mmap.mmap) -> Container:
     for _ in tensors_in(loaded.value, path.name):  # refuses what nests too deep, here as in the zip layout
         pass
     for key in keys:
-        count = int.from_bytes(data[at : at + 8], "little")
+        count = int.from_bytes(_peek(data, at, 8), "little")
         if key not in loaded.storages:
             raise _unreadable(path, f"holds storage {key} that nothing refers to", "corrupted-pickle")
         kind, expected = loaded.storages[key]
