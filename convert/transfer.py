@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from convert.checkpoint.container import Container, Range, corrupted, release
 from convert.checkpoint.unpickle import StoredTensor
-from convert.errors import ConvertError, MismatchError, PlanError, Problem
+from convert.errors import CheckpointError, ConvertError, MismatchError, PlanError, Problem
 from convert.mapping.rules import Edit, Plan, TensorSpec
 
 if TYPE_CHECKING:
@@ -157,17 +157,36 @@ class Transfer:
         self.source = hashlib.sha256()
         self.hashed = 0
         self.checked: set[str] = set()
+        self.free: queue.SimpleQueue[bytearray] = queue.SimpleQueue()  # buffers go from here to the prover and back
+        for _ in range(_QUEUE + 2):
+            self.free.put(bytearray(CHUNK))
+        self.scratch = bytearray(CHUNK)
+
+    def _read(self, at: int, view: memoryview) -> None:
+        """Fill a buffer from the source; reading beats touching a mapping, page by page."""
+        done = 0
+        while done < len(view):
+            count = os.preadv(self.container.file.fileno(), [view[done:]], at + done)
+            if count == 0:
+                name = self.container.path.name
+                raise CheckpointError(f"{name} became shorter while it was read", code="truncated", key=name)
+            done += count
+
+    def _hash(self, at: int, view: memoryview) -> None:
+        """Hash a piece of the source, after all that stands before it; what was hashed already is passed over."""
+        self._hash_to(at)
+        if at == self.hashed:
+            self.source.update(view)
+            self.hashed += len(view)
+            self.progress(len(view))
 
     def _hash_to(self, end: int) -> None:
-        """Hash the source from where hashing stopped up to a position; before it, there is nothing to do."""
-        data = self.container.data
         while self.hashed < end:
-            count = min(CHUNK, end - self.hashed)
-            with memoryview(data) as whole, whole[self.hashed : self.hashed + count] as piece:
-                self.source.update(piece)
-            release(data, max(0, self.hashed - 2 * _QUEUE * CHUNK), CHUNK)  # the prover is that far behind at most
-            self.hashed += count
-            self.progress(count)
+            view = memoryview(self.scratch)[: end - self.hashed]
+            self._read(self.hashed, view)
+            self.source.update(view)
+            self.hashed += len(view)
+            self.progress(len(view))
 
     def source_sha256(self) -> str:
         """Hash the rest of the source file, and return its SHA-256."""
@@ -194,14 +213,13 @@ class Transfer:
                 os.posix_fallocate(file.fileno(), 0, size)
             else:
                 os.ftruncate(file.fileno(), size)
-            prover = _Prover(file.fileno(), path.name, self.container.path, self.progress)
+            prover = _Prover(file.fileno(), path.name, self.container.path, self.progress, self.free)
             prover.start()
             try:
-                at = self._put(file.fileno(), prover, 0, head, None, None)
+                at = self._put(prover, _Chunk(0, memoryview(head)))
                 for piece in listed:
-                    whole = self._whole(piece)
-                    for data in tensor_bytes(self.container, piece):
-                        at = self._put(file.fileno(), prover, at, data, piece, whole)
+                    for chunk in self._chunks(piece, at):
+                        at = self._put(prover, chunk)
             finally:
                 digest = prover.finish()
             os.fsync(file.fileno())
@@ -214,17 +232,29 @@ class Transfer:
             )
         return Written(path.name, size, digest)
 
-    def _put(
-        self, descriptor: int, prover: _Prover, at: int, data: Any, piece: Piece | None, whole: Range | None
-    ) -> int:
-        view = memoryview(data).cast("B") if len(data) else memoryview(b"")
-        if whole is not None:
-            self._hash_to(min(whole.start + whole.count, max(self.hashed, whole.start) + len(view)))
+    def _put(self, prover: _Prover, chunk: _Chunk) -> int:
         done = 0
-        while done < len(view):
-            done += os.pwrite(descriptor, view[done:], at + done)
-        prover.add(_Chunk(at, view, piece, whole))
-        return at + len(view)
+        while done < len(chunk.view):
+            done += os.pwrite(prover.descriptor, chunk.view[done:], chunk.at + done)
+        end = chunk.at + len(chunk.view)  # the prover gives the view back
+        prover.add(chunk)
+        return end
+
+    def _chunks(self, piece: Piece, at: int) -> Iterator[_Chunk]:
+        """Yield a tensor's bytes: read, and hashed on the way, where they lie as they are written."""
+        whole = self._whole(piece)
+        if whole is None:
+            for data in tensor_bytes(self.container, piece):
+                yield _Chunk(at, memoryview(data).cast("B") if len(data) else memoryview(b""), piece)
+                at += len(data)
+            return
+        for start in range(whole.start, whole.start + whole.count, CHUNK):
+            buffer = self.free.get()
+            view = memoryview(buffer)[: whole.start + whole.count - start]
+            self._read(start, view)
+            self._hash(start, view)
+            yield _Chunk(at, view, piece, whole, buffer)
+            at += min(CHUNK, whole.start + whole.count - start)
 
     def _whole(self, piece: Piece) -> Range | None:
         """Return a tensor's storage where the tensor is all of it, so that its CRC-32 is checked on the way.
@@ -250,17 +280,21 @@ class Transfer:
 class _Chunk:
     at: int
     view: memoryview
-    piece: Piece | None
-    whole: Range | None
+    piece: Piece | None = None
+    whole: Range | None = None
+    buffer: bytearray | None = None
 
 
 class _Prover(threading.Thread):
     """Checks what is written, reads it back, compares it with what was meant, and hashes it."""
 
-    def __init__(self, descriptor: int, name: str, source: Path, progress: Progress) -> None:
+    def __init__(
+        self, descriptor: int, name: str, source: Path, progress: Progress, free: queue.SimpleQueue[bytearray]
+    ) -> None:
         super().__init__(daemon=True)
         self.descriptor = descriptor
-        self.written = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+        self.free = free
+        self.back = bytearray(CHUNK)
         self.name_of_file = name
         self.source = source
         self.progress = progress
@@ -283,6 +317,9 @@ class _Prover(threading.Thread):
                     self._prove(chunk)
                 except BaseException as error:  # noqa: BLE001 - handed to the writer, which raises it
                     self.error = error
+            chunk.view.release()
+            if chunk.buffer is not None:
+                self.free.put(chunk.buffer)
 
     def _check(self, chunk: _Chunk) -> None:
         """Compare a storage's CRC-32 with the zip directory's after its last byte, and look for NaN and infinity."""
@@ -300,26 +337,26 @@ class _Prover(threading.Thread):
                 raise corrupted(self.source, chunk.whole)
 
     def _prove(self, chunk: _Chunk) -> None:
-        at, count = chunk.at, len(chunk.view)
-        with chunk.view, memoryview(self.written) as written, written[at : at + count] as back:
-            if not _same(chunk.view, back):
+        for start in range(0, len(chunk.view), CHUNK):
+            meant, at = chunk.view[start : start + CHUNK], chunk.at + start
+            back = memoryview(self.back)[: len(meant)]
+            if os.preadv(self.descriptor, [back], at) != len(meant) or not _same(meant, back):
                 raise MismatchError(
-                    f"{self.name_of_file}: bytes {at} to {at + count} read back differently from what was written; "
+                    f"{self.name_of_file}: bytes {at} to {at + len(meant)} read back differently from what was written; "
                     "nothing was kept",
                     code="read-back",
                     key=self.name_of_file,
                     hint="check the disk and the memory of this machine",
                 )
             self.digest.update(back)
-        release(self.written, at, count)
+            meant.release()
         if hasattr(os, "posix_fadvise"):  # starts the write-back now, so that fsync finds little left to do
-            os.posix_fadvise(self.descriptor, at, count, os.POSIX_FADV_DONTNEED)
-        self.progress(count)
+            os.posix_fadvise(self.descriptor, chunk.at, len(chunk.view), os.POSIX_FADV_DONTNEED)
+        self.progress(len(chunk.view))
 
     def finish(self) -> str:
         self.queue.put(None)
         self.join()
-        self.written.close()
         if self.error:
             raise self.error
         return self.digest.hexdigest()

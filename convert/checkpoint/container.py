@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from convert.checkpoint.unpickle import Global, StoredTensor, Stub, load
 from convert.errors import CheckpointError
@@ -58,7 +58,8 @@ class Container:
     Args:
         path: the file.
         kind: `zip` or `legacy`.
-        data: the mapped file.
+        file: the opened file, for reading in bulk.
+        data: the mapped file, for looking things up.
         value: the unpickled object, tensors as `StoredTensor`.
         globals: every global that the pickle names.
         storages: the byte range of every storage, by key.
@@ -66,13 +67,15 @@ class Container:
 
     path: Path
     kind: str
+    file: BinaryIO
     data: mmap.mmap
     value: Any
     globals: frozenset[Global]
     storages: dict[str, Range]
 
     def close(self) -> None:
-        """Unmap the file."""
+        """Close the file."""
+        self.file.close()
         with contextlib.suppress(BufferError):  # an error's traceback may still hold a view; it is unmapped with it
             self.data.close()
 
@@ -109,11 +112,7 @@ def open_container(path: Path) -> Container:
     if path.exists() and not path.is_file():  # opening a pipe would wait for a writer, reading a device would not end
         raise _unreadable(path, "is a pipe or a device, not a file", "not-a-file", _HINT)
     try:
-        with path.open("rb") as file:
-            head = file.read(512)
-            if not head:
-                raise _unreadable(path, "is empty", "empty-file", "download or copy it again")
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        file = path.open("rb")
     except OSError as error:
         raise CheckpointError(
             f"{path.name} cannot be opened: {error.strerror or error}; nothing was written",
@@ -122,17 +121,26 @@ def open_container(path: Path) -> Container:
             hint="check the name and the permissions of the checkpoint",
         ) from None
     try:
-        if head[:4] == b"PK\x03\x04":
-            return _open_zip(path, data)
-        if head[:1] == b"\x80" and head[1:2] < b"\x06":
-            return _open_legacy(path, data)
-        raise _foreign(path, head)
+        head = file.read(512)
+        if not head:
+            raise _unreadable(path, "is empty", "empty-file", "download or copy it again")
+        with contextlib.ExitStack() as stack:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            stack.callback(data.close)
+            if head[:4] == b"PK\x03\x04":
+                container = _open_zip(path, file, data)
+            elif head[:1] == b"\x80" and head[1:2] < b"\x06":
+                container = _open_legacy(path, file, data)
+            else:
+                raise _foreign(path, head)
+            stack.pop_all()
+        return container
     except BaseException:
-        data.close()
+        file.close()
         raise
 
 
-def _open_zip(path: Path, data: mmap.mmap) -> Container:
+def _open_zip(path: Path, file: BinaryIO, data: mmap.mmap) -> Container:
     entries: dict[str, zipfile.ZipInfo] = {}
     if _directory_size(data) > _DIRECTORY:
         raise _unreadable(path, "has a larger zip directory than any trainer writes", "hostile-zip")
@@ -169,7 +177,7 @@ def _open_zip(path: Path, data: mmap.mmap) -> Container:
         if place.start < behind and place.count:  # a small file that pretends to be a large one
             raise _unreadable(path, f"entry {place.entry} overlaps another one", "hostile-zip")
         behind = max(behind, place.start + place.count)
-    container = Container(path, "zip", data, loaded.value, loaded.globals, storages)
+    container = Container(path, "zip", file, data, loaded.value, loaded.globals, storages)
     for tensor in tensors_in(loaded.value, path.name):
         found = storages.get(tensor.storage.key)
         need = tensor.storage.count * container.dtype(tensor)[1]
@@ -233,7 +241,7 @@ def corrupted(path: Path, where: Range) -> CheckpointError:
     return _unreadable(path, f"entry {where.entry} is damaged: its CRC-32 is wrong", "corrupted-entry")
 
 
-def _open_legacy(path: Path, data: mmap.mmap) -> Container:
+def _open_legacy(path: Path, file: BinaryIO, data: mmap.mmap) -> Container:
     magic = load(data, 0, path.name, len(data))
     if magic.value != _LEGACY_MAGIC:
         raise _unreadable(path, "is a pickle that torch.save did not write", "foreign-file", _HINT)
@@ -248,7 +256,7 @@ def _open_legacy(path: Path, data: mmap.mmap) -> Container:
     texts = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
     if not texts or not loaded.storages.keys() <= set(keys):
         raise _unreadable(path, "names storages that it does not hold", "corrupted-pickle")
-    container = Container(path, "legacy", data, loaded.value, loaded.globals, {})
+    container = Container(path, "legacy", file, data, loaded.value, loaded.globals, {})
     for _ in tensors_in(loaded.value, path.name):  # refuses what nests too deep, here as in the zip layout
         pass
     for key in keys:
