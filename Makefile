@@ -38,7 +38,8 @@ bench: $(VENV)/.test ## speed and memory, as ratios against cp, openssl and the 
 	$(BIN)/python benchmarks/verify.py
 
 recording: $(VENV)/.test ## make fairseq's answers for the bundled checkpoint anew
-	$(BIN)/fairseq-to-hf record $(CHECKPOINT) $(RECORDING) --overwrite
+	rm -f $(RECORDING)
+	$(BIN)/fairseq-to-hf record $(CHECKPOINT) $(RECORDING)
 
 clean: ## remove what make made
 	rm -rf $(VENV) demo-model

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import functools
 import importlib
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -100,8 +101,8 @@ def command(name: str, *examples: str) -> Callable[[Callable[..., Outcome]], cli
                 click.echo(outcome.text)
             context.exit(0 if outcome.ok else 1)
 
-        run.__doc__ = f"{function.__doc__ or ''}\n\n\b\nExamples:\n" + "\n".join(f"  {line}" for line in examples)
-        made = click.command(name)(run)
+        run.__doc__ = inspect.cleandoc(function.__doc__ or "")
+        made = click.command(name, epilog="\b\nExamples:\n" + "\n".join(f"  {line}" for line in examples))(run)
         made.params += [
             click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object, on failure too."),
             click.Option(["-q", "--quiet"], is_flag=True, help="Print nothing but errors."),
@@ -134,17 +135,18 @@ def _of_system(error: OSError | MemoryError) -> ConvertError:
     return ConvertError(f"{name}: {reason}" if name else reason, code="system", key=name, hint=hint)
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="""\b
+Examples:
+  fairseq-to-hf inspect checkpoint_best.pt
+  fairseq-to-hf convert checkpoint_best.pt my-model
+  fairseq-to-hf verify checkpoint_best.pt my-model""",
+)
 @click.version_option(package_name="fairseq-to-hf")
 def main() -> None:
-    """Turn fairseq speech checkpoints into Hugging Face models, and prove that they are the same.
-
-    \b
-    Examples:
-      fairseq-to-hf inspect checkpoint_best.pt
-      fairseq-to-hf convert checkpoint_best.pt my-model
-      fairseq-to-hf verify checkpoint_best.pt my-model
-    """
+    """Turn fairseq speech checkpoints into Hugging Face models, and prove that they are the same."""
 
 
 @contextlib.contextmanager

@@ -1,0 +1,119 @@
+"""The command line: outcomes, exit statuses, one JSON object, silence, and help that keeps its word."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import fairseq_models
+import pytest
+from conftest import ROOT, Ran
+from fairseq_models import save
+
+from convert.cli import COMMANDS
+
+Command = Callable[..., Ran]
+SHIPPED = ROOT / "checkpoints/espeak-wav2vec2-ctc.pt"
+
+
+def test_inspect(command: Command) -> None:
+    done = command("inspect", SHIPPED)
+    assert done.status == 0
+    assert "wav2vec_ctc (4 layers, 128 wide, 4 heads)" in done.text
+    assert "31 symbols: <s> <pad> </s> <unk> |" in done.text and "all known to be harmless" in done.text
+    assert done.data["parameters"] == 1_026_207 and done.data["architecture"] == "wav2vec_ctc"
+    assert done.data["tensors"]["w2v_encoder.proj.bias"] == {"shape": [31], "dtype": "F32"}
+
+
+def test_plan(command: Command) -> None:
+    done = command("plan", SHIPPED)
+    assert done.status == 0
+    assert "w2v_encoder.proj.weight -> lm_head.weight" in done.text
+    assert "encoder.layers.{0...3}.fc1.weight" in done.text
+    assert done.data["config"]["do_stable_layer_norm"]["value"] is True
+    assert done.data["drops"] == done.data["fills"] == done.data["edits"] == []
+
+
+def test_a_refused_plan_lists_every_reason(command: Command, tmp_path: Path) -> None:
+    path = save(fairseq_models.REFUSED["target_glu"], tmp_path / "model.pt")
+    done = command("plan", path)
+    assert done.status == 1 and done.text == ""
+    assert {problem["code"] for problem in done.data["problems"]} == {"unmapped-source", "unsupported-setting"}
+    assert done.error.splitlines() == [
+        "error: model.pt cannot be converted completely; nothing was written",
+        "  unmapped-source: target_glu.0.bias: no rule takes this tensor of shape (48,)",
+        "  unmapped-source: target_glu.0.weight: no rule takes this tensor of shape (48, 24)",
+        "  unsupported-setting: target_glu: is True: Wav2Vec2ForPreTraining has no gated linear unit on its targets",
+    ]
+
+
+def test_convert_and_restore(command: Command, tmp_path: Path) -> None:
+    done = command("convert", SHIPPED, "out", "--overwrite")
+    assert done.status == 0 and "each byte read back and compared" in done.text
+    assert done.data["class"] == "Wav2Vec2ForCTC" and "model.safetensors" in done.data["files"]
+    assert command("restore", "out", "back.pt", "--overwrite").status == 0
+    existing = command("convert", SHIPPED, "out")
+    assert existing.status == 2 and "--overwrite" in existing.error and existing.data["problems"][0]["code"] == "exists"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["back.pt", "out"]
+
+
+def test_fetch_lists_and_refuses(command: Command) -> None:
+    assert len(command("fetch", "--list").data["entries"]) > 50
+    assert command("fetch", "wav2vec2-bse").status == 2
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["inspect", "absent.pt"],
+        ["plan", "absent.pt"],
+        ["convert", "absent.pt", "out"],
+        ["restore", "absent", "back.pt"],
+    ],
+)
+def test_what_is_not_there_is_exit_2(words: list[str], command: Command) -> None:
+    assert command(*words).status == 2
+
+
+def plain(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "convert", *words]
+    return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment})
+
+
+def test_usage_errors_are_exit_2() -> None:
+    for words in (["nonsense"], ["convert"], ["convert", "a", "b", "--dtype", "int3"]):
+        done = plain(*words)
+        assert done.returncode == 2 and done.stdout == ""
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_ends_with_three_real_commands(name: str) -> None:
+    done = plain(name, "--help")
+    assert done.returncode == 0
+    examples = re.findall(rf"^ *fairseq-to-hf {name} .+$", done.stdout, re.MULTILINE)
+    assert len(examples) >= 3
+    assert done.stdout.rstrip().splitlines()[-1].strip() == examples[-1].strip()
+    for example in examples:  # every option of an example is one that the command has
+        for option in re.findall(r" (--?[a-z-]+)", example):
+            assert re.search(rf"(^|[\s,]){option}\b", done.stdout.split("Options:")[1].split("Examples:")[0]), option
+
+
+def test_help_and_inspect_import_nothing_heavy() -> None:
+    code = (
+        "import sys; from convert.cli import main; main(sys.argv[1:], standalone_mode=False); "
+        "heavy = {'torch', 'transformers', 'huggingface_hub', 'numpy'} & set(sys.modules); print(sorted(heavy), file=sys.stderr)"
+    )
+    for words in (["--help"], ["convert", "--help"], ["inspect", str(SHIPPED)]):
+        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=ROOT)
+        assert done.stderr.strip().endswith("[]"), (words, done.stderr)
+
+
+def test_json_is_one_object_on_failure_too(tmp_path: Path) -> None:
+    done = plain("convert", str(tmp_path / "absent.pt"), str(tmp_path / "out"), "--json")
+    assert done.returncode == 2
+    assert json.loads(done.stdout)["problems"][0]["code"] == "missing-file"

@@ -1,0 +1,75 @@
+"""Every command and snippet of the README runs, in order, as a new user would type it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BLOCKS = re.findall(r"^```(sh|python)\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE | re.DOTALL)
+# What the tests are themselves, or what would fetch packages; `make demo` has a test of its own.
+NOT_HERE = ("make ", "pip install")
+
+
+def environment() -> dict[str, str]:
+    tools = str(Path(sys.executable).parent)
+    return {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a checkpoint called checkpoint_best.pt, as the README has it."""
+    made = tmp_path_factory.mktemp("readme")
+    shutil.copytree(ROOT / "checkpoints", made / "checkpoints")
+    shutil.copy(ROOT / "checkpoints/espeak-wav2vec2-ctc.pt", made / "checkpoint_best.pt")
+    return made
+
+
+@pytest.mark.slow
+def test_every_block_runs(place: Path) -> None:
+    """All in one test, since each block builds on the ones before it."""
+    ran = 0
+    for kind, text in BLOCKS:
+        if kind == "python":
+            done = subprocess.run(
+                [sys.executable, "-c", text], cwd=place, env=environment(), capture_output=True, text=True
+            )
+            assert done.returncode == 0, f"{text}\n{done.stderr}"
+            ran += 1
+            continue
+        for line in text.splitlines():
+            if line.startswith(NOT_HERE):
+                continue
+            words = line.partition("#")[0].strip()
+            done = subprocess.run(["sh", "-c", words], cwd=place, env=environment(), capture_output=True, text=True)
+            if words.startswith("fairseq-to-hf publish"):  # a test has no account: it ends in one sentence
+                assert done.returncode == 2 and done.stderr.startswith("error: "), done.stderr
+            else:
+                assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+            ran += 1
+    assert ran >= 12
+
+
+def test_what_is_left_out_is_known() -> None:
+    lines = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()]
+    assert [line.split()[1] for line in lines if line.startswith(NOT_HERE)] == ["demo", "test", "install"]
+
+
+@pytest.mark.slow
+def test_make_demo(tmp_path: Path) -> None:
+    """`make demo`, with the environment that these tests run in in place of a new one."""
+    for name in ("checkpoints", "convert", "Makefile", "constraints.txt", "pyproject.toml"):
+        source = ROOT / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
+    line = ["make", "-o", f"{sys.prefix}/.demo", "demo", f"VENV={sys.prefix}"]
+    done = subprocess.run(line, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    heard = re.findall(r"^(heldout-\d+\.wav)  (.+)$", done.stdout, re.MULTILINE)
+    said = (ROOT / "checkpoints/heldout/heldout.wrd").read_text().splitlines()
+    assert [text for _, text in heard] == said
