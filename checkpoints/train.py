@@ -35,7 +35,6 @@ SHIPPED_ROOT = "checkpoints/heldout"  # fairseq opens it from where it runs: the
 HERE = Path(__file__).resolve().parent
 # Relative to the working folder.
 DATA = Path("data")
-PRETRAINED = Path("pretrained/checkpoint_last.pt")
 FINETUNED = Path("finetuned/checkpoint_best.pt")
 
 # A sentence takes one word of each row. The words use all 26 letters.
@@ -261,8 +260,7 @@ def measure() -> None:
 
 
 def ship() -> None:
-    """Copy the checkpoints as fairseq wrote them, the dictionary and eight held-out recordings beside this script."""
-    shutil.copyfile(PRETRAINED, HERE / "espeak-wav2vec2-pretrained.pt")
+    """Copy the checkpoint as fairseq wrote it, the dictionary and eight held-out recordings beside this script."""
     shutil.copyfile(FINETUNED, HERE / "espeak-wav2vec2-ctc.pt")
     shutil.copyfile(DATA / "dict.ltr.txt", HERE / "dict.ltr.txt")
     heldout = HERE / "heldout"

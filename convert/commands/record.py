@@ -1,0 +1,48 @@
+"""`fairseq-to-hf record`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from convert.cli import Outcome
+from convert.cli import command as make
+from convert.report import size
+
+
+@make(
+    "record",
+    "fairseq-to-hf record checkpoint_best.pt reference.safetensors",
+    "fairseq-to-hf record checkpoint_best.pt reference.safetensors --fairseq-python ~/fairseq-env/bin/python",
+    "fairseq-to-hf record checkpoint_best.pt reference.safetensors --audio recordings --dtype float16",
+)
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--fairseq-python", metavar="PYTHON", help="Another interpreter, with torch and fairseq.")
+@click.option("--audio", multiple=True, type=click.Path(path_type=Path), help="Your recordings: wav, flac, or folders.")
+@click.option(
+    "--dtype", default="", type=click.Choice(["", "float16", "bfloat16"]), help="Answer for rounded weights too."
+)
+@click.option("--long/--no-long", default=True, show_default=True, help="30 seconds of speech among the inputs.")
+@click.option("--dict", "dictionary", type=click.Path(path_type=Path), help="As for convert.")
+@click.option("--base", type=click.Path(path_type=Path), help="As for convert.")
+@click.option(
+    "--trust-checkpoint",
+    is_flag=True,
+    help="Let fairseq unpickle a file that names unknown classes. Such a file can run any program as you.",
+)
+def command(checkpoint: Path, out: Path, **options: Any) -> Outcome:
+    """Run fairseq once and keep its answers, to verify later where fairseq is not installed."""
+    from convert.verification import record
+    from convert.verification.recording import Recorded
+
+    made = Recorded(record(checkpoint, out, **options))
+    inputs = [probe.name for probe in made.probes()]
+    lines = [
+        f"{out}: fairseq {made.about['fairseq']}, {len(inputs)} inputs, {size(out.stat().st_size)}",
+        f"next: fairseq-to-hf verify {checkpoint} MODEL_DIR --reference {out}",
+    ]
+    details = dict(made.description.details)
+    return Outcome(True, "\n".join(lines), {"inputs": inputs, "checkpoint": made.checkpoint, "reference": details})

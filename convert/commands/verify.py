@@ -1,0 +1,59 @@
+"""`fairseq-to-hf verify`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from convert.cli import Outcome, progress_bar
+from convert.cli import command as make
+
+
+@make(
+    "verify",
+    "fairseq-to-hf verify checkpoint_best.pt my-model",
+    "fairseq-to-hf verify checkpoint_best.pt my-model --audio recordings --plot proof.png",
+    "fairseq-to-hf verify checkpoint_best.pt my-model --reference reference.safetensors",
+)
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("model_dir", type=click.Path(path_type=Path))
+@click.option("--reference", type=click.Path(path_type=Path), help="A recording, where fairseq is not installed.")
+@click.option("--fairseq-python", metavar="PYTHON", help="Another interpreter, with torch and fairseq.")
+@click.option("--device", "devices", multiple=True, help="cpu or cuda, several times. Default: all there are.")
+@click.option("--audio", multiple=True, type=click.Path(path_type=Path), help="Your recordings: wav, flac, or folders.")
+@click.option(
+    "--require",
+    type=click.Choice(["identical", "rounding"]),
+    help="Of every input. Default: identical where both sides do the same arithmetic on this CPU, else rounding.",
+)
+@click.option("--long/--no-long", default=True, show_default=True, help="30 seconds of speech among the inputs.")
+@click.option("--dict", "dictionary", type=click.Path(path_type=Path), help="As for convert.")
+@click.option("--base", type=click.Path(path_type=Path), help="As for convert.")
+@click.option(
+    "--trust-checkpoint",
+    is_flag=True,
+    help="Let fairseq unpickle a file that names unknown classes. Such a file can run any program as you.",
+)
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw the differences along the stages into a PNG.")
+def command(checkpoint: Path, model_dir: Path, plot: Path | None, **options: Any) -> Outcome:
+    """Prove that a model directory is the checkpoint's model.
+
+    Compares every tensor byte for byte, then runs fairseq's own code and transformers on the same waveforms, stage by stage,
+    and checks that deliberate mistakes are caught. Writes verification.json into the directory.
+    """
+    from convert.verification import verify
+
+    if plot is not None:
+        from convert.verification.plot import check
+
+        check(plot)  # what could not be drawn is refused before the work, not after it
+    with progress_bar("verify") as progress:
+        done = verify(checkpoint, model_dir, progress=progress, **options)
+    if plot is not None:
+        from convert.verification.plot import plot as draw
+
+        draw(done, plot)
+    data = {key: value for key, value in done.report.items() if key not in ("schema", "problems")}
+    return Outcome(done.passed, str(done), data, done.problems)

@@ -1,0 +1,166 @@
+"""Prove that a converted model is the same model: fairseq's own code against transformers, on the same waveforms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from convert.errors import MismatchError
+from convert.verification.report import Curve, Verification
+
+__all__ = ["Curve", "Verification", "assert_identical", "record", "verify"]
+
+
+def verify(
+    checkpoint: str | Path,
+    model_dir: str | Path,
+    *,
+    reference: str | Path | None = None,
+    fairseq_python: str | None = None,
+    devices: Sequence[str] = (),
+    audio: Sequence[str | Path] = (),
+    require: str | None = None,
+    dictionary: str | Path | None = None,
+    base: str | Path | None = None,
+    trust_checkpoint: bool = False,
+    long: bool = True,
+    write: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> Verification:
+    """Prove that a model directory is the checkpoint's model: same bytes, same files, same outputs as fairseq's own code.
+
+    Args:
+        checkpoint: the fairseq checkpoint.
+        model_dir: the directory that `convert` made of it.
+        reference: a recording of `record`, where fairseq is not installed.
+        fairseq_python: another interpreter, with torch and fairseq.
+        devices: `cpu`, `cuda`, `cuda:N`; by default the CPU and every CUDA device.
+        audio: recordings to run beside the bundled clip: wav or flac files, or folders of them.
+        require: `identical` or `rounding`, for every input; by default `identical` for single utterances on the CPU, where
+            both sides have the same weights and do the same arithmetic, and `rounding` elsewhere.
+        dictionary, base: as for `convert`.
+        trust_checkpoint: let fairseq unpickle a file that names what no trainer of fairseq writes. It can run any program.
+        long: whether 30 seconds of speech are among the inputs.
+        write: whether `verification.json` is written into the directory.
+        progress: called with (steps done, steps in all).
+
+    Returns:
+        What was found; `passed` says whether the model was proved to be the same.
+
+    Raises:
+        ConvertError: with status 2 where there is no answer: no fairseq, no such device, an unreadable file, a recording of
+            another checkpoint; with status 1 where the directory was made from another checkpoint.
+
+    Example:
+        >>> verify("checkpoint_best.pt", "my-model").passed  # doctest: +SKIP
+        True
+    """
+    from convert.verification.run import verify as run
+
+    return run(
+        Path(checkpoint),
+        Path(model_dir),
+        reference=_path(reference),
+        fairseq_python=fairseq_python,
+        devices=tuple(devices),
+        audio=tuple(audio),
+        require=require,
+        dictionary=_path(dictionary),
+        base=_path(base),
+        trust_checkpoint=trust_checkpoint,
+        long=long,
+        write_report=write,
+        progress=progress,
+    )
+
+
+def assert_identical(
+    checkpoint: str | Path,
+    model_dir: str | Path,
+    *,
+    reference: str | Path | None = None,
+    write: bool = False,
+    **options: Any,
+) -> Verification:
+    """Raise, with numbers, unless a model directory is the checkpoint's model.
+
+    Args:
+        checkpoint: the fairseq checkpoint.
+        model_dir: the directory that `convert` made of it.
+        reference: a recording of `record`, where fairseq is not installed.
+        write: whether `verification.json` is written.
+        options: as for `verify`.
+
+    Returns:
+        What was found.
+
+    Raises:
+        MismatchError: an `AssertionError` too: every problem, with the greatest difference, where it is, and the allowance.
+        ConvertError: as `verify`.
+
+    Example:
+        >>> assert_identical("checkpoint_best.pt", "my-model", reference="reference.safetensors")  # doctest: +SKIP
+    """
+    done = verify(checkpoint, model_dir, reference=reference, write=write, **options)
+    if not done.passed:
+        lines = "\n".join(f"  {problem.code}: {problem}" for problem in done.problems)
+        raise MismatchError(
+            f"{Path(model_dir).name} is not {Path(checkpoint).name}, or was not proved to be:\n{lines}",
+            code="different",
+            key=Path(model_dir).name,
+            problems=done.problems,
+        )
+    return done
+
+
+def record(
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    audio: Sequence[str | Path] = (),
+    fairseq_python: str | None = None,
+    dtype: str = "",
+    dictionary: str | Path | None = None,
+    base: str | Path | None = None,
+    trust_checkpoint: bool = False,
+    long: bool = True,
+) -> Path:
+    """Run fairseq once and keep its answers, to verify later where fairseq is not installed.
+
+    Args:
+        checkpoint: the fairseq checkpoint.
+        out: the safetensors file to write; one that is there is replaced.
+        audio: recordings to run beside the bundled clip.
+        fairseq_python: another interpreter, with torch and fairseq; by default this one.
+        dtype: `float16` or `bfloat16`, to answer for weights rounded to it too.
+        dictionary, base: as for `convert`.
+        trust_checkpoint: as for `verify`.
+        long: whether 30 seconds of speech are among the inputs.
+
+    Returns:
+        The file.
+
+    Raises:
+        ConvertError: as `verify`.
+
+    Example:
+        >>> record("checkpoint_best.pt", "reference.safetensors")  # doctest: +SKIP
+    """
+    from convert.verification.make import make_recording
+
+    return make_recording(
+        Path(checkpoint),
+        Path(out),
+        audio=tuple(audio),
+        fairseq_python=fairseq_python,
+        dtype=dtype,
+        dictionary=_path(dictionary),
+        base=_path(base),
+        trusted=trust_checkpoint,
+        long=long,
+    )
+
+
+def _path(value: str | Path | None) -> Path | None:
+    return None if value is None else Path(value)

@@ -1,0 +1,212 @@
+"""The comparison of two answers: stage by stage, against a measured floor, and the verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+Verdict = Literal["identical", "rounding", "different"]
+ORDER: tuple[Verdict, ...] = ("identical", "rounding", "different")
+EPSILONS = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+CODES = "codes"  # the quantizer's choice: whole numbers, for which there is no rounding
+QUANTIZED = "project_q"  # depends on the choice alone
+
+
+@dataclass(slots=True)
+class Stage:
+    """One side's numbers at one stage.
+
+    Args:
+        shape: of the whole stage.
+        values: all of its numbers, or when `step` is above 1, every `step`-th of them, flat.
+        step: see `values`.
+        sha256: of the whole stage, when `values` is a sample.
+    """
+
+    shape: tuple[int, ...]
+    values: torch.Tensor
+    step: int = 1
+    sha256: str = ""
+
+
+@dataclass(slots=True)
+class Answer:
+    """What one side computed for one input: the valid frames of each utterance, and the stages in order."""
+
+    frames: list[int]
+    stages: dict[str, Stage] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How two sides differ at one stage.
+
+    Args:
+        stage: the name, such as `layer.3`.
+        equal: whether all numbers are the same, and finite.
+        greatest: the greatest absolute difference; infinite where a number is not finite or the shapes differ.
+        index: where that is.
+        allowed: the measured floor; 0 before it is measured.
+        exact: the greatest difference when both sides compute in float64.
+        exact_allowed: the floor, scaled to float64.
+        note: what else there is to say, such as differing shapes.
+    """
+
+    stage: str
+    equal: bool
+    greatest: float
+    index: tuple[int, ...] = ()
+    allowed: float = 0.0
+    exact: float | None = None
+    exact_allowed: float | None = None
+    note: str = ""
+
+    @property
+    def verdict(self) -> Verdict:
+        """The verdict on this stage alone."""
+        if self.exact is not None and self.exact > (self.exact_allowed or 0.0):
+            return "different"  # even where float32 rounds the mistake away
+        if self.equal:
+            return "identical"
+        return "rounding" if self.greatest <= self.allowed else "different"
+
+    def __str__(self) -> str:
+        """Write it as `layer.3: greatest absolute difference 4.8e-03 at (17, 4), allowed 5.4e-06`."""
+        if self.note:
+            return f"{self.stage}: {self.note}"
+        text = f"{self.stage}: greatest absolute difference {self.greatest:.1e}"
+        text += f" at ({', '.join(map(str, self.index))})" if self.index else ""
+        text += f", allowed {self.allowed:.1e}"
+        if self.exact is not None and self.exact > (self.exact_allowed or 0.0):
+            text += f"; in float64 {self.exact:.1e}, allowed {self.exact_allowed or 0.0:.1e}"
+        return text
+
+
+def compare(name: str, reference: Stage, values: torch.Tensor) -> Difference:
+    """Compare one stage of the converted model with the reference's.
+
+    Numbers that are not finite are equal to nothing, on both sides alike: a model that answers NaN proves nothing.
+
+    Args:
+        name: the stage.
+        reference: the reference's numbers.
+        values: the converted model's, all of them.
+    """
+    import torch
+
+    from convert.verification.fairseq_worker import digest
+
+    if tuple(values.shape) != reference.shape:
+        note = f"shape {tuple(values.shape)}, the reference has {reference.shape}"
+        return Difference(name, False, float("inf"), note=note)
+    if not bool(torch.isfinite(values).all()) or not bool(torch.isfinite(reference.values).all()):
+        return Difference(name, False, float("inf"), note="not all numbers are finite")
+    if reference.step > 1:
+        if digest(values) == reference.sha256:
+            return Difference(name, True, 0.0)
+        mine = values.reshape(-1)[:: reference.step]
+    else:
+        mine = values.reshape(reference.values.shape)
+    theirs = reference.values.to(mine.device)
+    if reference.step == 1 and torch.equal(mine, theirs):
+        return Difference(name, True, 0.0)
+    apart = (mine.double() - theirs.double()).abs()
+    flat = int(apart.argmax()) * reference.step
+    return Difference(name, False, float(apart.max()), _unravel(flat, reference.shape))
+
+
+def _unravel(flat: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    index: list[int] = []
+    for length in reversed(shape):
+        flat, at = divmod(flat, length)
+        index.insert(0, at)
+    return tuple(index)
+
+
+def with_floors(
+    differences: Iterable[Difference],
+    reference: Mapping[str, float],
+    target: Mapping[str, float],
+    exact: Mapping[str, float],
+    arithmetic: str,
+) -> list[Difference]:
+    """Add the measured floors: how far each side's arithmetic is from its own in float64.
+
+    The two distances added up bound what rounding can make of two models that are the same. That alone would let a small
+    mistake hide beneath it; so the two sides are also compared in float64, where the same mistake stands out: there, the
+    floor shrinks with the unit of rounding. Half types are not compared in float64 once more: their rounded weights were,
+    when they were judged in float32.
+
+    Args:
+        differences: of the stages.
+        reference, target: each side's greatest distance from its own float64 run, by stage.
+        exact: the greatest difference between the two float64 runs, by stage.
+        arithmetic: the type of the runs that are judged.
+    """
+    scale = EPSILONS["float64"] / EPSILONS[arithmetic]
+    judged = []
+    for difference in differences:
+        name = difference.stage
+        floor = reference.get(name, 0.0) + target.get(name, 0.0)
+        # when both floors meet in one number, the float64 difference adds to them
+        allowed = floor * (1 + scale)
+        measured = exact.get(name) if arithmetic == "float32" else None
+        judged.append(replace(difference, allowed=allowed, exact=measured, exact_allowed=floor * scale))
+    return judged
+
+
+def distances(one: Mapping[str, Stage], other: Mapping[str, Stage]) -> dict[str, float]:
+    """Measure the greatest absolute difference of every stage of two runs of one side, or of two sides in float64.
+
+    Where the quantizer chose differently (a tie, or nearly), what depends on the choice alone is not compared.
+
+    Args:
+        one, other: the stages; where one of them is a sample, the other is sampled alike.
+    """
+    same = None
+    if CODES in one and CODES in other:
+        first, second = (stages[CODES].values.reshape(stages[CODES].shape) for stages in (one, other))
+        same = (first == second.to(first.device)).all(-1)
+    measured = {}
+    for name, stage in one.items():
+        if name == CODES or name not in other:
+            continue
+        a, b = aligned(stage, other[name])
+        b = b.to(a.device)
+        if name == QUANTIZED and same is not None:
+            a, b = a.reshape(stage.shape)[same.to(a.device)], b.reshape(stage.shape)[same.to(a.device)]
+        worst = (a.double() - b.double()).abs().max().item() if a.numel() else 0.0
+        measured[name] = worst if worst == worst else float("inf")
+    return measured
+
+
+def aligned(one: Stage, other: Stage) -> tuple[torch.Tensor, torch.Tensor]:
+    """Take the same numbers of two stages, flat."""
+    a, b = one.values.reshape(-1), other.values.reshape(-1)
+    if one.step != other.step:
+        a, b = (a, b[:: one.step]) if one.step > 1 else (a[:: other.step], b)
+    return a, b
+
+
+def worst_of(verdicts: Iterable[Verdict]) -> Verdict:
+    """Return the worst verdict.
+
+    Example:
+        >>> worst_of(["identical", "rounding"])
+        'rounding'
+    """
+    return max(verdicts, key=ORDER.index, default="identical")
+
+
+def first_different(differences: Iterable[Difference]) -> Difference | None:
+    """Return the first stage that is not identical and, if there is one, rather the first that is beyond its floor."""
+    listed = list(differences)
+    for verdict in ("different", "rounding"):
+        for difference in listed:
+            if difference.verdict == verdict:
+                return difference
+    return None

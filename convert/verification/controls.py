@@ -1,0 +1,239 @@
+"""Deliberate mistakes, each of which the same check has to catch; a check that misses one is blind."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from convert.errors import Problem
+from convert.verification.compare import Difference, first_different
+from convert.verification.expected import differences
+from convert.verification.judge import Judged, compared
+from convert.verification.reference import Subject
+from convert.verification.target import Target
+from convert.verification.vocabulary import check_tokens
+
+if TYPE_CHECKING:
+    import torch
+
+Damage = Callable[[Target], "contextlib.AbstractContextManager[Target]"]
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """One deliberate mistake, and whether it was seen.
+
+    Args:
+        name: what was done to the model.
+        caught: whether the check said `different`.
+        by: which check: `outputs`, `bytes`, `vocabulary`, `files`.
+        device: where it ran; empty for checks that compute nothing.
+        stage, max_abs_difference, allowed: the first stage beyond its floor.
+        curve: (stage, greatest difference, what is allowed there) along the model.
+    """
+
+    name: str
+    caught: bool
+    by: str
+    device: str = ""
+    stage: str = ""
+    max_abs_difference: float | None = None
+    allowed: float | None = None
+    curve: tuple[tuple[str, float, float], ...] = ()
+
+
+def on_outputs(
+    target: Target, clip: Judged, batch: tuple[torch.Tensor, list[int] | None], device: str
+) -> tuple[list[Control], dict[str, str]]:
+    """Damage copies of the model and run the same comparison.
+
+    Args:
+        target: the model; it is as before when this returns.
+        clip: the undamaged model's result on one input, with its floors measured and its reference kept.
+        batch: that input.
+        device: the device's name, for the report.
+
+    Returns:
+        The controls, and those that this model has no place for, with the reason.
+    """
+    floors = {difference.stage: difference for difference in clip.differences}
+    controls, absent = [], {}
+    for name, damage in _damages(target).items():
+        if isinstance(damage, str):
+            absent[name] = damage
+            continue
+        with damage(target) as damaged:
+            _, found = compared(damaged, clip.reference, batch)
+        judged = [_with_floor(difference, floors.get(difference.stage)) for difference in found]
+        first = first_different(judged)
+        caught = first is not None and first.verdict == "different"
+        known = first if caught else None
+        controls.append(
+            Control(
+                name,
+                caught,
+                "outputs",
+                device,
+                known.stage if known else "",
+                _finite(known.greatest) if known else None,
+                known.allowed if known else None,
+                tuple((one.stage, one.greatest, one.allowed) for one in judged if one.stage in floors),
+            )
+        )
+    _, again = compared(target, clip.reference, batch)
+    before = [(one.stage, one.greatest) for one in clip.differences]
+    if [(one.stage, one.greatest) for one in again] != before and clip.verdict == "identical":
+        controls.append(Control("the undamaged model again, after all of them", False, "outputs", device))
+    return controls, absent
+
+
+def _with_floor(difference: Difference, floor: Difference | None) -> Difference:
+    if floor is None:
+        return difference
+    return replace(difference, allowed=floor.allowed)
+
+
+def _finite(value: float) -> float | None:
+    return value if value < float("inf") else None
+
+
+def _damages(target: Target) -> dict[str, Damage | str]:
+    config, weights = target.model.config, target.weights
+    prefix = "" if target.base is target.model else "wav2vec2."
+    layers = config.num_hidden_layers
+    middle, last = layers // 2, layers - 1
+    attention = f"{prefix}encoder.layers.{middle}.attention."
+    magnitude = f"{prefix}encoder.pos_conv_embed.conv.parametrizations.weight.original0"
+    if magnitude not in weights:  # before torch 2.1's parametrizations
+        magnitude = f"{prefix}encoder.pos_conv_embed.conv.weight_g"
+    biases = [f"{prefix}encoder.layers.{last}.feed_forward.output_dense.bias", f"{prefix}encoder.layer_norm.bias"]
+    bias = next((name for name in biases if bool(weights[name].any())), "")
+    made: dict[str, Damage | str] = {}
+    made[f"q and k of layer {middle} swapped"] = _exchanging(
+        [(f"{attention}q_proj.{part}", f"{attention}k_proj.{part}") for part in ("weight", "bias")]
+    )
+    made["weight_g of the positional convolution lost"] = _setting(magnitude, lambda value: value.fill_(1.0))
+    exchanged = f"layers 0 and {last} exchanged"
+    names = [name for name in weights if name.startswith(f"{prefix}encoder.layers.0.")]
+    other = f"{prefix}encoder.layers.{last}."
+    pairs = [(name, other + name.removeprefix(f"{prefix}encoder.layers.0.")) for name in names]
+    made[exchanged] = _exchanging(pairs) if last else "the model has one layer"
+    zeroed = "a bias set to zero"
+    made[zeroed] = _setting(bias, lambda value: value.zero_()) if bias else "these biases are zero already"
+    made["the other norm placement"] = _configured(do_stable_layer_norm=not config.do_stable_layer_norm)
+    heads = config.num_attention_heads
+    wrong = heads // 2 if heads % 2 == 0 else 2 * heads
+    fits = config.hidden_size % wrong == 0
+    made[f"{wrong} attention heads instead of {heads}"] = (
+        _configured(num_attention_heads=wrong) if fits else f"{wrong} does not divide {config.hidden_size}"
+    )
+    if hasattr(target.model, "quantizer"):
+        made["the codebook moved by one entry"] = _setting(
+            "quantizer.codevectors", lambda value: value.copy_(value.roll(1, dims=1))
+        )
+        made["a bias of project_hid changed"] = _setting("project_hid.bias", lambda value: value.add_(1.0))
+    return made
+
+
+def _setting(name: str, change: Callable[[torch.Tensor], Any]) -> Damage:
+    @contextlib.contextmanager
+    def damaged(target: Target) -> Iterator[Target]:
+        tensor = target.weights[name]
+        kept = tensor.clone()
+        change(tensor)
+        try:
+            yield target
+        finally:
+            tensor.copy_(kept)
+
+    return damaged
+
+
+def _exchanging(pairs: list[tuple[str, str]]) -> Damage:
+    @contextlib.contextmanager
+    def damaged(target: Target) -> Iterator[Target]:
+        def exchange() -> None:
+            weights = target.weights
+            for one, other in pairs:
+                kept = weights[one].clone()
+                weights[one].copy_(weights[other])
+                weights[other].copy_(kept)
+
+        exchange()
+        try:
+            yield target
+        finally:
+            exchange()
+
+    return damaged
+
+
+def _configured(**changes: Any) -> Damage:
+    @contextlib.contextmanager
+    def damaged(target: Target) -> Iterator[Target]:
+        yield target.like(changes)
+
+    return damaged
+
+
+def one_unit(model_dir: Path, name: str, compare_weights: Callable[[Path], list[Problem]]) -> Control:
+    """Change one number of one tensor by one unit in the last place, and run the byte comparison.
+
+    The damaged copy holds that tensor alone; the comparison has to name it as changed, and must not when it is unchanged.
+
+    Args:
+        model_dir: the model directory.
+        name: the tensor.
+        compare_weights: the byte comparison of a model directory.
+    """
+    from convert.model.directory import ModelDirectory
+
+    directory = ModelDirectory(model_dir)
+    data = bytearray(directory.read(name))
+    changed = bytearray(data)
+    changed[0] ^= 1  # numbers are little-endian: this is the last bit of the first number's fraction
+    spec = directory.tensors[name].spec
+    entry = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [0, len(data)]}
+    text = json.dumps({name: entry}).encode()
+
+    def named(content: bytearray) -> bool:
+        with tempfile.TemporaryDirectory(prefix="fairseq-to-hf-") as folder:
+            copy = Path(folder)
+            for file in ("config.json", "conversion.json"):
+                (copy / file).write_bytes((model_dir / file).read_bytes())
+            (copy / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + content)
+            return any((problem.code, problem.key) == ("bytes", name) for problem in compare_weights(copy))
+
+    return Control("one number off by one unit in the last place", named(changed) and not named(data), "bytes")
+
+
+def blank_and_pad(tokens: list[str], subject: Subject) -> Control:
+    """Exchange the names of the blank and of fairseq's padding, and run the vocabulary's comparison."""
+    wrong = list(tokens)
+    other = 1 if subject.blank == 0 else 0
+    wrong[subject.blank], wrong[other] = wrong[other], wrong[subject.blank]
+    return Control("blank and pad exchanged", bool(check_tokens(wrong, subject)), "vocabulary")
+
+
+def wrong_setting(meant: Mapping[str, Any]) -> Control:
+    """Change one value of config.json that no output shows, and run the files' comparison."""
+    changed = dict(meant) | {"layerdrop": float(meant["layerdrop"]) + 0.25}
+    found = [*differences("config.json", meant, changed)]
+    clean = [*differences("config.json", meant, dict(meant))]
+    return Control("a setting of training changed in config.json", bool(found) and not clean, "files")
+
+
+def missing(controls: list[Control]) -> list[Problem]:
+    """List the controls that were not caught."""
+    return [
+        Problem(
+            "blind", control.name, f"this deliberate mistake was not caught by the {control.by}: the check is blind"
+        )
+        for control in controls
+        if not control.caught
+    ]

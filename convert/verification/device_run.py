@@ -1,0 +1,247 @@
+"""Everything that is checked on one device: the vocabulary, every input, half precision, the controls, and waveform to text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from convert.errors import Problem
+from convert.model.directory import ModelDirectory
+from convert.verification import controls, endtoend, vocabulary
+from convert.verification.compare import Answer, Difference, distances
+from convert.verification.inputs import Cut, Probe, Waveform
+from convert.verification.judge import Judged, judge
+from convert.verification.reference import Live, Reference, Subject, tensor
+from convert.verification.report import Findings, curves_of, finite, run_of
+from convert.verification.target import Target, load
+
+CLIP = "speech-even"  # the input that controls run on, and whose floors are always measured
+LONG = "30-seconds"
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What is to be done, the same on every device.
+
+    Args:
+        subject: the checkpoint, for the reference.
+        directory: the model directory.
+        clips: the waveforms by name.
+        probes: what is compared stage by stage.
+        pieces: what goes from waveform to text.
+        half: the half type of the directory's weights, or nothing.
+        rounded: the half type that the conversion rounded them to, or nothing.
+        require: `identical` or `rounding` where the user asked for it.
+        advance: called after every input.
+    """
+
+    subject: Subject
+    directory: ModelDirectory
+    clips: Mapping[str, Waveform]
+    probes: Sequence[Probe]
+    pieces: Mapping[str, Cut]
+    half: str
+    rounded: str
+    require: str | None
+    advance: Callable[[], None]
+
+    @property
+    def record(self) -> Mapping[str, Any]:
+        """The content of conversion.json."""
+        return self.directory.conversion
+
+
+def on_device(work: Work, reference: Reference, device: str, findings: Findings, *, first: bool) -> None:
+    """Run all checks on one device.
+
+    Args:
+        work: what is to be done.
+        reference: fairseq's side.
+        device: where both run.
+        findings: what is found is added here.
+        first: whether the checks that depend on no device run too.
+
+    Raises:
+        ConvertError: `load`, status 1: transformers cannot load the directory.
+    """
+    target = load(work.directory.path, device)
+    processor = _vocabulary(work, reference, findings) if first else None
+    if work.half:
+        _half_precision(work, reference, target, device, findings)
+    else:
+        _runs(work, reference, target, device, "float32", "float32", findings)
+    if first:
+        _end_to_end(work, reference, target, processor, findings)
+
+
+def _vocabulary(work: Work, reference: Reference, findings: Findings) -> Any:
+    if not work.subject.symbols or work.record["architecture"]["head"] != "ctc":
+        return None
+    folder: Path = work.directory.path
+    processor = vocabulary.load_processor(folder)
+    findings.problems += vocabulary.check(processor, work.directory.config, work.subject, reference.spell())
+    tokens = vocabulary.tokens_of(processor.tokenizer, len(work.subject.symbols))
+    findings.controls.append(controls.blank_and_pad(tokens, work.subject))
+    return processor
+
+
+def _runs(
+    work: Work, reference: Reference, target: Target, device: str, dtype: str, arithmetic: str, findings: Findings
+) -> list[Judged]:
+    """Judge every input in one type; run the controls where both sides compute in float32."""
+    offered = reference.offered(work.probes, work.rounded if dtype != "float32" else "")
+    offered = [probe for probe in offered if arithmetic == "float32" or probe.name != LONG]
+    judged = judge(
+        reference,
+        target,
+        work.clips,
+        offered,
+        normalize=work.subject.normalize,
+        arithmetic=arithmetic,
+        measured=CLIP,
+        step=lambda probe: work.advance(),
+    )
+    for one in judged:
+        require, why = required(work, reference, one.probe, device, dtype, arithmetic)
+        findings.runs.append(run_of(one, device, dtype, require, why))
+        findings.problems += _demand(one, device, dtype, require)
+    clip = next((one for one in judged if one.probe.name == CLIP), None)
+    made: list[controls.Control] = []
+    if clip is not None and arithmetic == "float32" and clip.verdict != "different":
+        batch = tensor(work.clips, clip.probe, work.subject.normalize)
+        made, absent = controls.on_outputs(target, clip, batch, device)
+        findings.controls += made
+        findings.absent |= absent
+    findings.curves += curves_of(judged, made, device, dtype)
+    return judged
+
+
+def required(
+    work: Work, reference: Reference, probe: Probe, device: str, dtype: str, arithmetic: str
+) -> tuple[str, str]:
+    """Say what is required of an input, and why not more; from facts, never from names of models."""
+    if work.require is not None:
+        return work.require, "asked for"
+    if not probe.exact:
+        return "rounding", probe.why
+    if arithmetic != "float32":
+        return "rounding", "fairseq computes its norms in float32, transformers in the half type"
+    if dtype != "float32":
+        return "rounding", "the conversion rounded the weights"
+    if rounds(work.record):
+        return "rounding", rounds(work.record)
+    if device != "cpu":
+        return "rounding", "a CUDA device chooses its algorithms by shape and layout"
+    if reference.description.unlike:
+        return "rounding", f"the reference ran elsewhere: {reference.description.unlike}"
+    return "identical", ""
+
+
+def rounds(record: Mapping[str, Any]) -> str:
+    """Say what a conversion had to compute instead of copying, by its own record; nothing where it copied all.
+
+    Args:
+        record: the content of conversion.json.
+    """
+    for fill in record.get("fills") or ():
+        if str(fill["rule"]).startswith("norm of "):
+            return f"the conversion computed {fill['key']} and rounded it: {fill['reason']}"
+    for edit in record.get("edits") or ():
+        if edit["rule"] == "add":
+            return f"the conversion added {edit['value']} to {edit['key']} and rounded the sum; fairseq adds it to the logits"
+    return ""
+
+
+def _demand(one: Judged, device: str, dtype: str, require: str) -> list[Problem]:
+    where = f"{device}, {dtype}, {one.probe.name}"
+    if one.verdict == "different":
+        return [Problem("different", where, str(one.telling))]
+    if require == "identical" and one.verdict != "identical":
+        return [Problem("not-identical", where, f"equal within rounding only, and identity is required; {one.telling}")]
+    return []
+
+
+def _half_precision(work: Work, reference: Reference, target: Target, device: str, findings: Findings) -> None:
+    """Check float16 and bfloat16: rounded weights in float32, then the type itself, then against the unrounded model."""
+    kept = [probe for probe in reference.offered(work.probes, "") if probe.name != LONG]
+    plain = {probe.name: _last(reference.run(probe, "float32")) for probe in kept}
+    if work.rounded:
+        reference.round_weights(work.rounded)
+    _runs(work, reference, target, device, f"float32 with {work.half} weights", "float32", findings)
+    if not work.rounded and not isinstance(reference, Live):
+        findings.skipped[f"{device}, {work.half}"] = "the reference computed in float32 only"
+        return
+    judged = _runs(replace(work, rounded=work.half), reference, target, device, work.half, work.half, findings)
+    for one in judged:
+        if one.probe.name in plain:
+            _against_float32(work, reference, target, device, one, plain[one.probe.name], findings)
+
+
+def _against_float32(
+    work: Work,
+    reference: Reference,
+    target: Target,
+    device: str,
+    judged: Judged,
+    plain: Mapping[str, Any],
+    findings: Findings,
+) -> None:
+    """Compare with the unrounded model in float32; fairseq's own distance from it is what is allowed, and the floor."""
+    probe, (stage, full) = judged.probe, next(iter(plain.items()))
+    ours: dict[str, Any] = {}
+    with reference.arithmetic(work.half), target.arithmetic(work.half):
+        theirs = _last(reference.run(probe, work.half))
+        target.run(*tensor(work.clips, probe, work.subject.normalize), ours.setdefault)
+    own = distances(theirs, plain)[stage]
+    found = distances({stage: replace(full, values=ours[stage], step=1)}, plain)[stage]
+    floor = next((one.allowed for one in judged.differences if one.stage == stage), 0.0)
+    difference = Difference(stage, found == 0.0, found, allowed=own + floor)
+    findings.runs.append(
+        {
+            "device": device,
+            "dtype": work.half,
+            "input": f"{probe.name} against float32",
+            "frames": list(judged.frames),
+            "verdict": difference.verdict,
+            "require": "rounding",
+            "why": f"allowed is fairseq's own distance from float32 ({own:.1e}) and the floor ({floor:.1e})",
+            "reference": "float32 as trained",
+            "stage": stage if found else None,
+            "first_stage": stage if found else None,
+            "max_abs_difference": finite(found),
+            "index": [],
+            "allowed": own + floor,
+            "float64_difference": None,
+            "float64_allowed": None,
+            "stages": [],
+        }
+    )
+    if difference.verdict == "different":
+        where = f"{device}, {work.half}, {probe.name} against float32"
+        findings.problems.append(Problem("different", where, str(difference)))
+
+
+def _last(answer: Answer) -> dict[str, Any]:
+    name = "logits" if "logits" in answer.stages else "encoder"
+    return {name: answer.stages[name]}
+
+
+def _end_to_end(work: Work, reference: Reference, target: Target, processor: Any, findings: Findings) -> None:
+    extractor = vocabulary.load_extractor(work.directory.path)
+    if extractor.sampling_rate != work.subject.rate:
+        detail = f"is {extractor.sampling_rate}, fairseq's task has {work.subject.rate}"
+        findings.problems.append(Problem("sampling-rate", "preprocessor_config.json", detail))
+        return
+    exact = not reference.description.unlike and target.device == "cpu"
+    exact = exact and not rounds(work.record) and not work.rounded
+    for name, piece in work.pieces.items():
+        arguments = (reference, target, extractor, processor, work.clips, name, piece, work.subject)
+        one = endtoend.run(*arguments, exact=exact)
+        findings.end_to_end.append(one)
+        if one.verdict == "different":
+            findings.problems.append(Problem("end-to-end", name, one.why))
+    whole = work.pieces["speech"]
+    shorter = replace(whole, samples=max(1, whole.samples // 2))
+    findings.problems += endtoend.check_padding(extractor, work.clips, [whole, shorter], work.subject)

@@ -1,0 +1,90 @@
+"""Where to verify, and in which surroundings: TF32 off, deterministic algorithms."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from convert.errors import ConvertError
+from convert.verification.fairseq_worker import environment
+
+
+def choose(wanted: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Choose the devices.
+
+    Args:
+        wanted: as torch names them; empty for the CPU and every CUDA device.
+
+    Returns:
+        The devices, and what was not there, with the reason.
+
+    Raises:
+        ConvertError: `no-device`, status 2: a device that was asked for is not there.
+    """
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    there = ["cpu", *(f"cuda:{index}" for index in range(count))]
+    if not wanted:
+        return there, {} if count else {"cuda": "no CUDA device here"}
+    chosen = []
+    for name in wanted:
+        full = "cuda:0" if name == "cuda" else name
+        if full not in there:
+            raise ConvertError(
+                f"{name}: no such device here; there are {', '.join(there)}",
+                code="no-device",
+                key=name,
+                hint="run it where the device is, or leave --device out",
+            )
+        chosen.append(full)
+    return list(dict.fromkeys(chosen)), {}
+
+
+@contextlib.contextmanager
+def steady() -> Iterator[None]:
+    """Compute without TF32 and with deterministic algorithms; afterwards everything is as before."""
+    import torch
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with a fixed workspace only
+    kept = (
+        torch.backends.cuda.matmul.allow_tf32,
+        torch.backends.cudnn.allow_tf32,
+        torch.backends.cudnn.benchmark,
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = kept[:2]
+        torch.backends.cudnn.benchmark = kept[2]
+        torch.use_deterministic_algorithms(kept[3], warn_only=kept[4])
+
+
+def describe(devices: Sequence[str]) -> dict[str, Any]:
+    """Describe the surroundings: versions, threads, devices, and what was switched on and off."""
+    import numpy
+    import torch
+    import transformers
+
+    found: dict[str, Any] = environment()
+    found |= {"transformers": transformers.__version__, "numpy": numpy.__version__, "system": platform.system()}
+    found |= {
+        "tf32": False,
+        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+        "attention": "sdpa",
+    }
+    cudnn: Any = torch.backends.cudnn
+    for name in devices:
+        if name != "cpu":
+            found[name] = torch.cuda.get_device_name(name)
+            found |= {"cuda": torch.version.cuda, "cudnn": str(cudnn.version())}
+    return found

@@ -1,0 +1,683 @@
+"""fairseq's side of a verification, in one file that any Python (3.7+) with torch (1.6+) and fairseq (0.10 to main) can run.
+
+Imported, it offers `open_reference` and `Reference`. Run as `python fairseq_worker.py REQUEST.json`, it writes a recording:
+a safetensors file with the waveforms, every stage of the model and its outputs, in float32 and as measured against float64.
+It imports nothing of this project. The request is described at `record`.
+"""
+
+# ruff: noqa: UP031, C408, BLE001 - written for Python 3.7, and whatever an old fairseq raises is told
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import platform
+import sys
+import types
+from typing import Any
+
+import numpy
+import torch
+
+SAMPLE = 512  # numbers kept of an inner stage in a recording, beside its SHA-256
+WHOLE = ("logits", "quantizer", "codes", "project_q", "project_hid")  # outputs are kept entirely
+NAMES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+class CannotBuildError(Exception):
+    """fairseq is absent, or cannot build the model."""
+
+
+# --- importing fairseq ----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _numpy_aliases(patches: list[str]) -> Any:
+    """`numpy.float` and its like left numpy in 1.24; fairseq 0.10 and 0.12 name them while they are imported."""
+    gone = {"float": float, "int": int, "bool": bool, "object": object}
+    added = [name for name in gone if name not in vars(numpy)]
+    if added:
+        patches.append("numpy.%s named while fairseq is imported" % ", numpy.".join(added))
+    for name in added:
+        setattr(numpy, name, gone[name])
+    try:
+        yield
+    finally:
+        for name in added:
+            delattr(numpy, name)
+
+
+@contextlib.contextmanager
+def _hashable_dataclasses() -> Any:
+    """Python 3.11 takes no unhashable default in a dataclass; fairseq 0.12's configurations are such defaults."""
+    original = dataclasses.dataclass
+
+    def patched(cls: Any = None, **options: Any) -> Any:
+        def make(made: Any) -> Any:
+            ours = made.__module__.split(".")[0] == "fairseq"
+            return original(made, **(dict(options, unsafe_hash=True) if ours else options))
+
+        return make if cls is None else make(cls)
+
+    dataclasses.dataclass = patched
+    try:
+        yield
+    finally:
+        dataclasses.dataclass = original
+
+
+def import_fairseq() -> tuple[Any, list[str]]:
+    """Import fairseq; return it and the names of the patches it took.
+
+    Raises:
+        CannotBuildError: it cannot be imported, with the reason.
+    """
+    if "fairseq" in sys.modules:
+        return sys.modules["fairseq"], []
+    patches: list[str] = []
+    try:
+        with _numpy_aliases(patches):
+            try:
+                import fairseq
+            except ValueError as error:
+                if "mutable default" not in str(error):
+                    raise
+                for name in [name for name in sys.modules if name.split(".")[0] == "fairseq"]:
+                    del sys.modules[name]
+                with _hashable_dataclasses():
+                    import fairseq
+                patches.append("dataclasses made hashable while fairseq is imported: Python 3.11 refuses its defaults")
+            import fairseq.models.wav2vec.wav2vec2_asr
+            import fairseq.tasks.audio_pretraining
+    except Exception as error:
+        raise CannotBuildError("fairseq cannot be imported here: %s: %s" % (type(error).__name__, error))  # noqa: B904
+    logging.getLogger("fairseq").setLevel(logging.ERROR)
+    return fairseq, patches
+
+
+# --- reading the checkpoint -----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _mapped_load() -> Any:
+    """Let `torch.load` unpickle fairseq's objects (since torch 2.6 it refuses them), and map the file where it can."""
+    original = torch.load
+
+    def patched(file: Any, *_: Any, **__: Any) -> Any:
+        path = getattr(file, "name", file)
+        for options in ({"weights_only": False, "mmap": True}, {"weights_only": False}, {}):
+            try:
+                return original(path, map_location="cpu", **options)
+            except (TypeError, RuntimeError, ValueError) as error:
+                if not options:
+                    raise
+                if not any(word in str(error) for word in ("mmap", "weights_only", "keyword")):
+                    raise
+        raise AssertionError("unreachable")
+
+    torch.load = patched  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.load = original
+
+
+def _plain(value: Any) -> Any:
+    """Turn omegaconf's containers and Namespaces into dicts and lists."""
+    if type(value).__module__.split(".")[0] == "omegaconf":
+        from omegaconf import OmegaConf
+
+        return _plain(OmegaConf.to_container(value, resolve=True))
+    if hasattr(value, "__dict__") and type(value).__name__ == "Namespace":
+        return _plain(vars(value))
+    if isinstance(value, dict):
+        return {key: _plain(child) for key, child in value.items()}
+    return [_plain(child) for child in value] if isinstance(value, (list, tuple)) else value
+
+
+def _own_settings(state: Any) -> Any:
+    """The settings as fairseq's own loader read them: `{"model", "task", "criterion"}`."""
+    plain = _plain(state.get("cfg") or state.get("args"))
+    if not isinstance(plain.get("model"), dict):
+        names = {"model": plain.get("arch"), "task": plain.get("task"), "criterion": plain.get("criterion")}
+        plain = {section: dict(plain, _name=name) for section, name in names.items()}
+    inner = plain["model"].get("w2v_args")
+    if isinstance(inner, dict) and not isinstance(inner.get("model"), dict):
+        inner = {"model": dict(inner, _name="wav2vec2"), "task": dict(inner)}
+        plain["model"] = dict(plain["model"], w2v_args=inner)
+    if plain["model"]["_name"] != "wav2vec2" and not isinstance(inner, dict):
+        raise ValueError("w2v_args is empty")
+    return plain
+
+
+def read_checkpoint(path: str, settings: Any) -> tuple[Any, Any, str]:
+    """Read a checkpoint with fairseq's loader, or where that fails, with torch's and the settings that were passed.
+
+    Returns:
+        The checkpoint's dict, its settings, and who read the settings.
+    """
+    from fairseq import checkpoint_utils
+
+    with _mapped_load():
+        try:
+            state = checkpoint_utils.load_checkpoint_to_cpu(path)
+            return state, _own_settings(state), "fairseq's loader"
+        except Exception as error:
+            reason = ("%s: %s" % (type(error).__name__, error)).split("\n")[0][:160].replace(path, "CHECKPOINT")
+        return torch.load(path), settings, "fairseq-to-hf's reader, because fairseq's loader failed (%s)" % reason
+
+
+# --- building the model ---------------------------------------------------------------------------------------------
+
+
+def _complete(cls: Any, values: Any, ignored: list[str]) -> Any:
+    """All fields of a fairseq configuration: the checkpoint's values, fairseq's defaults for the rest."""
+    known = {}
+    for field in dataclasses.fields(cls):
+        default = field.default if field.default is not dataclasses.MISSING else None
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        if isinstance(default, str) and (default.startswith("${") or default == "???"):
+            default = None
+        known[field.name] = getattr(default, "value", default)
+    ignored += sorted(
+        "%s=%r" % (key, values[key]) for key in values if key not in known and key != "_name" and values[key]
+    )
+    return dict(known, **{key: _as(known[key], value) for key, value in values.items() if key in known})
+
+
+def _as(default: Any, value: Any) -> Any:
+    """Give a setting its field's type: argparse kept `latent_temp` as the text of a tuple until 2020."""
+    is_text = isinstance(value, str) and isinstance(default, (list, tuple))
+    return list(ast.literal_eval(value)) if is_text else value
+
+
+def build(settings: Any, symbols: int, ignored: list[str]) -> Any:
+    """Build fairseq's model as `task.build_model` does, without the task's data.
+
+    Args:
+        settings: `{"model", "task"}`; a fine-tuned model's `model` holds the pretrained one's as `w2v_args`.
+        symbols: the number of symbols in the dictionary.
+        ignored: settings this fairseq does not know and that are set are added here.
+    """
+    from fairseq.models.wav2vec import wav2vec2, wav2vec2_asr
+
+    outer = {key: value for key, value in settings["model"].items() if key not in ("flat", "w2v_args")}
+    normalize = bool(settings["task"].get("normalize", False))
+    inner = settings["model"].get("w2v_args")
+    pretrained = inner["model"] if inner else outer
+    task = {"_name": "audio_pretraining", "data": "", "normalize": normalize, "sample_rate": 16000}
+    if not hasattr(wav2vec2, "Wav2Vec2Config"):  # 0.10: one flat Namespace
+        return _build_flat(outer, pretrained if inner else None, normalize, symbols)
+    from omegaconf import OmegaConf
+
+    made = _complete(wav2vec2.Wav2Vec2Config, pretrained, ignored)
+    if not inner:
+        return wav2vec2.Wav2Vec2Model.build_model(OmegaConf.create(made), None)
+    flat = "flat" in settings["model"]
+    own = _complete(wav2vec2_asr.Wav2Vec2CtcConfig, outer, [] if flat else ignored)
+    own = dict(own, data="", normalize=normalize, ddp_backend="legacy_ddp", w2v_path="")
+    own["w2v_args"] = {"model": dict(made, _name="wav2vec2"), "task": task, "criterion": None, "lr_scheduler": None}
+    configuration = OmegaConf.create(own)
+    return wav2vec2_asr.Wav2VecCtc.build_model(configuration, types.SimpleNamespace(target_dictionary=range(symbols)))
+
+
+def _build_flat(outer: Any, pretrained: Any, normalize: bool, symbols: int) -> Any:
+    from argparse import Namespace
+
+    from fairseq.models.wav2vec import wav2vec2, wav2vec2_asr
+
+    def flat(values: Any) -> Any:
+        made = {key: value for key, value in values.items() if key != "_name"}
+        if "latent_temp" in made:
+            made["latent_temp"] = (
+                str(tuple(made["latent_temp"])) if not isinstance(made["latent_temp"], str) else made["latent_temp"]
+            )
+        fixed = dict(arch="wav2vec2", task="audio_pretraining", criterion="wav2vec", data="", normalize=normalize)
+        return Namespace(**dict(made, labels=None, enable_padding=False, **fixed))
+
+    if pretrained is None:
+        return wav2vec2.Wav2Vec2Model.build_model(flat(outer))
+    arguments = flat(outer)
+    arguments.w2v_args = flat(pretrained)
+    return wav2vec2_asr.Wav2VecCtc.build_model(arguments, types.SimpleNamespace(target_dictionary=range(symbols)))
+
+
+def open_reference(request: Any) -> Reference:
+    """Build fairseq's model from a checkpoint and fill it with the checkpoint's tensors, strictly.
+
+    Args:
+        request: `checkpoint` (a path), `settings` (see `build`; used when fairseq cannot read its own), `symbols` (the
+            dictionary, or an empty list), `post_process`, `device`.
+
+    Raises:
+        CannotBuildError: fairseq is absent, or cannot build this model.
+    """
+    fairseq, patches = import_fairseq()
+    state, settings, reader = read_checkpoint(request["checkpoint"], request["settings"])
+    ignored: list[str] = []
+    try:
+        with _no_random_numbers():
+            model = build(settings, len(request["symbols"]), ignored)
+    except Exception as error:
+        if settings is request["settings"]:
+            raise CannotBuildError("fairseq cannot build the model: %s: %s" % (type(error).__name__, error))  # noqa: B904
+        settings, ignored = request["settings"], []
+        reader = "fairseq-to-hf's reader, because fairseq could not use its own (%s)" % type(error).__name__
+        with _no_random_numbers():
+            model = build(settings, len(request["symbols"]), ignored)
+    reference = Reference(model, fairseq, request, settings)
+    reference.info = {
+        "fairseq": getattr(fairseq, "__version__", "unknown"),
+        "settings": reader,
+        "ignored_settings": ignored,
+        "patches": patches,
+    }
+    patches.append("torch.load with weights_only=False while fairseq reads the checkpoint, whose globals were checked")
+    patches.append("in float64: Fp32GroupNorm, Fp32LayerNorm and gelu compute in float64, to measure floors")
+    reference.fill(state["model"])
+    task_state = state.get("task_state")
+    reference.dictionary = (task_state or {}).get("target_dictionary") if isinstance(task_state, dict) else None
+    return reference
+
+
+@contextlib.contextmanager
+def _no_random_numbers() -> Any:
+    """Skip the random values of a new model: every one is replaced by `Reference.fill`, which misses none."""
+    names = ("normal_", "uniform_")
+    originals = {name: getattr(torch.Tensor, name) for name in names}
+    for name in names:
+        setattr(torch.Tensor, name, lambda self, *_, **__: self)
+    try:
+        yield
+    finally:
+        for name in names:
+            setattr(torch.Tensor, name, originals[name])
+
+
+# --- running it -----------------------------------------------------------------------------------------------------
+
+
+class Reference:
+    """fairseq's model, with every stage of it visible.
+
+    Stages have the shape (batch, channels, time) for `conv.*`, and (valid frames of the whole batch, channels) otherwise.
+    """
+
+    def __init__(self, model: Any, fairseq: Any, request: Any, settings: Any) -> None:
+        self.model = model
+        self.fairseq = fairseq
+        self.request = request
+        self.settings = settings
+        self.dictionary: Any = None
+        self.info: Any = {}
+        self.device = torch.device(request.get("device", "cpu"))
+        self.seen: dict[str, Any] = {}
+        encoder = getattr(model, "w2v_encoder", None)
+        self.w2v = encoder.w2v_model if encoder is not None else model
+        self.ctc = encoder is not None
+        self.multiple = getattr(self.w2v.encoder, "required_seq_len_multiple", 1)
+        self.masks_like_main = hasattr(self.w2v, "_get_feat_extract_output_lengths")
+        self.magnitude: Any = None  # what a conversion makes of a positional convolution without weight norm
+        self.exact_blank: Any = None  # blank_weight, once its sum with the head's bias has been rounded
+
+    def fill(self, weights: Any) -> None:
+        """Load the checkpoint's tensors, every one, as float32."""
+        prefix = "w2v_encoder.w2v_model." if self.ctc else ""
+        plain = weights.get(prefix + "encoder.pos_conv.0.weight")
+        if plain is not None:
+            torch.nn.utils.remove_weight_norm(self.w2v.encoder.pos_conv[0])
+            self.magnitude = plain.double().norm(dim=(0, 1), keepdim=True).float()
+            self.info["patches"].append("weight norm removed from pos_conv: the checkpoint has the plain weight")
+        self.model.upgrade_state_dict(weights)
+        kind = weights["w2v_encoder.proj.bias"].dtype if self.ctc else torch.float32
+        try:
+            torch.nn.Module.load_state_dict(self.model, weights, strict=True, assign=True)
+        except TypeError:  # before torch 2.1
+            torch.nn.Module.load_state_dict(self.model, weights, strict=True)
+        self.model.float().to(self.device).eval()
+        if self.ctc and getattr(self.model, "blank_weight", None) and self.model.blank_mode == "add":
+            self.exact_blank = self._rounded_blank(kind)
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(False)
+        self._hook()
+
+    def round_weights(self, name: str) -> None:
+        """Round every weight to float16 or bfloat16, and keep it as float32, as a converted model of that type has it."""
+        kind = NAMES[name]
+        if self.exact_blank is not None:
+            self.model.blank_weight = self.exact_blank = self._rounded_blank(kind)
+        if self.magnitude is not None:
+            self.magnitude = self.magnitude.to(kind).float()
+        self.model.to(kind).float()
+
+    def _rounded_blank(self, kind: Any) -> float:
+        """What is left of `blank_weight` when its sum with the head's bias is rounded, as a conversion does."""
+        bias = self.model.w2v_encoder.proj.bias.data[0].cpu().float()
+        meant = (bias + torch.tensor(self.model.blank_weight, dtype=torch.float32)).to(kind)
+        return float(meant.double() - bias.to(kind).double())
+
+    @contextlib.contextmanager
+    def _as_converted(self) -> Any:
+        """Give the model the numbers that a conversion has to round, so that in float64 both sides have the same weights.
+
+        There are two: a positional convolution without weight norm gets its magnitude back, and `blank_weight` becomes part
+        of the head's bias. In float32 fairseq computes as it was built.
+        """
+        convolution = self.w2v.encoder.pos_conv[0]
+        weight, blank = None, None
+        if self.magnitude is not None:
+            weight = convolution.weight.data
+            scale = self.magnitude.to(weight.device).double() / weight.double().norm(dim=(0, 1), keepdim=True)
+            convolution.weight.data = weight * scale.to(weight.dtype)
+        if self.exact_blank is not None:
+            blank, self.model.blank_weight = self.model.blank_weight, self.exact_blank
+        try:
+            yield
+        finally:
+            if weight is not None:
+                convolution.weight.data = weight
+            if blank is not None:
+                self.model.blank_weight = blank
+
+    @contextlib.contextmanager
+    def arithmetic(self, name: str) -> Any:
+        """Compute in another floating point type; float64 lifts the islands where fairseq computes in float32."""
+        if name == "float32":
+            yield
+            return
+        with _lifted(self.w2v) if name == "float64" else _nothing():
+            self.model.to(NAMES[name])
+            try:
+                with self._as_converted() if name == "float64" else _nothing():
+                    yield
+            finally:
+                self.model.float()  # exact: from float64 always, from a half type because the weights are rounded
+
+    def _hook(self) -> None:
+        def watch(module: Any, name: str, shape: Any) -> None:
+            def hook(_: Any, __: Any, output: Any) -> None:
+                output = output[0] if isinstance(output, tuple) else output
+                self.seen.setdefault(name, shape(output).clone())
+
+            module.register_forward_hook(hook)
+
+        for index, layer in enumerate(self.w2v.feature_extractor.conv_layers):
+            watch(layer, "conv.%d" % index, _same)
+        watch(self.w2v.layer_norm, "feature_norm", _same)
+        if self.w2v.post_extract_proj is not None:
+            watch(self.w2v.post_extract_proj, "projection", _same)
+        watch(self.w2v.encoder.pos_conv, "pos_conv", _swap_last)
+        for index, layer in enumerate(self.w2v.encoder.layers):
+            watch(layer, "layer.%d" % index, _swap_first)
+        watch(self.w2v.encoder, "encoder", _same)
+        if getattr(self.w2v, "quantizer", None) is not None:
+            watch(self.w2v.quantizer.weight_proj, "quantizer", _same)
+
+    def run(self, waveforms: Any, lengths: Any = None, multiple: Any = None) -> tuple[list[int], dict[str, Any]]:
+        """Compute every stage.
+
+        Args:
+            waveforms: (batch, samples), padded with zeros; what the model gets, normalised already.
+            lengths: the samples of each utterance; `None` for a single one, which then has no padding mask.
+            multiple: replaces fairseq's `required_seq_len_multiple`; `None` leaves it.
+
+        Returns:
+            The valid frames of each utterance, and the stages by name, in the order of their computation.
+        """
+        kind = next(self.model.parameters()).dtype
+        source = torch.as_tensor(waveforms).to(self.device).to(kind)
+        padding = None
+        if lengths is not None:
+            padding = torch.arange(source.shape[1])[None] >= torch.as_tensor(lengths)[:, None]
+            padding = padding.to(self.device)
+        if hasattr(self.w2v.encoder, "required_seq_len_multiple"):
+            self.w2v.encoder.required_seq_len_multiple = self.multiple if multiple is None else multiple
+        self.seen = {}
+        with torch.no_grad():
+            if self.ctc:
+                output = self.model(source=source, padding_mask=padding)
+            else:
+                output = self.model(source, padding_mask=padding, mask=False, features_only=True)
+            mask = output["padding_mask"]
+            total = self.seen["feature_norm"].shape[1]
+            frames = [total] * len(source) if mask is None else [int(n) for n in (total - mask.long().sum(1))]
+            if self.ctc:
+                logits = self.model.get_logits(output) if hasattr(self.model, "get_logits") else output["encoder_out"]
+                self.seen["logits"] = logits.transpose(0, 1)
+            elif getattr(self.w2v, "quantizer", None) is not None:
+                self._pretraining(output["x"])
+        if "projection" not in self.seen:  # no projection: the features go on as they are
+            self.seen["projection"] = self.seen["feature_norm"]
+        stages = {name: crop(name, value, frames) for name, value in self.seen.items()}
+        self.seen = {}
+        return frames, stages
+
+    def _pretraining(self, x: Any) -> None:
+        """What `Wav2Vec2Model.forward` computes after the encoder, for every frame instead of the masked ones."""
+        features = self.seen["feature_norm"]
+        quantized = self.model.quantizer(features, produce_targets=True)
+        self.seen["quantizer"] = self.seen["quantizer"].reshape(features.shape[0], features.shape[1], -1)
+        self.seen["codes"] = quantized["targets"]
+        self.seen["project_q"] = self.model.project_q(quantized["x"])
+        self.seen["project_hid"] = self.model.final_proj(x)
+
+    def normalise(self, waveform: Any, rate: int) -> Any:
+        """Prepare a waveform with `RawAudioDataset.postprocess`, as fairseq's tasks do."""
+        from fairseq.data.audio.raw_audio_dataset import RawAudioDataset
+
+        task = self.settings["task"]
+        dataset = types.SimpleNamespace(sample_rate=rate, normalize=bool(task.get("normalize", False)))
+        return RawAudioDataset.postprocess(dataset, torch.as_tensor(waveform).float(), rate)
+
+    def spell(self) -> str:
+        """Transcribe a path that holds every symbol of the dictionary that is not special, in order, twice."""
+        special, blank = self.request["special"], self.request["blank"]
+        ids = [i for i in range(len(self.request["symbols"])) if i not in special]
+        return self.transcribe([part for i in ids * 2 for part in (i, blank)]) if ids else ""
+
+    def transcribe(self, path: Any) -> str:
+        """Turn a greedy path (an id for each frame) into text, as `CtcCriterion` does; special symbols count as blank."""
+        from fairseq.data import Dictionary, data_utils
+
+        symbols = self.request["symbols"]
+        dictionary = self.dictionary
+        if dictionary is None or not hasattr(dictionary, "string"):
+            dictionary = Dictionary()
+            for symbol in symbols[4:]:
+                dictionary.add_symbol(symbol)
+        blank = self.request["blank"]
+        ids: Any = torch.as_tensor([blank if i in self.request["special"] else i for i in path])
+        kept = ids.unique_consecutive()
+        return str(data_utils.post_process(dictionary.string(kept[kept != blank]), self.request["post_process"]))
+
+
+def crop(name: str, value: Any, frames: list[int]) -> Any:
+    """Keep the valid frames of (batch, time, channels), one utterance after the other; convolutions as they are."""
+    if name.startswith("conv."):
+        return value
+    return torch.cat([value[index, :count] for index, count in enumerate(frames)])
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _swap_last(value: Any) -> Any:
+    return value.transpose(1, 2)
+
+
+def _swap_first(value: Any) -> Any:
+    return value.transpose(0, 1)
+
+
+@contextlib.contextmanager
+def _nothing() -> Any:
+    yield
+
+
+@contextlib.contextmanager
+def _lifted(w2v: Any) -> Any:
+    """Let `Fp32GroupNorm`, `Fp32LayerNorm` and fairseq's `gelu`, which compute in float32, compute in their input's type."""
+    lifted = []
+    for module in w2v.modules():
+        if type(module).__name__ in ("Fp32GroupNorm", "Fp32LayerNorm"):
+            module.forward = types.MethodType(getattr(type(module).__mro__[1], "forward"), module)  # noqa: B009
+            lifted.append((module, "forward", None))
+        elif getattr(getattr(module, "activation_fn", None), "__name__", "") == "gelu":
+            lifted.append((module, "activation_fn", module.activation_fn))
+            module.activation_fn = torch.nn.functional.gelu
+    try:
+        yield
+    finally:
+        for module, name, value in lifted:
+            if value is None:
+                delattr(module, name)
+            else:
+                setattr(module, name, value)
+
+
+# --- recording ------------------------------------------------------------------------------------------------------
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a tensor's numbers; -0.0 counts as 0.0."""
+    value = value + 0 if value.is_floating_point() else value
+    value = value.float() if value.dtype == torch.bfloat16 else value
+    return hashlib.sha256(value.contiguous().cpu().numpy().tobytes()).hexdigest()
+
+
+def step_of(name: str, count: int) -> int:
+    """Every how many numbers one is kept: odd, so that it meets every channel."""
+    return 1 if name in WHOLE else max(1, count // (SAMPLE * 8 if name == "encoder" else SAMPLE)) | 1
+
+
+def distance(a: Any, b: Any) -> float:
+    """The greatest absolute difference; infinite where a number is not finite."""
+    if a.numel() == 0:
+        return 0.0
+    worst = (a.double() - b.double()).abs().max().item()
+    return float(worst) if worst == worst else float("inf")
+
+
+def environment() -> dict[str, Any]:
+    """What bits depend on."""
+    capability = "unknown"
+    with contextlib.suppress(AttributeError):
+        capability = torch.backends.cpu.get_cpu_capability()
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "threads": torch.get_num_threads(),
+        "cpu": "%s %s" % (platform.machine(), capability),
+    }
+
+
+def record(request: Any, arrays: Any, reference: Any = None) -> None:
+    """Run everything that is asked for and write the answers.
+
+    Args:
+        request: what `open_reference` takes, and `threads`, `rate`, `special` and `blank` (ids), `out` (the file to write),
+            `description` (kept as it is), and `runs`: a list of `{"arrays": [names], "multiple": number or None,
+            "padded": whether the arrays are a padded batch with a mask, "weights": "" or the type they are rounded to,
+            "arithmetic": a type, "raw": whether fairseq is to normalise them}`, whatever else they hold is kept.
+        arrays: the waveforms by name, float32, one dimension each.
+        reference: an opened reference; by default one is opened.
+    """
+    torch.set_num_threads(request["threads"])
+    reference = reference or open_reference(request)
+    tensors: dict[str, Any] = {"waveform." + name: value for name, value in arrays.items()}
+    runs: list[Any] = []
+    rounded = ""
+    for number, wanted in sorted(enumerate(request["runs"]), key=lambda pair: pair[1]["weights"]):
+        if wanted["weights"] != rounded:
+            rounded = wanted["weights"]
+            reference.round_weights(rounded)
+        runs.append(dict(wanted, number=number, **_answer(reference, wanted, arrays, tensors, "run.%d." % number)))
+    about = dict(reference.info, environment=environment(), multiple=reference.multiple, schema=1)
+    about["padded_batches"] = reference.masks_like_main
+    about["spelling"] = reference.spell()
+    about = dict(about, description=request["description"], runs=sorted(runs, key=lambda run: run["number"]))
+    write(request["out"], tensors, json.dumps(about, sort_keys=True))
+
+
+def _answer(reference: Any, wanted: Any, arrays: Any, tensors: Any, prefix: str) -> dict[str, Any]:
+    signals = [torch.as_tensor(arrays[name]) for name in wanted["arrays"]]
+    if wanted["raw"]:
+        signals = [reference.normalise(signal, reference.request["rate"]) for signal in signals]
+    batch = torch.nn.utils.rnn.pad_sequence(signals, batch_first=True)
+    lengths = [len(signal) for signal in signals] if wanted["padded"] else None
+    with reference.arithmetic(wanted["arithmetic"]):
+        frames, stages = reference.run(batch, lengths, wanted["multiple"])
+    with reference.arithmetic("float64"):
+        _, exact = reference.run(batch, lengths, wanted["multiple"])
+    kept = []
+    for name, value in stages.items():
+        if wanted["raw"] and name not in ("encoder", "logits", "project_hid"):  # of a raw waveform, the outcome is kept
+            continue
+        step = step_of(name, value.numel())
+        same = (stages["codes"] == exact["codes"]).all(-1) if name == "project_q" else slice(None)
+        floor = None if name == "codes" else distance(value[same], exact[name][same])
+        kept.append({"name": name, "shape": list(value.shape), "sha256": digest(value), "step": step, "floor": floor})
+        tensors[prefix + name] = value.reshape(-1)[::step].float().cpu().numpy()
+        tensors[prefix + name + ".float64"] = exact[name].reshape(-1)[::step].double().cpu().numpy()
+    answer: dict[str, Any] = {"frames": frames, "stages": kept}
+    if "logits" in stages:
+        paths = stages["logits"].float().argmax(-1).split(frames)
+        answer["texts"] = [reference.transcribe(path.tolist()) for path in paths]
+    return answer
+
+
+def write(path: str, arrays: Any, about: str) -> None:
+    """Write a safetensors file: eight bytes of length, a JSON header, the numbers."""
+    kinds = {"float32": "F32", "float64": "F64", "int16": "I16"}
+    header: dict[str, Any] = {"__metadata__": {"recording": about}}
+    at = 0
+    for name in sorted(arrays):
+        end = at + arrays[name].nbytes
+        header[name] = {
+            "dtype": kinds[str(arrays[name].dtype)],
+            "shape": list(arrays[name].shape),
+            "data_offsets": [at, end],
+        }
+        at = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:  # noqa: PTH123 - also for old Pythons
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in sorted(arrays):
+            file.write(numpy.ascontiguousarray(arrays[name]).tobytes())
+
+
+def read(path: str) -> tuple[Any, str]:
+    """Read a file that `write` wrote: the arrays by name, and the text."""
+    kinds = {"F32": numpy.float32, "F64": numpy.float64, "I16": numpy.int16}
+    with open(path, "rb") as file:  # noqa: PTH123
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        data = file.read()
+    about = header.pop("__metadata__")["recording"]
+    arrays = {}
+    for name, entry in header.items():
+        start, end = entry["data_offsets"]
+        arrays[name] = numpy.frombuffer(data[start:end], kinds[entry["dtype"]]).reshape(entry["shape"]).copy()
+    return arrays, about
+
+
+def main(path: str) -> int:
+    """Answer the request in a file, and say on stderr why not."""
+    with open(path, "rb") as file:  # noqa: PTH123
+        request = json.loads(file.read().decode())
+    arrays, _ = read(request["waveforms"])
+    try:
+        record(request, arrays)
+    except CannotBuildError as error:
+        sys.stderr.write("%s\n" % error)
+        return 3
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

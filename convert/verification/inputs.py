@@ -1,0 +1,233 @@
+"""The probe waveforms: speech of several lengths, silence, quiet speech and a padded batch, made from one clip and from the user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from convert.errors import ConvertError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Waveform: TypeAlias = "np.ndarray[Any, np.dtype[np.float32]]"
+
+SPEECH = "speech"  # the clip that ships: probe.wav
+SUFFIXES = (".wav", ".flac")
+QUIET = -50.0  # dBFS
+LONG = 30  # seconds
+EPSILON = 1e-5  # torch.nn.functional.layer_norm's, which fairseq's tasks normalise with
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """How samples become frames, and what fairseq's encoder pads frames to.
+
+    Args:
+        convolutions: (kernel, stride) of every feature convolution.
+        multiple: fairseq's `required_seq_len_multiple`.
+    """
+
+    convolutions: tuple[tuple[int, int], ...]
+    multiple: int = 2
+
+    def frames(self, samples: int) -> int:
+        """Count the frames of a waveform.
+
+        Example:
+            >>> Geometry(((10, 5), (3, 2), (2, 2))).frames(400)
+            19
+        """
+        for kernel, stride in self.convolutions:
+            samples = (samples - kernel) // stride + 1 if samples >= kernel else 0
+        return samples
+
+    def samples(self, frames: int) -> int:
+        """Count the fewest samples that give so many frames."""
+        for kernel, stride in reversed(self.convolutions):
+            frames = (frames - 1) * stride + kernel
+        return frames
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A piece of a clip: repeated or cut to a number of samples, and multiplied.
+
+    Args:
+        clip: the clip's name.
+        samples: the length.
+        gain: what every sample is multiplied with; 0 is silence.
+    """
+
+    clip: str
+    samples: int
+    gain: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """One input of both models.
+
+    Args:
+        name: such as `speech-even`.
+        cuts: one utterance each; several are padded to the longest and masked.
+        multiple: replaces fairseq's `required_seq_len_multiple`, so that it adds no frame; `None` leaves it as built.
+        exact: whether both sides do the same arithmetic, so that their bits can be the same.
+        why: why they cannot be.
+    """
+
+    name: str
+    cuts: tuple[Cut, ...]
+    multiple: int | None = None
+    exact: bool = True
+    why: str = ""
+
+    @property
+    def padded(self) -> bool:
+        """Whether it is a padded batch."""
+        return len(self.cuts) > 1
+
+
+def probes(geometry: Geometry, clips: dict[str, Waveform], *, rate: int, masks: bool = True) -> list[Probe]:
+    """List the inputs for a model.
+
+    Args:
+        geometry: the model's.
+        clips: the clips by name, `SPEECH` among them.
+        rate: samples a second.
+        masks: whether this fairseq counts a padded utterance's valid frames as its newer versions do.
+
+    Returns:
+        The probes, shortest legal input and 30 seconds among them; every clip of the user's as it is.
+    """
+    count = geometry.frames(len(clips[SPEECH]))
+    step = geometry.multiple
+    even = count // step * step or step
+    odd = even - 1 if step > 1 and even > 1 else even
+    long = geometry.frames(LONG * rate) // step * step
+    loudness = _level(clips[SPEECH])
+    quiet = float(10 ** ((QUIET - loudness) / 20))
+
+    def single(name: str, frames: int, gain: float = 1.0, clip: str = SPEECH) -> Probe:
+        return _single(name, Cut(clip, geometry.samples(frames), gain), frames, step)
+
+    made = [
+        single("speech-even", even),
+        single("speech-odd", odd),
+        single("shortest", 1),
+        single("silence", max(step, even // 2 // step * step), 0.0),
+        single("quiet", even, quiet),
+    ]
+    if step > 1:
+        why = f"fairseq pads {odd} frames to a multiple of {step} and masks what it added"
+        made.append(Probe("speech-odd-as-built", (Cut(SPEECH, geometry.samples(odd)),), None, False, why))
+    if masks:
+        lengths = (even, max(1, even * 2 // 3), max(1, even // 3))
+        why = "the two sides multiply padded batches in another order"
+        made.append(Probe("padded-batch", tuple(Cut(SPEECH, geometry.samples(n)) for n in lengths), None, False, why))
+    made.append(single("30-seconds", long))
+    for name, waveform in clips.items():
+        if name != SPEECH:
+            made.append(_single(name, Cut(name, len(waveform)), geometry.frames(len(waveform)), step))
+    return made
+
+
+def _single(name: str, cut: Cut, frames: int, step: int) -> Probe:
+    return Probe(name, (cut,), None if frames % step == 0 else 1)
+
+
+def cut(clips: dict[str, Waveform], piece: Cut) -> Waveform:
+    """Cut, repeat and scale a clip."""
+    import numpy as np
+
+    return (np.resize(clips[piece.clip], piece.samples) * np.float32(piece.gain)).astype(np.float32)
+
+
+def normalised(waveform: Waveform) -> Waveform:
+    """Give a waveform mean 0 and variance 1 as fairseq's tasks do, computed in float64 so that every machine gets the same.
+
+    Example:
+        >>> import numpy as np
+        >>> [round(float(x), 3) for x in normalised(np.array([1, -1, 1, -1], np.float32))]
+        [1.0, -1.0, 1.0, -1.0]
+    """
+    import numpy as np
+
+    wide = waveform.astype(np.float64)
+    made: Waveform = ((wide - wide.mean()) / np.sqrt(wide.var() + EPSILON)).astype(np.float32)
+    return made
+
+
+def bundled() -> Waveform:
+    """Read the clip that ships: two seconds of speech by espeak-ng, 16 kHz."""
+    return read(Path(__file__).with_name("probe.wav"), 16000)
+
+
+def collect(paths: Sequence[str | Path], rate: int, geometry: Geometry) -> dict[str, Waveform]:
+    """Read the user's recordings.
+
+    Args:
+        paths: wav or flac files, or folders of them.
+        rate: the model's sampling rate.
+        geometry: the model's; a recording must be long enough for one frame.
+
+    Returns:
+        The bundled clip, then the recordings by file name; two files of one name get a number.
+
+    Raises:
+        ConvertError: status 2: a file is missing, no audio, too short, of another sampling rate or of several channels.
+    """
+    clips = {SPEECH: bundled()}
+    for path in _files(paths):
+        name, number = path.name, 2
+        while name in clips:
+            name, number = f"{path.name} ({number})", number + 1
+        clips[name] = read(path, rate)
+        if not geometry.frames(len(clips[name])):
+            shortest = geometry.samples(1)
+            raise _bad(path, f"has {len(clips[name])} samples; the model needs at least {shortest}", "leave it out")
+    return clips
+
+
+def _files(paths: Iterable[str | Path]) -> Iterable[Path]:
+    for path in map(Path, paths):
+        if path.is_dir():
+            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+            if not found:
+                raise _bad(path, "holds no wav and no flac file", "name a folder with recordings")
+            yield from found
+        else:
+            yield path
+
+
+def read(path: Path, rate: int) -> Waveform:
+    """Read one recording, as float32 between -1 and 1; resampling and mixing channels are refused."""
+    import numpy as np
+    import soundfile
+
+    if not path.is_file():
+        raise _bad(path, "does not exist", "name a wav or flac file, or a folder of them")
+    try:
+        samples, found = soundfile.read(path, dtype="float32", always_2d=True)
+    except (soundfile.LibsndfileError, RuntimeError) as error:
+        raise _bad(path, f"is no audio file that can be read ({error})", "name a wav or flac file") from None
+    if found != rate:
+        raise _bad(path, f"has {found} samples a second, the model takes {rate}", f"resample it: sox IN -r {rate} OUT")
+    if samples.shape[1] != 1:
+        raise _bad(path, f"has {samples.shape[1]} channels, the model takes one", "mix it: sox IN -c 1 OUT")
+    if not np.isfinite(samples).all():
+        raise _bad(path, "holds NaN or infinite samples", "leave it out")
+    return np.ascontiguousarray(samples[:, 0])
+
+
+def _level(waveform: Waveform) -> float:
+    """The level of a waveform in dBFS (root mean square)."""
+    import numpy as np
+
+    return float(10 * np.log10(max(float((waveform.astype(np.float64) ** 2).mean()), 1e-20)))
+
+
+def _bad(path: Path, what: str, hint: str) -> ConvertError:
+    return ConvertError(f"{path.name} {what}", code="bad-audio", key=path.name, hint=hint)

@@ -1,0 +1,225 @@
+"""The runs: both sides on the same inputs, compared as the stages come; floors are measured where bits differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from convert.verification.compare import (
+    CODES,
+    QUANTIZED,
+    Answer,
+    Difference,
+    Stage,
+    Verdict,
+    compare,
+    distances,
+    first_different,
+    with_floors,
+    worst_of,
+)
+from convert.verification.inputs import Probe, Waveform
+from convert.verification.reference import Reference, tensor
+from convert.verification.target import Target
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(slots=True)
+class Judged:
+    """One input, judged.
+
+    Args:
+        probe: the input.
+        differences: of every stage, in order.
+        frames: the valid frames of each utterance.
+        reference, target: what the two sides computed, kept where it is needed again.
+    """
+
+    probe: Probe
+    differences: list[Difference]
+    frames: list[int]
+    reference: Answer
+    target: Answer = field(default_factory=lambda: Answer([]))
+
+    @property
+    def verdict(self) -> Verdict:
+        """The worst stage's verdict."""
+        return worst_of(difference.verdict for difference in self.differences)
+
+    @property
+    def telling(self) -> Difference | None:
+        """The stage to tell of: the first beyond its floor, or else the last that is not identical."""
+        if self.verdict == "different":
+            return first_different(self.differences)
+        return next((one for one in reversed(self.differences) if not one.equal), None)
+
+
+def judge(
+    reference: Reference,
+    target: Target,
+    clips: Mapping[str, Waveform],
+    probes: Sequence[Probe],
+    *,
+    normalize: bool,
+    arithmetic: str = "float32",
+    measured: str = "",
+    step: Callable[[Probe], Any] = lambda probe: None,
+) -> list[Judged]:
+    """Run both sides on every input and compare them; measure floors where the bits differ.
+
+    Args:
+        reference, target: the two sides, on one device.
+        clips: the waveforms by name.
+        probes: the inputs.
+        normalize: whether the inputs are normalised first.
+        arithmetic: the type both sides compute in.
+        measured: the probe whose floors are measured in any case, and whose numbers are kept.
+        step: called before each input.
+
+    Returns:
+        One result for each input.
+    """
+    judged = []
+    with reference.arithmetic(arithmetic), target.arithmetic(arithmetic):
+        for probe in probes:
+            step(probe)
+            judged.append(_run(reference, target, clips, probe, normalize, arithmetic, probe.name == measured))
+    pending = [one for one in judged if one.verdict != "identical" or one.probe.name == measured]
+    pending = [one for one in pending if all(not difference.note for difference in one.differences)]
+    exact: list[Answer] = []
+    floors: list[dict[str, float]] = []
+    if pending:
+        with reference.arithmetic("float64"):
+            for one in pending:
+                if hasattr(reference, "last"):
+                    reference.last = arithmetic
+                exact.append(reference.run(one.probe, "float64"))
+                floors.append(reference.floors(one.probe, arithmetic, one.reference, exact[-1]))
+                exact[-1].stages = {name: exact[-1].stages[name] for name in one.reference.stages}
+        with target.arithmetic("float64"):
+            for one, sure, floor in zip(pending, exact, floors, strict=True):
+                _measure(one, target, clips, normalize, arithmetic, sure, floor)
+    greatest: dict[str, float] = {}
+    for difference in (difference for one in judged for difference in one.differences):
+        greatest[difference.stage] = max(greatest.get(difference.stage, 0.0), difference.exact_allowed or 0.0)
+    for one in judged:
+        one.differences = [_steadied(difference, greatest[difference.stage]) for difference in one.differences]
+        if one.probe.name != measured:
+            one.reference, one.target = Answer([]), Answer([])
+    return judged
+
+
+def _run(
+    reference: Reference,
+    target: Target,
+    clips: Mapping[str, Waveform],
+    probe: Probe,
+    normalize: bool,
+    arithmetic: str,
+    keep: bool,
+) -> Judged:
+    answer = reference.run(probe, arithmetic)
+    ours, differences = compared(target, answer, tensor(clips, probe, normalize), keep)
+    if not keep:  # what is the same on both sides is not needed again
+        differing = {difference.stage for difference in differences if not difference.equal}
+        if QUANTIZED in differing or CODES in differing:
+            differing |= {CODES, QUANTIZED, "quantizer"}
+        answer.stages = {name: stage for name, stage in answer.stages.items() if name in differing}
+        ours.stages = {name: stage for name, stage in ours.stages.items() if name in differing}
+    return Judged(probe, differences, ours.frames, answer, ours)
+
+
+def compared(
+    target: Target, answer: Answer, batch: tuple[torch.Tensor, list[int] | None], keep: bool = False
+) -> tuple[Answer, list[Difference]]:
+    """Run the converted model and compare each stage as it comes.
+
+    Args:
+        target: the model.
+        answer: the reference's.
+        batch: the input, and the lengths of a padded one.
+        keep: whether identical stages are kept too.
+
+    Returns:
+        The stages that are kept, and the differences in the model's order.
+    """
+    ours = Answer([])
+    found: dict[str, Difference] = {}
+
+    def visit(name: str, values: torch.Tensor) -> None:
+        if name not in answer.stages:
+            return
+        found[name] = compare(name, answer.stages[name], values)
+        if keep or not found[name].equal or name in (CODES, QUANTIZED, "quantizer"):
+            ours.stages[name] = Stage(tuple(values.shape), values.detach().clone())
+
+    ours.frames = target.run(*batch, visit)
+    differences = [found[name] for name in answer.stages if name in found]
+    for name in set(_expected(target)) - set(found):
+        differences.append(Difference(name, False, float("inf"), note="one of the sides does not have this stage"))
+    if ours.frames != answer.frames:
+        note = f"{ours.frames} valid frames, the reference has {answer.frames}"
+        differences.insert(0, Difference("frames", False, float("inf"), note=note))
+    return ours, differences
+
+
+def _expected(target: Target) -> list[str]:
+    """The stages a model of this class must have been compared at."""
+    base = target.base
+    names = [f"conv.{index}" for index in range(len(base.feature_extractor.conv_layers))]
+    names += ["feature_norm", "projection", "pos_conv", "encoder"]
+    names += [f"layer.{index}" for index in range(len(base.encoder.layers))]
+    names += ["logits"] if hasattr(target.model, "lm_head") else []
+    return names + (["quantizer", CODES, "project_q", "project_hid"] if hasattr(target.model, "quantizer") else [])
+
+
+def _measure(
+    one: Judged,
+    target: Target,
+    clips: Mapping[str, Waveform],
+    normalize: bool,
+    arithmetic: str,
+    exact: Answer,
+    floors: Mapping[str, float],
+) -> None:
+    ours: dict[str, Stage] = {}
+
+    def visit(name: str, values: torch.Tensor) -> None:
+        if name in exact.stages:
+            ours[name] = Stage(tuple(values.shape), values.detach().clone())
+
+    target.run(*tensor(clips, one.probe, normalize), visit)
+    mine = distances(one.target.stages, ours)
+    apart = distances(exact.stages, ours)
+    if any(difference.stage == CODES and not difference.equal for difference in one.differences):
+        restricted = distances(one.reference.stages, one.target.stages)
+        one.differences = [
+            replace(difference, greatest=restricted[QUANTIZED], equal=restricted[QUANTIZED] == 0.0, index=())
+            if difference.stage == QUANTIZED
+            else difference
+            for difference in one.differences
+        ]
+    one.differences = with_floors(one.differences, floors, mine, apart, arithmetic)
+    one.differences = [_tie(difference, one, exact) for difference in one.differences]
+
+
+def _steadied(difference: Difference, greatest: float) -> Difference:
+    """Take a stage's greatest floor of all inputs for float64: measured on few numbers, a floor may be small by chance."""
+    return difference if difference.exact_allowed is None else replace(difference, exact_allowed=greatest)
+
+
+def _tie(difference: Difference, one: Judged, exact: Answer) -> Difference:
+    """Judge the quantizer's choices: two that differ must be as good as tied, within twice the floor of their scores."""
+    if difference.stage != CODES or difference.equal:
+        return difference
+    theirs, ours = one.reference.stages[CODES].values, one.target.stages[CODES].values
+    groups = theirs.shape[-1] if theirs.dim() > 1 else one.reference.stages[CODES].shape[-1]
+    theirs, ours = theirs.reshape(-1, groups), ours.reshape(-1, groups).to(theirs.device)
+    scores = exact.stages["quantizer"].values.reshape(len(theirs), groups, -1)
+    best = scores.gather(-1, theirs[..., None].to(scores.device)) - scores.gather(-1, ours[..., None].to(scores.device))
+    margin = float(best.abs().max())
+    scoring = next(other for other in one.differences if other.stage == "quantizer")
+    return replace(difference, greatest=margin, allowed=2 * scoring.allowed, exact=None, index=())

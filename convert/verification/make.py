@@ -1,0 +1,62 @@
+"""Makes a recording: fairseq's answers to the probe inputs, with what is needed to use them elsewhere."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from convert.errors import ConvertError
+from convert.verification import fairseq_worker
+from convert.verification.devices import steady
+from convert.verification.inputs import Waveform, collect, probes
+from convert.verification.recording import Recorded, ask, pack
+from convert.verification.reference import HINT, run_worker
+from convert.verification.run import pieces_of
+from convert.verification.subject import HALVES, read_subject
+
+
+def make_recording(
+    checkpoint: Path,
+    out: Path,
+    *,
+    fairseq_python: str | None,
+    audio: Sequence[str | Path],
+    dtype: str,
+    dictionary: Path | None,
+    base: Path | None,
+    trusted: bool,
+    long: bool,
+) -> Path:
+    """Run fairseq and write its answers; the arguments are those of `convert.verification.record`."""
+    if dtype and dtype not in HALVES:
+        raise ConvertError(f"{dtype!r} is neither float16 nor bfloat16", code="usage", key="--dtype")
+    subject, geometry = read_subject(checkpoint, dictionary=dictionary, base=base, trusted=trusted)
+    clips = collect(audio, subject.rate, geometry)
+    wanted = [one for one in probes(geometry, clips, rate=subject.rate) if long or one.name != "30-seconds"]
+    pieces = list(pieces_of(geometry, clips, wanted).values())
+    request, arrays = ask(subject, clips, wanted, pieces, dtype)
+    if fairseq_python is not None:
+        with run_worker(fairseq_python, request, arrays) as made:
+            return _finish(made, out, clips)
+    with tempfile.TemporaryDirectory(prefix="fairseq-to-hf-") as folder:
+        made = Path(folder) / "answers"
+        try:
+            with steady():
+                fairseq_worker.record(request | {"out": str(made)}, arrays)
+        except fairseq_worker.CannotBuildError as error:
+            raise ConvertError(f"{error}", code="no-fairseq", hint=HINT) from error
+        return _finish(made, out, clips)
+
+
+def _finish(made: Path, out: Path, clips: Mapping[str, Waveform]) -> Path:
+    pack(made, clips)
+    Recorded(made)  # what was written can be read
+    beside = out.with_name(f".{out.name}.part")
+    try:
+        shutil.copyfile(made, beside)
+        beside.replace(out)
+    finally:
+        beside.unlink(missing_ok=True)
+    return out

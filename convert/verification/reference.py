@@ -1,0 +1,225 @@
+"""fairseq's side: running in this process, in another interpreter, or recorded earlier."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from convert.checkpoint import Checkpoint, is_harmless
+from convert.errors import ConvertError
+from convert.verification import fairseq_worker
+from convert.verification.compare import Answer, Stage, distances
+from convert.verification.inputs import Cut, Probe, Waveform, cut, normalised
+
+if TYPE_CHECKING:
+    import torch
+
+HINT = "install fairseq here, or name an interpreter that has it with --fairseq-python, or a recording with --reference"
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What the reference is asked about: the checkpoint, and what decides how its model is built and its output read.
+
+    Args:
+        path: the checkpoint.
+        name, size, sha256: of the file.
+        settings: the sections `model` and `task`, with `w2v_args` filled in.
+        symbols: fairseq's dictionary; empty without one.
+        special: ids of its special symbols.
+        blank: the id of CTC's blank.
+        post_process: how fairseq makes text of symbols.
+        rate: samples a second.
+        normalize: whether waveforms are normalised.
+    """
+
+    path: Path
+    name: str
+    size: int
+    sha256: str
+    settings: Mapping[str, Any]
+    symbols: tuple[str, ...]
+    special: tuple[int, ...]
+    blank: int
+    post_process: str
+    rate: int
+    normalize: bool
+
+    def request(self) -> dict[str, Any]:
+        """The request of `fairseq_worker.open_reference`."""
+        return {
+            "checkpoint": str(self.path),
+            "settings": self.settings,
+            "symbols": list(self.symbols),
+            "special": list(self.special),
+            "blank": self.blank,
+            "post_process": self.post_process,
+            "rate": self.rate,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """Which reference it was.
+
+    Args:
+        kind: `in-process`, `interpreter` or `recording`.
+        details: versions, who read the settings, patches.
+        unlike: why its bits cannot be ours; empty where they can.
+        skipped: what it cannot answer, with the reason.
+    """
+
+    kind: str
+    details: Mapping[str, Any]
+    unlike: str = ""
+    skipped: Mapping[str, str] = field(default_factory=dict)
+
+
+class Reference(Protocol):
+    """Answers of fairseq's model."""
+
+    description: Description
+
+    def offered(self, probes: Sequence[Probe], weights: str) -> list[Probe]:
+        """Keep the probes it can answer."""
+
+    def arithmetic(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Compute in another floating point type."""
+
+    def round_weights(self, name: str) -> None:
+        """Round every weight to a half type."""
+
+    def run(self, probe: Probe, name: str) -> Answer:
+        """Compute every stage, in the arithmetic of this name."""
+
+    def floors(self, probe: Probe, name: str, answer: Answer, exact: Answer) -> dict[str, float]:
+        """Measure how far its arithmetic is from its own in float64, by stage."""
+
+    def spell(self) -> str:
+        """Transcribe every symbol of the dictionary, in order."""
+
+    def end_to_end(self, piece: Cut) -> tuple[Waveform | None, Answer, str]:
+        """Go from a raw waveform to text: what fairseq made of the waveform, the answer, the transcript."""
+
+
+def check_pickle(checkpoint: Checkpoint, trusted: bool) -> None:
+    """Refuse a checkpoint whose pickle names anything that no trainer of fairseq writes.
+
+    Args:
+        checkpoint: the opened checkpoint.
+        trusted: whether the user answers for the file.
+
+    Raises:
+        ConvertError: `unsafe-pickle`, status 2.
+    """
+    strange = [name for name in checkpoint.globals if not is_harmless(name)]
+    if strange and not trusted:
+        raise ConvertError(
+            f"{checkpoint.path.name}: its pickle names {', '.join(strange[:5])}, which no trainer of fairseq is known to "
+            "write; fairseq would import and call it, so it was not opened",
+            code="unsafe-pickle",
+            key=strange[0],
+            hint="if you know where the file comes from, and would run its author's programs: --trust-checkpoint",
+        )
+
+
+class Live:
+    """fairseq in this process.
+
+    Args:
+        subject: the checkpoint.
+        clips: the waveforms by name.
+        device: where it runs.
+    """
+
+    def __init__(self, subject: Subject, clips: Mapping[str, Waveform], device: str) -> None:
+        try:
+            self.inner = fairseq_worker.open_reference(subject.request() | {"device": device})
+        except fairseq_worker.CannotBuildError as error:
+            raise ConvertError(f"{error}", code="no-fairseq", hint=HINT) from error
+        self.subject, self.clips = subject, dict(clips)
+        skipped = {} if self.inner.masks_like_main else {"padded-batch": _OLD_MASK}
+        self.description = Description("in-process", self.inner.info, skipped=skipped)
+
+    def offered(self, probes: Sequence[Probe], weights: str) -> list[Probe]:
+        """Keep every probe."""
+        return [probe for probe in probes if probe.name not in self.description.skipped]
+
+    def arithmetic(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Compute in another floating point type."""
+        context: contextlib.AbstractContextManager[None] = self.inner.arithmetic(name)
+        return context
+
+    def round_weights(self, name: str) -> None:
+        """Round every weight to a half type."""
+        self.inner.round_weights(name)
+
+    def run(self, probe: Probe, name: str) -> Answer:
+        """Compute every stage."""
+        batch, lengths = tensor(self.clips, probe, self.subject.normalize)
+        frames, stages = self.inner.run(batch, lengths, probe.multiple)
+        return Answer(frames, {key: Stage(tuple(value.shape), value) for key, value in stages.items()})
+
+    def floors(self, probe: Probe, name: str, answer: Answer, exact: Answer) -> dict[str, float]:
+        """Measure how far its arithmetic is from its own in float64."""
+        return distances(answer.stages, exact.stages)
+
+    def spell(self) -> str:
+        """Transcribe every symbol of the dictionary, in order."""
+        return str(self.inner.spell())
+
+    def end_to_end(self, piece: Cut) -> tuple[Waveform | None, Answer, str]:
+        """Go from a raw waveform to text."""
+        signal = self.inner.normalise(cut(self.clips, piece), self.subject.rate)
+        frames, stages = self.inner.run(signal[None])
+        answer = Answer(frames, {key: Stage(tuple(value.shape), value) for key, value in stages.items()})
+        text = self.inner.transcribe(stages["logits"].argmax(-1).tolist()) if "logits" in stages else ""
+        return signal.cpu().numpy(), answer, text
+
+
+_OLD_MASK = "this fairseq splits the padding mask evenly, and counts other frames than newer ones and transformers"
+
+
+def tensor(clips: Mapping[str, Waveform], probe: Probe, normalize: bool) -> tuple[torch.Tensor, list[int] | None]:
+    """Make the models' input of a probe: (batch, samples) padded with zeros, and the lengths of a padded batch."""
+    import torch
+
+    waves = [torch.from_numpy(wave) for wave in waves_of(clips, probe, normalize)]
+    lengths = [len(wave) for wave in waves] if probe.padded else None
+    return torch.nn.utils.rnn.pad_sequence(waves, batch_first=True), lengths
+
+
+def waves_of(clips: Mapping[str, Waveform], probe: Probe, normalize: bool) -> list[Waveform]:
+    """Cut a probe's waveforms, normalised as the task says."""
+    waves = [cut(dict(clips), piece) for piece in probe.cuts]
+    return [normalised(wave) for wave in waves] if normalize else waves
+
+
+@contextlib.contextmanager
+def run_worker(python: str, request: Mapping[str, Any], arrays: Mapping[str, Waveform]) -> Iterator[Path]:
+    """Run the worker in another interpreter; yield the recording that it wrote.
+
+    Raises:
+        ConvertError: `no-fairseq`, status 2: the interpreter, fairseq in it, or the model in that fairseq fails.
+    """
+    with tempfile.TemporaryDirectory(prefix="fairseq-to-hf-") as folder:
+        work = Path(folder)
+        fairseq_worker.write(str(work / "waveforms"), dict(arrays), "{}")
+        asked = dict(request) | {"waveforms": str(work / "waveforms"), "out": str(work / "answers")}
+        asked["checkpoint"] = str(Path(request["checkpoint"]).resolve())
+        (work / "request.json").write_text(json.dumps(asked), "utf-8")
+        command = [python, str(Path(fairseq_worker.__file__).resolve()), "request.json"]
+        try:
+            done = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)
+        except OSError as error:
+            raise ConvertError(f"{python}: {error.strerror}", code="no-fairseq", key=python, hint=HINT) from None
+        if done.returncode or not (work / "answers").is_file():
+            last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+            raise ConvertError(f"{python}: {last}", code="no-fairseq", key=python, hint=HINT)
+        yield work / "answers"

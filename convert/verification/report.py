@@ -1,0 +1,205 @@
+"""The report of a verification: what `verify` returns, `verification.json`, and the table on the terminal.
+
+`verification.json` (schema 1) holds nothing that changes from run to run: no date, duration, path or user. Its fields stand
+in docs/verification.md.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from convert.errors import Problem
+from convert.report import json_bytes, problem_lines
+from convert.verification.controls import Control
+from convert.verification.endtoend import EndToEnd
+from convert.verification.judge import Judged
+
+NAME = "verification.json"
+OF_WEIGHTS = ("bytes", "shape", "missing-tensor", "unexpected-tensor")  # codes of `convert.compare_weights`
+Row = tuple[str, float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """The differences along the stages, of one run or of one control.
+
+    Args:
+        kind: `run` or `control`.
+        device, dtype: where and in which type.
+        name: the input, or what the control did to the model.
+        rows: (stage, greatest absolute difference, what is allowed there), in the model's order.
+    """
+
+    kind: str
+    device: str
+    dtype: str
+    name: str
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What a verification found.
+
+    Args:
+        passed: whether the model was proved to be the same, and every deliberate mistake was caught.
+        report: the content of `verification.json`.
+        problems: why it did not pass.
+        stages: the differences along the stages, of every run and every control.
+    """
+
+    passed: bool
+    report: dict[str, Any]
+    problems: tuple[Problem, ...] = ()
+    stages: tuple[Curve, ...] = ()
+
+    def __str__(self) -> str:
+        """Write the table that a person reads in ten seconds."""
+        return text(self.report)
+
+
+@dataclass(slots=True)
+class Findings:
+    """What a verification has found so far."""
+
+    problems: list[Problem] = field(default_factory=list)
+    runs: list[dict[str, Any]] = field(default_factory=list)
+    end_to_end: list[EndToEnd] = field(default_factory=list)
+    controls: list[Control] = field(default_factory=list)
+    absent: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    curves: list[Curve] = field(default_factory=list)
+
+    def finish(self, **facts: Any) -> Verification:
+        """Close the list and write the report.
+
+        Args:
+            facts: `files`, `checkpoint`, `tensors`, `reference`, `environment` and `missing` of the report.
+        """
+        problems = tuple(sorted(set(self.problems)))
+        weights = [str(problem) for problem in problems if problem.code in OF_WEIGHTS]
+        kept = [{key: value for key, value in asdict(one).items() if key != "curve"} for one in self.controls]
+        report = {
+            "schema": 1,
+            "passed": not problems,
+            "problems": [asdict(problem) for problem in problems],
+            "files": facts["files"],
+            "checkpoint": facts["checkpoint"],
+            "reference": facts["reference"],
+            "environment": facts["environment"],
+            "weights": {"tensors": facts["tensors"], "problems": weights},
+            "runs": self.runs,
+            "end_to_end": [asdict(one) for one in self.end_to_end],
+            "controls": kept,
+            "controls_without_place": self.absent,
+            "missing": facts["missing"],
+            "skipped": self.skipped,
+        }
+        return Verification(not problems, report, problems, tuple(self.curves))
+
+
+def run_of(judged: Judged, device: str, dtype: str, require: str, why: str) -> dict[str, Any]:
+    """Put the result of one input into the report's words."""
+    probe, telling = judged.probe, judged.telling
+    unlike = [one for one in judged.differences if not one.equal]
+    return {
+        "device": device,
+        "dtype": dtype,
+        "input": probe.name,
+        "frames": list(judged.frames),
+        "verdict": judged.verdict,
+        "require": require,
+        "why": why,
+        "reference": "as built" if probe.multiple is None else f"required_seq_len_multiple={probe.multiple}",
+        "stage": telling.stage if telling else None,
+        "first_stage": unlike[0].stage if unlike else None,
+        "max_abs_difference": finite(telling.greatest) if telling else 0.0,
+        "index": list(telling.index) if telling else [],
+        "allowed": telling.allowed if telling else 0.0,
+        "float64_difference": finite(telling.exact) if telling and telling.exact is not None else None,
+        "float64_allowed": telling.exact_allowed if telling else None,
+        "stages": [
+            {"stage": one.stage, "max_abs_difference": finite(one.greatest), "allowed": one.allowed} for one in unlike
+        ],
+    }
+
+
+def finite(value: float) -> float | None:
+    """Return a number that JSON can hold, `None` for one that is not finite."""
+    return value if value == value and abs(value) < float("inf") else None
+
+
+def write(folder: Path, report: Mapping[str, Any]) -> None:
+    """Write `verification.json` into a model directory: all of it, or nothing."""
+    part = folder / f".{NAME}.part"
+    try:
+        with part.open("wb") as file:
+            file.write(json_bytes(report))
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(folder / NAME)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def text(report: Mapping[str, Any]) -> str:
+    """Write the table on the terminal."""
+    reference = report["reference"]
+    lines = [
+        f"fairseq {reference['fairseq']} ({reference['kind']}), transformers {report['environment']['transformers']}"
+    ]
+    lines.append(f"  {'weights':<22}{_weights(report['weights'])}")
+    runs = report["runs"]
+    for device, dtype in dict.fromkeys((run["device"], run["dtype"]) for run in runs):
+        lines.append(f"  {device}, {dtype}")
+        group = [run for run in runs if (run["device"], run["dtype"]) == (device, dtype)]
+        width = max(19, *(len(run["input"]) for run in group)) + 1
+        lines += [_line(run, width) for run in group]
+    lines += ["  waveform to text", *map(_spoken, report["end_to_end"])] if report["end_to_end"] else []
+    caught = sum(control["caught"] for control in report["controls"])
+    lines.append(f"  {'deliberate mistakes':<22}{caught} of {len(report['controls'])} caught")
+    lines += [f"  {name} was not there: not verified on it" for name in report["missing"]]
+    lines += [f"  not checked: {key}: {reason}" for key, reason in report["skipped"].items()]
+    lines.append("verified: the same model" if report["passed"] else "NOT the same, or not proved:")
+    problems = [Problem(**problem) for problem in report["problems"]]
+    return "\n".join([*lines, *(f"  {line}" for line in problem_lines(problems))])
+
+
+def _weights(weights: Mapping[str, Any]) -> str:
+    count, wrong = weights["tensors"], len(weights["problems"])
+    return f"{wrong} of {count} tensors differ" if wrong else f"{count} tensors, every byte the same"
+
+
+def _line(run: Mapping[str, Any], width: int) -> str:
+    line = f"    {run['input']:<{width}}{run['verdict']:<11}"
+    if run["verdict"] == "identical":
+        return line.rstrip()
+    if run["max_abs_difference"] is None:
+        return f"{line}{run['stage']}: not a number, or not the same shape"
+    return f"{line}{run['stage']}: {run['max_abs_difference']:.1e}, floor {run['allowed']:.1e}"
+
+
+def _spoken(one: Mapping[str, Any]) -> str:
+    line = f"    {one['input']:<20}{one['verdict']:<11}"
+    if one["verdict"] == "different":
+        return f"{line}{one['why']}"
+    if one["max_abs_difference"]:
+        level = one["hf_std"] / max(one["fairseq_std"], 1e-30)
+        line += f"{one['stage']} {one['max_abs_difference']:.1e}, input level {level:.4f}  "
+    if one["same_path"] is not None:
+        line += f"{one['same_path']:.1%} of frames"
+        line += ", same text" if one["fairseq_text"] == one["hf_text"] else ", OTHER TEXT"
+    return line.rstrip()
+
+
+def curves_of(judged: Sequence[Judged], controls: Sequence[Control], device: str, dtype: str) -> list[Curve]:
+    """Keep the differences along the stages, for a picture."""
+    made = [
+        Curve("run", device, dtype, one.probe.name, tuple((d.stage, d.greatest, d.allowed) for d in one.differences))
+        for one in judged
+    ]
+    return made + [Curve("control", device, dtype, one.name, one.curve) for one in controls if one.curve]

@@ -1,0 +1,170 @@
+"""The verification as a whole: weights, files, vocabulary, outputs on every device, controls, end to end, and the report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from convert.checkpoint import open_checkpoint
+from convert.errors import ConvertError, MismatchError, Problem
+from convert.model.directory import ModelDirectory
+from convert.package import compare_weights
+from convert.verification import controls, expected
+from convert.verification.device_run import LONG, Work, on_device
+from convert.verification.devices import choose, describe, steady
+from convert.verification.inputs import QUIET, SPEECH, Cut, Geometry, Probe, Waveform, collect, probes
+from convert.verification.recording import Recorded, answers
+from convert.verification.reference import Description, Live, Reference, Subject
+from convert.verification.report import Findings, Verification, write
+from convert.verification.subject import check_source, half_type, read_subject
+
+Progress = Callable[[int, int], None]
+
+
+def verify(
+    checkpoint: Path,
+    model_dir: Path,
+    *,
+    reference: Path | None,
+    fairseq_python: str | None,
+    devices: Sequence[str],
+    audio: Sequence[str | Path],
+    require: str | None,
+    dictionary: Path | None,
+    base: Path | None,
+    trust_checkpoint: bool,
+    long: bool,
+    write_report: bool,
+    progress: Progress | None,
+) -> Verification:
+    """Verify; the arguments are those of `convert.verification.verify`."""
+    _usage(require, reference, fairseq_python, audio)
+    directory = ModelDirectory(model_dir)
+    # with a recording, fairseq does not open the file: then there is nothing to trust
+    trusted = trust_checkpoint or reference is not None
+    subject, geometry = read_subject(
+        checkpoint, dictionary=dictionary, base=base, kept=directory.dictionary, trusted=trusted
+    )
+    check_source(directory, subject)
+    chosen, absent = choose(devices)
+    recorded = _recording(reference, subject) if reference is not None else None
+    clips = recorded.clips if recorded else collect(audio, subject.rate, geometry)
+    wanted = recorded.probes() if recorded else probes(geometry, clips, rate=subject.rate)
+    wanted = [probe for probe in wanted if long or probe.name != LONG]
+    pieces = pieces_of(geometry, clips, wanted)
+    half, rounded = half_type(directory)
+    findings = Findings()
+    if not long:
+        findings.skipped[LONG] = "left out, as asked"
+    if fairseq_python is not None:
+        recorded = answers(subject, clips, wanted, list(pieces.values()), rounded, fairseq_python)
+    total = len(chosen) * len(wanted) * (2 if half else 1) + 2
+    steps = [0]
+
+    def advance() -> None:
+        steps[0] += 1
+        if progress:
+            progress(min(steps[0], total), total)
+
+    _check_files(checkpoint, directory, {"dictionary": dictionary, "base": base}, findings)
+    advance()
+    work = Work(subject, directory, clips, wanted, pieces, half, rounded, require, advance)
+    description = None
+    with steady():
+        for device in chosen:
+            side: Reference = recorded if recorded is not None else Live(subject, clips, device)
+            description = side.description
+            try:
+                on_device(work, side, device, findings, first=device == chosen[0])
+            except ConvertError as error:
+                if error.code != "load":
+                    raise
+                findings.problems += error.problems
+            del side
+        surroundings = describe(chosen)
+    findings.problems += controls.missing(findings.controls)
+    findings.skipped |= dict(description.skipped) if description else {}
+    done = findings.finish(
+        files=expected.hashes(directory.path),
+        checkpoint={"name": subject.name, "size": subject.size, "sha256": subject.sha256},
+        tensors=len(directory.tensors),
+        reference=_described(description),
+        environment=surroundings,
+        missing=sorted(absent),
+    )
+    if write_report:
+        write(directory.path, done.report)
+    advance()
+    return done
+
+
+def _usage(require: str | None, reference: Path | None, python: str | None, audio: Sequence[str | Path]) -> None:
+    if require not in (None, "identical", "rounding"):
+        raise ConvertError(f"{require!r} is neither identical nor rounding", code="usage", key="--require")
+    if reference is not None and (python is not None or audio):
+        other = "--audio" if audio else "--fairseq-python"
+        raise ConvertError(
+            f"a recording has its own inputs and answers: leave {other} out", code="usage", key="--reference"
+        )
+
+
+def _recording(path: Path, subject: Subject) -> Recorded:
+    recorded = Recorded(path)
+    if recorded.checkpoint["sha256"] != subject.sha256:
+        made_of = f"{recorded.checkpoint['name']} ({recorded.checkpoint['sha256'][:12]}…)"
+        raise ConvertError(
+            f"{path.name} is a recording of {made_of}, not of {subject.name} ({subject.sha256[:12]}…)",
+            code="other-checkpoint",
+            key=path.name,
+            hint=f"record this one: fairseq-to-hf record {subject.name} FILE",
+        )
+    return recorded
+
+
+def _check_files(checkpoint: Path, directory: ModelDirectory, options: Mapping[str, Any], findings: Findings) -> None:
+    """Check what needs no model: every tensor's bytes, every value of every JSON file; and that both checks see."""
+
+    def bytes_of(path: Path) -> list[Problem]:
+        return compare_weights(checkpoint, path, **options)
+
+    findings.problems += bytes_of(directory.path)
+    findings.controls.append(controls.one_unit(directory.path, _some_tensor(directory), bytes_of))
+    with open_checkpoint(checkpoint) as opened:
+        model = expected.fresh_plan(opened, directory, **options)
+    meant = expected.expected_files(model, str(directory.conversion.get("dtype", "keep")))
+    findings.problems += expected.compare_files(directory, meant)
+    findings.problems += expected.compare_records(directory, model)
+    findings.controls.append(controls.wrong_setting(meant["config.json"]))
+
+
+def _some_tensor(directory: ModelDirectory) -> str:
+    """Choose the tensor for the control of one unit: the first layer's query matrix."""
+    names = [name for name in directory.tensors if name.endswith("layers.0.attention.q_proj.weight")]
+    if not names:
+        raise MismatchError(f"{directory.path.name} has no attention layer", code="load", key=str(directory.path))
+    return names[0]
+
+
+def _described(description: Description | None) -> dict[str, Any]:
+    """Put the reference into the report's words."""
+    import torch
+
+    if description is None:
+        return {"kind": "", "fairseq": "", "torch": "", "patches": []}
+    details = dict(description.details)
+    elsewhere = details.pop("environment", None)
+    made = {"kind": description.kind, "torch": (elsewhere or {}).get("torch", str(torch.__version__)), **details}
+    return made | {"environment": elsewhere or "the same", "unlike": description.unlike}
+
+
+def pieces_of(geometry: Geometry, clips: Mapping[str, Waveform], wanted: Sequence[Probe]) -> dict[str, Cut]:
+    """Choose the raw waveforms that go from end to end: every clip, and the bundled one quietly."""
+    gain = next(piece.gain for probe in wanted if probe.name == "quiet" for piece in probe.cuts)
+    made = {}
+    for name, clip in clips.items():
+        frames = geometry.frames(len(clip))
+        even = frames // geometry.multiple * geometry.multiple
+        made[name] = Cut(name, geometry.samples(even or frames))
+    return made | {f"{SPEECH} at {QUIET:g} dBFS": replace(made[SPEECH], gain=gain)}

@@ -1,0 +1,110 @@
+"""What is verified: the checkpoint as the reference needs to know it, and the model directory's own words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from convert.checkpoint import Checkpoint, open_checkpoint
+from convert.checkpoint.dictionary import SPECIAL, Dictionary, from_file
+from convert.errors import ConvertError
+from convert.model.architectures import Request, encoder_settings
+from convert.model.processor import BLANK
+from convert.model.settings import Reader
+from convert.verification.inputs import Geometry
+from convert.verification.reference import Subject, check_pickle
+
+HALVES = ("float16", "bfloat16")
+
+
+def read_subject(
+    path: Path,
+    *,
+    dictionary: Path | None = None,
+    base: Path | None = None,
+    kept: Dictionary | None = None,
+    trusted: bool = False,
+) -> tuple[Subject, Geometry]:
+    """Read what a reference has to know of a checkpoint.
+
+    Args:
+        path: the checkpoint.
+        dictionary, base: as for `convert.package.plan`.
+        kept: the dictionary that a model directory keeps, for checkpoints that carry none.
+        trusted: whether its pickle may name what no trainer writes.
+
+    Raises:
+        CheckpointError: it cannot be read.
+        ConvertError: `unsafe-pickle`.
+        PlanError: it was fine-tuned, and its pretrained model's settings are missing.
+    """
+    with open_checkpoint(path) as opened:
+        check_pickle(opened, trusted)
+        settings: dict[str, Any] = {key: dict(value) for key, value in opened.settings.items()}
+        inner = None
+        if base is not None:
+            with open_checkpoint(base) as other:
+                inner = other.settings
+        if opened.settings["model"].get("_name") != "wav2vec2" and _is_fine_tuned(opened):
+            reader = encoder_settings(opened, Request(base=inner))
+            if not isinstance(settings["model"].get("w2v_args"), dict):
+                settings["model"]["w2v_args"] = inner
+        else:
+            reader = Reader(dict(settings["model"]), {})
+        known = from_file(dictionary) if dictionary else opened.dictionary or kept
+        symbols = known.symbols if known and _is_fine_tuned(opened) else ()
+        subject = Subject(
+            path=path,
+            name=opened.path.name.encode("utf-8", "backslashreplace").decode(),
+            size=opened.size,
+            sha256=opened.sha256(),
+            settings=settings,
+            symbols=symbols,
+            special=tuple(index for index, symbol in enumerate(symbols) if symbol in (*SPECIAL, BLANK)),
+            blank=symbols.index(BLANK) if BLANK in symbols else 0,
+            post_process=_post_process(settings),
+            rate=int(settings["task"].get("sample_rate") or 16000),
+            normalize=bool(settings["task"].get("normalize", False)),
+        )
+        convolutions = tuple((kernel, stride) for _, kernel, stride in reader.convolutions("conv_feature_layers"))
+    multiple = reader.values.get("required_seq_len_multiple", 2)
+    return subject, Geometry(convolutions, int(multiple or 1))
+
+
+def _is_fine_tuned(opened: Checkpoint) -> bool:
+    return any(name.startswith("w2v_encoder.") for name in opened.tensors)
+
+
+def _post_process(settings: Mapping[str, Any]) -> str:
+    """fairseq's `post_process`; the symbols of phone labels stay apart, as `convert.model.processor` keeps them."""
+    if settings["task"].get("labels") in ("phn", "phones"):
+        return "none"
+    criterion = settings["criterion"]
+    return str(criterion.get("post_process") or criterion.get("remove_bpe") or "letter")
+
+
+def half_type(directory: Any) -> tuple[str, str]:
+    """Say which half type a model directory's weights have, and which the conversion rounded them to (each may be empty)."""
+    stored = str(directory.config.get("torch_dtype") or directory.config.get("dtype") or "float32")
+    rounded = str(directory.conversion.get("dtype", "keep"))
+    half = stored if stored in HALVES else ""
+    return half, half if rounded != "keep" else ""
+
+
+def check_source(directory: Any, subject: Subject) -> None:
+    """Refuse a model directory that was made from another checkpoint.
+
+    Raises:
+        ConvertError: `other-checkpoint`, status 1.
+    """
+    source = directory.conversion.get("source") or {}
+    if source.get("sha256") != subject.sha256:
+        raise ConvertError(
+            f"{directory.path.name} was made from {source.get('name')} ({str(source.get('sha256'))[:12]}…), "
+            f"not from {subject.name} ({subject.sha256[:12]}…)",
+            code="other-checkpoint",
+            key=subject.name,
+            status=1,
+            hint="name the checkpoint that it was made from, or convert this one",
+        )

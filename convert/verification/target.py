@@ -1,0 +1,180 @@
+"""The converted model as plain transformers loads it, with every stage of it visible."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from convert.errors import ConvertError, MismatchError, Problem
+from convert.verification.fairseq_worker import NAMES, crop
+
+if TYPE_CHECKING:
+    import torch
+
+Visit = Callable[[str, "torch.Tensor"], None]
+
+
+def load(model_dir: Path, device: str) -> Target:
+    """Load a model directory with plain transformers, in float32, strictly.
+
+    Args:
+        model_dir: the directory.
+        device: such as `cpu` or `cuda`.
+
+    Raises:
+        MismatchError: `load`: transformers misses a tensor, finds one too many, or one of another shape.
+        ConvertError: `load`: transformers cannot load the directory at all.
+    """
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        config = transformers.AutoConfig.from_pretrained(model_dir, local_files_only=True)
+        name = (config.architectures or [""])[0]
+        cls = getattr(transformers, name, None)
+        if cls is None:
+            raise ValueError(f"transformers {transformers.__version__} has no class {name!r}")
+        key = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
+        options = {key: torch.float32, "attn_implementation": "sdpa", "local_files_only": True}
+        model, seen = cls.from_pretrained(model_dir, config=config, output_loading_info=True, **options)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".split("\n")[0]
+        raise ConvertError(
+            f"{model_dir.name}: transformers cannot load it ({reason})",
+            code="load",
+            key=str(model_dir),
+            status=1,
+            hint="convert the checkpoint again",
+        ) from error
+    wrong = [(code, key) for code in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in seen[code]]
+    if wrong:
+        problems = [
+            Problem(code.replace("_", "-"), str(key[0] if isinstance(key, tuple) else key), "transformers says so")
+            for code, key in wrong
+        ]
+        raise MismatchError(
+            f"{model_dir.name}: its tensors are not those of {name}",
+            code="load",
+            key=str(model_dir),
+            problems=problems,
+            hint="convert the checkpoint again",
+        )
+    return Target(model, device)
+
+
+class Target:
+    """A converted model, watched.
+
+    Args:
+        model: the transformers model, float32.
+        device: where it runs.
+    """
+
+    def __init__(self, model: Any, device: str) -> None:
+        self.model = model.to(device).eval()
+        self.device = device
+        self.visit: Visit | None = None
+        self.frames: list[int] = []
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(False)
+        self._hook()
+
+    @property
+    def base(self) -> Any:
+        """The encoder, without its head."""
+        return getattr(self.model, "wav2vec2", self.model)
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The tensors by name."""
+        found: dict[str, torch.Tensor] = self.model.state_dict()
+        return found
+
+    def _hook(self) -> None:
+        base, model = self.base, self.model
+        for index, layer in enumerate(base.feature_extractor.conv_layers):
+            self._watch(layer, f"conv.{index}")
+        self._watch(base.feature_projection.layer_norm, "feature_norm")
+        self._watch(base.feature_projection.projection, "projection")
+        self._watch(base.encoder.pos_conv_embed, "pos_conv")
+        for index, layer in enumerate(base.encoder.layers):
+            self._watch(layer, f"layer.{index}")
+        self._watch(base.encoder, "encoder")
+        if hasattr(model, "lm_head"):
+            self._watch(model.lm_head, "logits")
+        if hasattr(model, "quantizer"):
+            self._watch(model.quantizer.weight_proj, "quantizer")
+            self._watch(model.project_q, "project_q")
+            self._watch(model.project_hid, "project_hid")
+
+    def _watch(self, module: Any, name: str) -> None:
+        def hook(_: Any, __: Any, output: Any) -> None:
+            if self.visit is None:
+                return
+            value = output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", output)
+            self.visit(name, crop(name, value, self.frames))
+            if name == "quantizer":
+                groups = self.model.config.num_codevector_groups
+                value = crop(name, value, self.frames)
+                self.visit("codes", value.reshape(*value.shape[:-1], groups, -1).argmax(-1))
+
+        module.register_forward_hook(hook)
+
+    @contextlib.contextmanager
+    def arithmetic(self, name: str) -> Iterator[None]:
+        """Compute in another floating point type; back to float32 is exact, as half types hold rounded weights only."""
+        import torch
+
+        self.model.to(NAMES[name])
+        try:
+            yield
+        finally:
+            self.model.to(torch.float32)
+
+    def run(self, waveforms: torch.Tensor, lengths: list[int] | None, visit: Visit) -> list[int]:
+        """Compute every stage, and show each to `visit` as it comes.
+
+        Args:
+            waveforms: (batch, samples), padded with zeros.
+            lengths: the samples of each utterance; `None` for a single one, which then has no attention mask.
+            visit: called with the stage's name and its numbers: (batch, channels, time) for `conv.*`, otherwise
+                (valid frames of the whole batch, channels).
+
+        Returns:
+            The valid frames of each utterance.
+        """
+        import torch
+
+        kind = next(self.model.parameters()).dtype
+        source = waveforms.to(self.device).to(kind)
+        mask = None
+        counts = [source.shape[1]] * len(source) if lengths is None else lengths
+        if lengths is not None:
+            mask = (torch.arange(source.shape[1])[None] < torch.tensor(lengths)[:, None]).long().to(self.device)
+        self.frames = [int(n) for n in self.model._get_feat_extract_output_lengths(torch.tensor(counts))]
+        self.visit = visit
+        try:
+            with torch.no_grad():
+                self.model(source, attention_mask=mask)
+        finally:
+            self.visit = None
+        return self.frames
+
+    def like(self, changes: Mapping[str, Any]) -> Target:
+        """Make the same model, on the same tensors, with other configuration values."""
+        import copy
+
+        import torch
+
+        config = copy.deepcopy(self.model.config)
+        for name, value in changes.items():
+            setattr(config, name, value)
+        config._attn_implementation = "sdpa"
+        with torch.device("meta"):
+            other = type(self.model)(config)
+        other.load_state_dict(self.model.state_dict(), strict=True, assign=True)
+        return Target(other, self.device)

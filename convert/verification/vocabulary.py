@@ -1,0 +1,122 @@
+"""The vocabulary's comparison: every id names fairseq's symbol, the blank is the blank, and text is spelled alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from convert.errors import ConvertError, Problem
+from convert.verification.reference import Subject
+
+BLANK, PAD = "<s>", "<pad>"  # the two names that a conversion exchanges
+
+
+def load_processor(model_dir: Path) -> Any:
+    """Load the processor of a model with a vocabulary with plain transformers.
+
+    Raises:
+        ConvertError: `load`, status 1: transformers cannot load it.
+    """
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(model_dir, local_files_only=True)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".split("\n")[0]
+        raise _unloadable(model_dir, "processor", reason) from error
+
+
+def load_extractor(model_dir: Path) -> Any:
+    """Load the feature extractor with plain transformers.
+
+    Raises:
+        ConvertError: `load`, status 1: transformers cannot load it.
+    """
+    from transformers import AutoFeatureExtractor
+
+    try:
+        return AutoFeatureExtractor.from_pretrained(model_dir, local_files_only=True)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".split("\n")[0]
+        raise _unloadable(model_dir, "feature extractor", reason) from error
+
+
+def _unloadable(model_dir: Path, what: str, reason: str) -> ConvertError:
+    return ConvertError(
+        f"{model_dir.name}: transformers cannot load its {what} ({reason})",
+        code="load",
+        key=str(model_dir),
+        status=1,
+        hint="convert the checkpoint again",
+    )
+
+
+def tokens_of(tokenizer: Any, count: int) -> list[str]:
+    """List the tokens by id."""
+    return [str(token) for token in tokenizer.convert_ids_to_tokens(list(range(count)))]
+
+
+def check_tokens(tokens: Sequence[str], subject: Subject) -> list[Problem]:
+    """Compare the tokens with fairseq's symbols, id by id.
+
+    fairseq calls its blank (id 0) `<s>`, transformers calls it `<pad>`: those two names are exchanged, ids are not.
+    A dictionary with a blank of its own (`<ctc_blank>`) keeps all names.
+
+    Args:
+        tokens: transformers' tokens by id.
+        subject: fairseq's dictionary.
+    """
+    symbols = list(subject.symbols)
+    if subject.blank == 0 and symbols[:2] == [BLANK, PAD]:
+        symbols[:2] = [PAD, BLANK]
+    problems = []
+    if len(tokens) != len(symbols):
+        problems.append(
+            Problem("vocabulary", "vocab.json", f"{len(tokens)} tokens, fairseq has {len(symbols)} symbols")
+        )
+    for index, (token, symbol) in enumerate(zip(tokens, symbols, strict=False)):
+        if token != symbol:
+            problems.append(Problem("vocabulary", f"id {index}", f"{token!r} here, {symbol!r} in fairseq"))
+    return problems
+
+
+def check(processor: Any, config: Mapping[str, Any], subject: Subject, spelling: str) -> list[Problem]:
+    """Compare a processor with fairseq's dictionary and its way of making text.
+
+    Args:
+        processor: transformers' processor.
+        config: the content of config.json.
+        subject: fairseq's dictionary.
+        spelling: what fairseq makes of a path that holds every ordinary symbol in order, twice.
+
+    Returns:
+        One problem for each thing that is not the same.
+    """
+    tokenizer = processor.tokenizer
+    problems = check_tokens(tokens_of(tokenizer, len(tokenizer)), subject)
+    ids = {
+        "the tokenizer's pad_token_id": tokenizer.pad_token_id,
+        "config.json's pad_token_id": config.get("pad_token_id"),
+    }
+    for name, found in ids.items():
+        if found != subject.blank:
+            problems.append(Problem("vocabulary", name, f"is {found}; fairseq's blank is {subject.blank}"))
+    if config.get("vocab_size") != len(subject.symbols):
+        detail = f"is {config.get('vocab_size')}; fairseq has {len(subject.symbols)} symbols"
+        problems.append(Problem("vocabulary", "config.json's vocab_size", detail))
+    ordinary = [index for index in range(len(subject.symbols)) if index not in subject.special]
+    found = transcribe(processor, [part for index in ordinary * 2 for part in (index, subject.blank)], subject)
+    if found != spelling:
+        at = next(
+            (i for i, (a, b) in enumerate(zip(found, spelling, strict=False)) if a != b), min(len(found), len(spelling))
+        )
+        detail = f"spelled {found[at : at + 20]!r} from character {at} on, fairseq {spelling[at : at + 20]!r}"
+        problems.append(Problem("spelling", "tokenizer", detail))
+    return problems
+
+
+def transcribe(processor: Any, path: Sequence[int], subject: Subject) -> str:
+    """Turn a greedy path into text with transformers; special symbols count as blank, as on fairseq's side."""
+    kept = [subject.blank if index in subject.special else index for index in path]
+    return str(processor.tokenizer.decode(kept))

@@ -1,0 +1,70 @@
+"""Converted tiny models and short inputs, so that hundreds of verifications fit into a test run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fairseq_models import save
+
+from convert.package import convert
+from convert.verification import inputs, run
+from convert.verification.reference import Live, Subject
+
+BUNDLED = Path(__file__).parent.parent / "checkpoints" / "espeak-wav2vec2-ctc.pt"
+SAMPLES = 6400  # 0.4 s: 158 frames of the tiny models
+
+
+def converted(variant: Any, folder: Path, name: str = "model", **options: Any) -> tuple[Path, Path]:
+    """Save a tiny fairseq model and convert it; return the checkpoint and the model directory."""
+    keys = ("layout", "container", "adam", "seed", "model")
+    saving = {key: options.pop(key) for key in keys if key in options}
+    checkpoint = save(variant, folder / f"{name}.pt", **saving)
+    return checkpoint, convert(checkpoint, folder / name, **options).path
+
+
+@contextmanager
+def short_inputs() -> Iterator[None]:
+    """Shorten the bundled clip and the long input."""
+    with pytest.MonkeyPatch.context() as patch:
+        whole = inputs.bundled()
+        patch.setattr(inputs, "bundled", lambda: whole[:SAMPLES])
+        patch.setattr(inputs, "LONG", 1)
+        yield
+
+
+@contextmanager
+def few_inputs() -> Iterator[None]:
+    """Keep three of the inputs."""
+    with pytest.MonkeyPatch.context() as patch:
+        every = inputs.probes
+        kept = ("speech-even", "quiet", "padded-batch")
+        patch.setattr(run, "probes", lambda *a, **k: [probe for probe in every(*a, **k) if probe.name in kept])
+        yield
+
+
+@contextmanager
+def one_reference() -> Iterator[None]:
+    """Build fairseq's model of a checkpoint once, however often it is verified."""
+    built: dict[tuple[str, str], Live] = {}
+
+    def live(subject: Subject, clips: Any, device: str) -> Live:
+        key = (subject.sha256, device)
+        if key not in built:
+            built[key] = Live(subject, clips, device)
+        return built[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "Live", live)
+        yield
+
+
+def edit(path: Path, **changes: Any) -> None:
+    """Change values of a JSON file; `None` removes one."""
+    content = json.loads(path.read_text())
+    content |= changes
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
