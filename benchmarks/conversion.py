@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-
 NAIVE = """
 import sys, torch
 from safetensors.torch import save_file

@@ -48,7 +48,7 @@ def fairseq_text(target: Any, ids: list[int], labels: str, decoding: str) -> str
 
 @pytest.mark.parametrize("name", VOCABULARIES)
 def test_decodes_as_fairseq_does(name: str, tmp_path: Path) -> None:
-    symbols, labels, decoding = VOCABULARIES[name]
+    _symbols, labels, decoding = VOCABULARIES[name]
     target, processor = made(name, tmp_path)
     choice = random.Random(name)
     blank = target.indices.get("<ctc_blank>", 0)
