@@ -8,14 +8,15 @@ import functools
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import click
 
 from convert.errors import ConvertError, Problem
-from convert.report import envelope, error_text
+from convert.report import envelope, error_text, problem_lines
 
 # One module of `convert.commands` each; it is imported when its command is asked for, so that `--help` starts at once.
 COMMANDS = {
@@ -63,6 +64,25 @@ class LazyGroup(click.Group):
         command: click.Command = module.command
         return command
 
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run; with `--json`, errors of usage are one JSON object too."""
+        words = list(sys.argv[1:] if args is None else args)
+        if "--json" not in words or not standalone_mode:
+            return super().main(args, prog_name, complete_var, standalone_mode, **extra)
+        try:
+            sys.exit(super().main(args, prog_name, complete_var, False, **extra))
+        except click.UsageError as error:
+            problem = Problem("usage", words[0], error.format_message())
+            click.echo(envelope(words[0], False, [problem], hint=f"fairseq-to-hf {words[0]} --help"))
+            sys.exit(2)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands without importing them."""
         with formatter.section("Commands"):
@@ -88,17 +108,19 @@ def command(name: str, *examples: str) -> Callable[[Callable[..., Outcome]], cli
                 outcome = function(**arguments)
             except (ConvertError, OSError, MemoryError) as raised:
                 error = raised if isinstance(raised, ConvertError) else _of_system(raised)
+                if verbose:
+                    traceback.print_exc()
                 if as_json:
                     click.echo(envelope(name, False, error.problems, hint=error.hint))
                 else:
                     click.echo(error_text(error), err=True)
-                if verbose:
-                    raise
                 context.exit(error.status)
             if as_json:
                 click.echo(envelope(name, outcome.ok, outcome.problems, **outcome.data))
             elif not quiet and outcome.text:
                 click.echo(outcome.text)
+            elif quiet and not outcome.ok:
+                click.echo("\n".join(problem_lines(outcome.problems)) or f"{name}: no", err=True)
             context.exit(0 if outcome.ok else 1)
 
         run.__doc__ = inspect.cleandoc(function.__doc__ or "")

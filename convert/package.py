@@ -23,6 +23,15 @@ from convert.transfer import Transfer, Written, pieces, split
 
 DTYPES = {"keep": "keep", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 MAX_SHARD_SIZE = 5_000_000_000  # what transformers' save_pretrained splits at
+_USUAL = {
+    "config.json",
+    "conversion.json",
+    "evaluation.json",
+    "preprocessor_config.json",
+    "README.md",
+    "tokenizer.json",
+}
+_USUAL |= {"tokenizer_config.json", "verification.json", "vocab.json"}
 Progress = Callable[[int, int], None]
 
 
@@ -46,7 +55,7 @@ class Converted:
 def plan(
     checkpoint: str | Path,
     *,
-    head: str = "",
+    head: str | None = None,
     dictionary: str | Path | None = None,
     base: str | Path | None = None,
     training_only: Sequence[str] = (),
@@ -72,7 +81,7 @@ def convert(
     checkpoint: str | Path,
     out: str | Path,
     *,
-    head: str = "",
+    head: str | None = None,
     dictionary: str | Path | None = None,
     base: str | Path | None = None,
     training_only: Sequence[str] = (),
@@ -123,12 +132,12 @@ def convert(
     return Converted(out, model, files, digest)
 
 
-def _request(head: str, dictionary: Any, base: Any, training_only: Sequence[str]) -> Request:
+def _request(head: str | None, dictionary: Any, base: Any, training_only: Sequence[str]) -> Request:
     settings = None
     if base is not None:
         with open_checkpoint(base) as opened:
             settings = opened.settings
-    return Request(head, from_file(Path(dictionary)) if dictionary else None, settings, tuple(training_only))
+    return Request(head or "", from_file(Path(dictionary)) if dictionary else None, settings, tuple(training_only))
 
 
 def _write(
@@ -306,6 +315,9 @@ def _check_target(out: Path, overwrite: bool, checkpoint: Path) -> None:
         return
     if out.is_dir() and not out.is_symlink() and not any(out.iterdir()):
         return
+    if not out.is_dir():
+        code = "not-ours" if overwrite else "exists"
+        raise ConvertError(f"{out} is a file; nothing was written", code=code, key=str(out), hint="choose another name")
     if not overwrite:
         raise ConvertError(
             f"{out} exists already; nothing was written",
@@ -320,6 +332,14 @@ def _check_target(out: Path, overwrite: bool, checkpoint: Path) -> None:
             key=str(out),
             hint="choose another name, or remove it yourself",
         )
+    foreign = _foreign_files(out)
+    if foreign:
+        raise ConvertError(
+            f"{out} holds files that this tool did not write, and --overwrite would remove: {', '.join(foreign[:5])}",
+            code="not-ours",
+            key=str(out / foreign[0]),
+            hint="move them elsewhere, or choose another name",
+        )
     if out.resolve() in checkpoint.resolve().parents:
         raise ConvertError(
             f"{out} holds the checkpoint itself; nothing was written",
@@ -327,6 +347,17 @@ def _check_target(out: Path, overwrite: bool, checkpoint: Path) -> None:
             key=str(out),
             hint="move the file",
         )
+
+
+def _foreign_files(out: Path) -> list[str]:
+    """Name what stands in a model directory beside the files that this tool writes there."""
+    from convert.model.directory import ModelDirectory
+
+    try:
+        written = set(ModelDirectory(out).conversion.get("files", {}))
+    except ConvertError:  # damaged, and so one more reason to replace it; what it was made of is not known any more
+        written = {file.name for file in out.glob("model*")}
+    return sorted({file.name for file in out.iterdir()} - written - _USUAL)
 
 
 @contextlib.contextmanager

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from convert.checkpoint import open_checkpoint
 from convert.checkpoint.dictionary import SPECIAL, Dictionary
@@ -124,7 +125,8 @@ def _from_conversion(directory: ModelDirectory) -> _Draft:
             problems=problems,
             hint="convert the checkpoint again with all of it, such as --head pretraining",
         )
-    draft = _Draft({}, {}, _loadable(record["settings"]), directory.dictionary, [])
+    notes = _changed(directory, record["files"])
+    draft = _Draft({}, {}, _loadable(record["settings"]), directory.dictionary, notes)
     made = {fill["key"] for fill in record["fills"]}
     lost = [target for target in record["tensors"] if target not in directory.tensors]
     lost += [target for target in directory.tensors if target not in record["tensors"] and target not in made]
@@ -138,6 +140,36 @@ def _from_conversion(directory: ModelDirectory) -> _Draft:
         if target in record["edited_rows"]:
             draft.bytes[source] = _with_rows(directory, target, record["edited_rows"][target])
     return draft
+
+
+def _changed(directory: ModelDirectory, files: Mapping[str, Any]) -> list[str]:
+    """Hold the files against conversion.json: other weights are noted, other settings would be lost and are refused."""
+    weights = set(directory.weight_files())
+    notes, problems = [], []
+    for name, kept in files.items():
+        path = directory.path / name
+        if path.is_file():
+            with path.open("rb") as file:
+                same = _sha256(file) == kept["sha256"]
+        if not path.is_file() or (not same and name not in weights):
+            problems.append(Problem("changed", name, "is not what the conversion wrote; the settings come from there"))
+        elif not same:
+            notes.append(f"{name} is not what the conversion wrote: its weights were restored as they are now")
+    if problems:
+        raise PlanError(
+            f"{directory.path} was changed since its conversion; nothing was written",
+            code="changed",
+            problems=problems,
+            hint="for a model that was trained on with transformers, remove conversion.json: then config.json counts",
+        )
+    return notes
+
+
+def _sha256(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while piece := file.read(CHUNK):
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def _with_rows(directory: ModelDirectory, name: str, rows: Mapping[str, str]) -> Callable[[], Iterator[bytes]]:

@@ -225,7 +225,7 @@ class Transfer:
             os.fsync(file.fileno())
         if prover.non_finite and not self.allow_non_finite:
             raise PlanError(
-                f"{len(prover.non_finite)} tensors hold NaN or infinite numbers; nothing was written",
+                f"{self.container.path.name} holds NaN or infinite numbers; nothing was written",
                 code="non-finite",
                 problems=prover.non_finite,
                 hint="training diverged: take an earlier checkpoint, or convert it as it is with --allow-non-finite",

@@ -113,6 +113,27 @@ def test_help_and_inspect_import_nothing_heavy() -> None:
         assert done.stderr.strip().endswith("[]"), (words, done.stderr)
 
 
+def test_verbose_keeps_the_status_and_the_hint() -> None:
+    done = plain("plan", "absent.pt", "-v")
+    assert done.returncode == 2
+    assert done.stderr.startswith("Traceback") and "hint: " in done.stderr.splitlines()[-1]
+
+
+def test_usage_errors_are_json_too() -> None:
+    for words in (["convert", "--json"], ["plan", "x.pt", "--head", "tail", "--json"]):
+        done = plain(*words)
+        assert done.returncode == 2
+        assert json.loads(done.stdout)["problems"][0]["code"] == "usage"
+
+
+def test_overwrite_removes_nothing_of_ones_own(tmp_path: Path) -> None:
+    assert plain("convert", str(SHIPPED), str(tmp_path / "out")).returncode == 0
+    (tmp_path / "out/notes.txt").write_text("mine")
+    done = plain("convert", str(SHIPPED), str(tmp_path / "out"), "--overwrite")
+    assert done.returncode == 2 and "notes.txt" in done.stderr
+    assert (tmp_path / "out/notes.txt").read_text() == "mine"
+
+
 def test_json_is_one_object_on_failure_too(tmp_path: Path) -> None:
     done = plain("convert", str(tmp_path / "absent.pt"), str(tmp_path / "out"), "--json")
     assert done.returncode == 2

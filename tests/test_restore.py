@@ -180,6 +180,21 @@ def test_a_directory_that_was_changed(tmp_path: Path) -> None:
         convert.restore(tmp_path / "out", tmp_path / "back.pt")
 
 
+def test_changed_settings_are_refused_and_changed_weights_noted(tmp_path: Path) -> None:
+    convert.convert(save("ctc_base", tmp_path / "m.pt"), tmp_path / "out")
+    assert convert.restore(tmp_path / "out", tmp_path / "whole.pt").notes == ()
+    weights = load_file(tmp_path / "out/model.safetensors")
+    weights["lm_head.bias"] += 1
+    save_file(weights, tmp_path / "out/model.safetensors", {"format": "pt"})
+    (note,) = convert.restore(tmp_path / "out", tmp_path / "tuned.pt").notes
+    assert "model.safetensors is not what the conversion wrote" in note
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    (tmp_path / "out/config.json").write_text(json.dumps(config | {"num_attention_heads": 2}))
+    with pytest.raises(PlanError) as raised:
+        convert.restore(tmp_path / "out", tmp_path / "back.pt")
+    assert [problem.key for problem in raised.value.problems] == ["config.json"]
+
+
 def test_an_existing_file_stays(tmp_path: Path) -> None:
     convert.convert(save("ctc_base", tmp_path / "m.pt"), tmp_path / "out")
     (tmp_path / "back.pt").write_text("mine")

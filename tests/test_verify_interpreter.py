@@ -332,3 +332,17 @@ def test_on_cuda(variant: str, tmp_path: Path) -> None:
     assert done.problems == ()
     assert {run["device"] for run in done.report["runs"]} == {"cuda:0"}
     assert {run["verdict"] for run in done.report["runs"]} <= {"identical", "rounding"}
+
+
+def test_a_control_that_float32_hides_is_caught_in_float64(tmp_path: Path) -> None:
+    """Queries and keys of nearly nothing: attention is uniform, and swapping them is far below float32's rounding."""
+    model = build("ctc_large")
+    with torch.no_grad():
+        for layer in model.w2v_encoder.w2v_model.encoder.layers:
+            for part in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+                part.weight.mul_(1e-4)
+                part.bias.mul_(1e-4)
+    done = verify(*converted("ctc_large", tmp_path, model=model), devices=["cpu"])
+    assert done.problems == ()
+    hidden = [control["name"] for control in done.report["controls"] if control["by"] == "outputs, in float64"]
+    assert "q and k of layer 1 swapped" in hidden

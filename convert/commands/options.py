@@ -15,7 +15,7 @@ def planning(function: F) -> F:
     """Add the options that decide what a conversion does."""
     options = [
         click.option(
-            "--head", default="", type=click.Choice(["", "ctc", "pretraining", "encoder"]), help="Default: what it is."
+            "--head", type=click.Choice(["ctc", "pretraining", "encoder"]), help="Default: what the checkpoint is."
         ),
         click.option(
             "--dict", "dictionary", type=click.Path(path_type=Path), help="dict.*.txt, where the checkpoint has none."

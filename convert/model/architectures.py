@@ -95,7 +95,7 @@ def describe(checkpoint: Checkpoint, request: Request) -> Model:
     known = ARCHITECTURES.get(name)
     if known is None:
         raise PlanError(
-            f"architecture {name!r} is not supported; nothing was written",
+            f"{checkpoint.path.name}: architecture {name!r} is not supported; nothing was written",
             code="unsupported-architecture",
             key=name,
             hint=f"supported: {', '.join(ARCHITECTURES)}",

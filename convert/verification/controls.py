@@ -31,7 +31,7 @@ class Control:
     Args:
         name: what was done to the model.
         caught: whether the check said `different`.
-        by: which check: `outputs`, `bytes`, `vocabulary`, `files`.
+        by: which check: `outputs` (`outputs, in float64` where float32 rounds the mistake away), `bytes`, `vocabulary`, `files`.
         device: where it ran; empty for checks that compute nothing.
         stage, max_abs_difference, allowed: the first stage beyond its floor.
         curve: (stage, greatest difference, what is allowed there) along the model.
@@ -63,7 +63,8 @@ def on_outputs(
     """
     floors = {difference.stage: difference for difference in clip.differences}
     controls, absent = [], {}
-    for name, damage in _damages(target).items():
+    damages = _damages(target)
+    for name, damage in damages.items():
         if isinstance(damage, str):
             absent[name] = damage
             continue
@@ -85,11 +86,42 @@ def on_outputs(
                 tuple((one.stage, one.greatest, one.allowed) for one in judged if one.stage in floors),
             )
         )
+    controls = _in_float64(target, clip, batch, damages, controls)
     _, again = compared(target, clip.reference, batch)
     before = [(one.stage, one.greatest) for one in clip.differences]
     if [(one.stage, one.greatest) for one in again] != before and clip.verdict == "identical":
         controls.append(Control("the undamaged model again, after all of them", False, "outputs", device))
     return controls, absent
+
+
+def _in_float64(
+    target: Target,
+    clip: Judged,
+    batch: tuple[torch.Tensor, list[int] | None],
+    damages: dict[str, Damage | str],
+    controls: list[Control],
+) -> list[Control]:
+    """Judge the mistakes that float32's rounding hides as the model itself is judged: in float64 too."""
+    if all(control.caught for control in controls):
+        return controls
+    allowed = {one.stage: one.exact_allowed for one in clip.differences if one.exact_allowed is not None}
+    judged = []
+    with target.arithmetic("float64"):
+        for control in controls:
+            damage = damages[control.name]
+            if control.caught or isinstance(damage, str):
+                judged.append(control)
+                continue
+            with damage(target) as damaged:
+                _, found = compared(damaged, clip.exact, batch)
+            beyond = [one for one in found if one.stage in allowed and one.greatest > allowed[one.stage]]
+            if beyond:
+                first, by = beyond[0], f"{control.by}, in float64"
+                found_there = _finite(first.greatest)
+                control = replace(control, caught=True, by=by, stage=first.stage, allowed=allowed[first.stage])
+                control = replace(control, max_abs_difference=found_there)
+            judged.append(control)
+    return judged
 
 
 def _with_floor(difference: Difference, floor: Difference | None) -> Difference:

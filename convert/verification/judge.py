@@ -36,6 +36,7 @@ class Judged:
         differences: of every stage, in order.
         frames: the valid frames of each utterance.
         reference, target: what the two sides computed, kept where it is needed again.
+        exact: what the reference computed in float64, kept likewise.
     """
 
     probe: Probe
@@ -43,6 +44,7 @@ class Judged:
     frames: list[int]
     reference: Answer
     target: Answer = field(default_factory=lambda: Answer([]))
+    exact: Answer = field(default_factory=lambda: Answer([]))
 
     @property
     def verdict(self) -> Verdict:
@@ -102,6 +104,7 @@ def judge(
         with target.arithmetic("float64"):
             for one, sure, floor in zip(pending, exact, floors, strict=True):
                 _measure(one, target, clips, normalize, arithmetic, sure, floor)
+                one.exact = sure if one.probe.name == measured else one.exact
     greatest: dict[str, float] = {}
     for difference in (difference for one in judged for difference in one.differences):
         greatest[difference.stage] = max(greatest.get(difference.stage, 0.0), difference.exact_allowed or 0.0)
