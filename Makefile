@@ -39,7 +39,7 @@ bench: $(VENV)/.test ## speed and memory, as ratios against cp, openssl and the 
 
 recording: $(VENV)/.test ## make fairseq's answers for the bundled checkpoint anew
 	rm -f $(RECORDING)
-	$(BIN)/fairseq-to-hf record $(CHECKPOINT) $(RECORDING)
+	$(BIN)/fairseq-to-hf record $(CHECKPOINT) $(RECORDING) --no-long
 
 clean: ## remove what make made
 	rm -rf $(VENV) demo-model
