@@ -14,6 +14,7 @@ import queue
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -161,6 +162,9 @@ class Transfer:
         for _ in range(_QUEUE + 2):
             self.free.put(bytearray(CHUNK))
         self.scratch = bytearray(CHUNK)
+        self.stopped = False
+        self.ahead: ThreadPoolExecutor | None = None
+        self.rest: Future[None] | None = None
 
     def _read(self, at: int, view: memoryview) -> None:
         """Fill a buffer from the source; reading beats touching a mapping, page by page."""
@@ -174,6 +178,8 @@ class Transfer:
 
     def _hash(self, at: int, view: memoryview) -> None:
         """Hash a piece of the source, after all that stands before it; what was hashed already is passed over."""
+        if self.rest is not None:
+            return
         self._hash_to(at)
         if at == self.hashed:
             self.source.update(view)
@@ -181,7 +187,7 @@ class Transfer:
             self.progress(len(view))
 
     def _hash_to(self, end: int) -> None:
-        while self.hashed < end:
+        while self.hashed < end and not self.stopped:
             view = memoryview(self.scratch)[: end - self.hashed]
             self._read(self.hashed, view)
             self.source.update(view)
@@ -190,8 +196,17 @@ class Transfer:
 
     def source_sha256(self) -> str:
         """Hash the rest of the source file, and return its SHA-256."""
-        self._hash_to(len(self.container.data))
+        if self.rest is None:
+            self._hash_to(len(self.container.data))
+        else:
+            self.rest.result()
         return self.source.hexdigest()
+
+    def _hash_alone(self, size: int) -> None:
+        """Where much training state stands beside the model, hashing is the longer part: it gets a thread of its own."""
+        if self.rest is None and len(self.container.data) - self.hashed > 2 * size:
+            self.ahead = ThreadPoolExecutor(1)
+            self.rest = self.ahead.submit(self._hash_to, len(self.container.data))
 
     def write(self, path: Path, listed: list[Piece]) -> Written:
         """Write one safetensors file, read it back, and compare every byte.
@@ -215,12 +230,17 @@ class Transfer:
                 os.ftruncate(file.fileno(), size)
             prover = _Prover(file.fileno(), path.name, self.container.path, self.progress, self.free)
             prover.start()
+            self._hash_alone(size)
             try:
                 at = self._put(prover, _Chunk(0, memoryview(head)))
                 for piece in listed:
                     for chunk in self._chunks(piece, at):
                         at = self._put(prover, chunk)
+            except BaseException:
+                self.stopped = True
+                raise
             finally:
+                self.stopped = self.stopped or prover.failed()
                 digest = prover.finish()
             os.fsync(file.fileno())
         if prover.non_finite and not self.allow_non_finite:
@@ -354,9 +374,13 @@ class _Prover(threading.Thread):
             os.posix_fadvise(self.descriptor, chunk.at, len(chunk.view), os.POSIX_FADV_DONTNEED)
         self.progress(len(chunk.view))
 
-    def finish(self) -> str:
+    def failed(self) -> bool:
+        """Wait for what is queued; say whether it was not as it should be."""
         self.queue.put(None)
         self.join()
+        return self.error is not None
+
+    def finish(self) -> str:
         if self.error:
             raise self.error
         return self.digest.hexdigest()
