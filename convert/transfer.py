@@ -6,6 +6,7 @@ was written back, compares it with what was meant, and hashes it. Memory is a fe
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import mmap
@@ -195,18 +196,29 @@ class Transfer:
             self.progress(len(view))
 
     def source_sha256(self) -> str:
-        """Hash the rest of the source file, and return its SHA-256."""
-        if self.rest is None:
-            self._hash_to(len(self.container.data))
-        else:
-            self.rest.result()
+        """Hash the rest of the source file, and return its SHA-256; the last call."""
+        try:
+            if self.rest is None:
+                self._hash_to(len(self.container.data))
+            else:
+                self.rest.result()
+        finally:
+            self._stop()
         return self.source.hexdigest()
+
+    def _stop(self) -> None:
+        """End the hashing thread before the file that it reads is closed; an error that it met holds this object."""
+        self.stopped = True
+        if self.ahead is not None:
+            self.ahead.shutdown()
+        self.ahead = self.rest = None
 
     def _hash_alone(self, size: int) -> None:
         """Where much training state stands beside the model, hashing is the longer part: it gets a thread of its own."""
         if self.rest is None and len(self.container.data) - self.hashed > 2 * size:
             self.ahead = ThreadPoolExecutor(1)
-            self.rest = self.ahead.submit(self._hash_to, len(self.container.data))
+            with _starting():
+                self.rest = self.ahead.submit(self._hash_to, len(self.container.data))
 
     def write(self, path: Path, listed: list[Piece]) -> Written:
         """Write one safetensors file, read it back, and compare every byte.
@@ -219,38 +231,35 @@ class Transfer:
             CheckpointError: `corrupted-entry`, when a source entry's CRC-32 is wrong.
             MismatchError: `read-back`, when what was written is not what was read.
             PlanError: `non-finite`, every tensor that holds NaN or infinity.
+            ConvertError: `threads`, when the system gives no thread.
             OSError: the disk is full, and the like.
         """
-        head = header(listed)
-        size = len(head) + sum(piece.count for piece in listed)
-        with path.open("xb+", buffering=0) as file:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, size)
-            else:
-                os.ftruncate(file.fileno(), size)
-            prover = _Prover(file.fileno(), path.name, self.container.path, self.progress, self.free)
-            prover.start()
-            self._hash_alone(size)
-            try:
-                at = self._put(prover, _Chunk(0, memoryview(head)))
-                for piece in listed:
-                    for chunk in self._chunks(piece, at):
-                        at = self._put(prover, chunk)
-            except BaseException:
-                self.stopped = True
-                raise
-            finally:
-                self.stopped = self.stopped or prover.failed()
-                digest = prover.finish()
-            os.fsync(file.fileno())
-        if prover.non_finite and not self.allow_non_finite:
-            raise PlanError(
-                f"{self.container.path.name} holds NaN or infinite numbers; nothing was written",
-                code="non-finite",
-                problems=prover.non_finite,
-                hint="training diverged: take an earlier checkpoint, or convert it as it is with --allow-non-finite",
-            )
-        return Written(path.name, size, digest)
+        try:
+            head = header(listed)
+            size = len(head) + sum(piece.count for piece in listed)
+            with path.open("xb+", buffering=0) as file:
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, size)
+                else:
+                    os.ftruncate(file.fileno(), size)
+                with _Prover(file.fileno(), path.name, self.container.path, self.progress, self.free) as prover:
+                    self._hash_alone(size)
+                    at = self._put(prover, _Chunk(0, memoryview(head)))
+                    for piece in listed:
+                        for chunk in self._chunks(piece, at):
+                            at = self._put(prover, chunk)
+                os.fsync(file.fileno())
+            if prover.non_finite and not self.allow_non_finite:
+                raise PlanError(
+                    f"{self.container.path.name} holds NaN or infinite numbers; nothing was written",
+                    code="non-finite",
+                    problems=prover.non_finite,
+                    hint="training diverged: take an earlier checkpoint, or convert it as it is with --allow-non-finite",
+                )
+        except BaseException:
+            self._stop()
+            raise
+        return Written(path.name, size, prover.digest.hexdigest())
 
     def _put(self, prover: _Prover, chunk: _Chunk) -> int:
         done = 0
@@ -305,8 +314,24 @@ class _Chunk:
     buffer: bytearray | None = None
 
 
+@contextlib.contextmanager
+def _starting() -> Iterator[None]:
+    """Refuse clearly where the system gives no thread: it has too many, or no memory for another one's stack."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ConvertError(
+            f"{error}; nothing was written",
+            code="threads",
+            hint="raise the limits on threads and memory (ulimit -u, ulimit -v)",
+        ) from None
+
+
 class _Prover(threading.Thread):
-    """Checks what is written, reads it back, compares it with what was meant, and hashes it."""
+    """Checks what is written, reads it back, compares it with what was meant, and hashes it.
+
+    The thread lives for the length of a `with` statement, however that ends; the writer's error goes before its own.
+    """
 
     def __init__(
         self, descriptor: int, name: str, source: Path, progress: Progress, free: queue.SimpleQueue[bytearray]
@@ -323,6 +348,21 @@ class _Prover(threading.Thread):
         self.error: BaseException | None = None
         self.non_finite: list[Problem] = []
         self._tensor, self._crc, self._left = "", 0, 0  # the tensor in hand, its CRC-32 so far, the bytes left of it
+
+    def __enter__(self) -> _Prover:
+        with _starting():
+            self.start()
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self.queue.put(None)
+        self.join()
+        found, self.error = self.error, None  # its traceback holds this thread: not a cycle, or the buffers stay
+        try:
+            if found is not None and error is None:
+                raise found
+        finally:
+            del found
 
     def add(self, chunk: _Chunk) -> None:
         if self.error:
@@ -373,17 +413,6 @@ class _Prover(threading.Thread):
         if hasattr(os, "posix_fadvise"):  # starts the write-back now, so that fsync finds little left to do
             os.posix_fadvise(self.descriptor, chunk.at, len(chunk.view), os.POSIX_FADV_DONTNEED)
         self.progress(len(chunk.view))
-
-    def failed(self) -> bool:
-        """Wait for what is queued; say whether it was not as it should be."""
-        self.queue.put(None)
-        self.join()
-        return self.error is not None
-
-    def finish(self) -> str:
-        if self.error:
-            raise self.error
-        return self.digest.hexdigest()
 
 
 def tensor_bytes(container: Container, piece: Piece) -> Iterator[Any]:

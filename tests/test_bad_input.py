@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,11 @@ def good(checkpoints: dict[str, Path]) -> dict[str, Any]:
 
 
 def refused(path: Path, folder: Path, **options: Any) -> ConvertError:
-    before = sorted(folder.iterdir())
+    before, threads = sorted(folder.iterdir()), threading.active_count()
     with pytest.raises(ConvertError) as raised:
         convert(path, folder / "model", **options)
     assert sorted(folder.iterdir()) == before
+    assert threading.active_count() == threads
     return raised.value
 
 

@@ -1,7 +1,8 @@
-"""Where the result goes: whatever happens, there is the old directory, the new one, or nothing."""
+"""Where the result goes: whatever happens, there is the old directory, the new one, or nothing; no thread, no buffer."""
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import os
@@ -10,13 +11,18 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from fairseq_models import save
+from torch_files import entries
 
+from convert import transfer
 from convert.errors import ConvertError
 from convert.package import compare_weights, convert
 
@@ -210,3 +216,75 @@ def test_leftover_of_a_living_process_stays(two: tuple[Path, Path], tmp_path: Pa
         convert(two[1], tmp_path / "model")
         assert work.is_dir()
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+
+
+def _damaged(path: Path, entry: str) -> None:
+    data, piece = bytearray(path.read_bytes()), entries(path)[entry]
+    data[data.index(piece) + len(piece) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def _infinite(path: Path) -> None:
+    state = torch.load(path, weights_only=False)
+    next(reversed(state["model"].values())).fill_(torch.inf)
+    torch.save(state, path)
+
+
+def _interrupt(*_: int) -> None:
+    raise KeyboardInterrupt
+
+
+def _shorten(path: Path) -> Callable[[int, int], None]:
+    return lambda *_: os.truncate(path, path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize("adam", [False, True], ids=["model", "adam"])  # with it, a second thread hashes the source
+@pytest.mark.parametrize(
+    "how", ["first entry", "an entry", "infinite", "interrupted", "shortened", "one shard of many"]
+)
+def test_nothing_stays_in_the_process(how: str, adam: bool, tmp_path: Path) -> None:
+    """Each thread and each set of buffers that a refusal left would stay for the life of the process."""
+    path = save("ctc_base", tmp_path / "checkpoint.pt", adam=adam)
+    options: dict[str, Any] = {}
+    if how in ("first entry", "an entry"):
+        _damaged(path, "data/0" if how == "first entry" else "data/20")
+    elif how == "infinite":
+        _infinite(path)
+    elif how == "one shard of many":
+        _damaged(path, "data/20")
+        options["max_shard_size"] = 20_000
+    else:
+        options["progress"] = _interrupt if how == "interrupted" else _shorten(path)
+    threads = threading.active_count()
+    gc.collect()
+    gc.disable()  # a cycle would keep the buffers until a collection, which a process with many objects rarely makes
+    try:
+        for _ in range(5):
+            with pytest.raises((ConvertError, KeyboardInterrupt)):
+                convert(path, tmp_path / "model", **options)
+        assert threading.active_count() == threads
+        assert [found for found in gc.get_objects() if isinstance(found, transfer.Transfer)] == []
+    finally:
+        gc.enable()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("which", ["_Prover", "ThreadPoolExecutor"])
+def test_no_thread_to_be_had(which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save("ctc_base", tmp_path / "checkpoint.pt", adam=True)
+    threads, size, made = threading.active_count(), threading.stack_size(), getattr(transfer, which)
+
+    def without_memory(*arguments: Any) -> Any:
+        threading.stack_size(1 << 62)  # no machine has the memory for this stack
+        return made(*arguments)
+
+    monkeypatch.setattr(transfer, which, without_memory)
+    try:
+        with pytest.raises(ConvertError) as raised:
+            convert(path, tmp_path / "model")
+    finally:
+        threading.stack_size(size)
+    assert (raised.value.code, raised.value.status) == ("threads", 2)
+    assert raised.value.message == "can't start new thread; nothing was written"
+    assert threading.active_count() == threads
+    assert list(tmp_path.iterdir()) == [path]
