@@ -180,29 +180,43 @@ def save(
     seed: int = 0,
     model: torch.nn.Module | None = None,
 ) -> Path:
-    """Write a checkpoint.
+    """Write a checkpoint; `layout`, `container` and `adam` are those of `write`."""
+    variant = VARIANTS[variant] if isinstance(variant, str) else variant
+    model = build(variant, seed) if model is None else model
+    task_state = {"target_dictionary": dictionary(variant.symbols)} if variant.kind == "ctc" else {}
+    return write(path, model, settings(variant), task_state, layout=layout, container=container, adam=adam)
+
+
+def write(
+    path: Path,
+    model: torch.nn.Module,
+    plain: dict[str, Any],
+    task_state: dict[str, Any],
+    *,
+    layout: str = "cfg",
+    container: str = "zip",
+    adam: bool = False,
+) -> Path:
+    """Write a checkpoint of any model as fairseq's trainer does.
 
     `layout`: `cfg` (plain dict, today), `omegaconf` (a DictConfig), `interpolated` (a DictConfig with `${task.normalize}`
     left in it), `namespace` (2020: flat `args`, the dictionary not in the file).
     """
-    variant = VARIANTS[variant] if isinstance(variant, str) else variant
-    model = build(variant, seed) if model is None else model
     weights = OrderedDict((key, value.detach().clone()) for key, value in model.state_dict().items())
     state: dict[str, Any] = {"args": None, "cfg": None, "model": weights, "criterion": OrderedDict()}
     state["optimizer_history"] = [
         {"criterion_name": "CtcCriterion", "optimizer_name": "FairseqAdam", "lr_scheduler_state": {}, "num_updates": 7}
     ]
-    state["task_state"] = {"target_dictionary": dictionary(variant.symbols)} if variant.kind == "ctc" else {}
+    state["task_state"] = task_state
     state["extra_state"] = {"metrics": [], "previous_training_time": 1.5, "val_loss": torch.tensor(2.5)}
     state["last_optimizer_state"] = None
     if adam:
         moments = {i: {"step": 7, "exp_avg": w * 0.1, "exp_avg_sq": w * w} for i, w in enumerate(weights.values())}
         state["last_optimizer_state"] = {"state": moments, "param_groups": [{"lr": 1e-4, "params": list(moments)}]}
-    plain = settings(variant)
     if layout == "cfg":
         state["cfg"] = plain
     elif layout in ("omegaconf", "interpolated"):
-        if layout == "interpolated" and variant.kind == "ctc":
+        if layout == "interpolated" and "w2v_args" in plain["model"]:
             plain["model"]["normalize"] = "${task.normalize}"
             plain["criterion"]["sentence_avg"] = "${optimization.sentence_avg}"
         state["cfg"] = OmegaConf.create(plain)
@@ -226,7 +240,8 @@ def _namespace(plain: dict[str, Any]) -> Namespace:
         "arch": plain["model"]["_name"],
     }
     criterion = plain["criterion"] or {"_name": "wav2vec"}
-    flat |= {"task": "audio_pretraining", "criterion": criterion["_name"]}
+    task = str(plain["task"]["_name"]).replace("audio_finetuning", "audio_pretraining")  # its name since June 2021
+    flat |= {"task": task, "criterion": criterion["_name"]}
     newer = {"blank_weight", "blank_mode", "mask_dropout", "require_same_masks", "layer_type", "pos_conv_depth"}
     for section in (plain["task"], criterion, plain["model"]):
         flat |= {
