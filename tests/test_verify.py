@@ -20,6 +20,9 @@ from verify_models import converted, edit, short_inputs
 from convert.errors import ConvertError, MismatchError
 from convert.verification import Verification, assert_identical, verify
 from convert.verification.expected import differences
+from convert.verification.reference import Live
+from convert.verification.subject import read_subject
+from convert.verification.target import load
 
 # facts of a conversion that computes instead of copying: there the bits cannot be the same
 COMPUTED = {
@@ -145,6 +148,19 @@ def test_the_torch_flags_are_put_back(base: tuple[Path, Path]) -> None:
     after = (torch.backends.cudnn.allow_tf32, torch.are_deterministic_algorithms_enabled(), torch.load)
     assert after == before
     assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == workspace
+
+
+def test_both_sides_compute_on_aligned_memory(base: tuple[Path, Path], tmp_path: Path) -> None:
+    """The weights of a mapped file start anywhere, and the bits of a single frame depend on where."""
+    model = Path(shutil.copytree(base[1], tmp_path / "shifted"))
+    data = (model / "model.safetensors").read_bytes()
+    first = int.from_bytes(data[:8], "little")
+    wider = (first // 64 + 1) * 64  # so that the tensors start 8 bytes after a multiple of 64
+    header = data[8 : 8 + first].ljust(wider)
+    (model / "model.safetensors").write_bytes(wider.to_bytes(8, "little") + header + data[8 + first :])
+    reference = Live(read_subject(base[0])[0], {}, "cpu").inner
+    sides = (load(model, "cpu").model, reference.model)
+    assert {parameter.data_ptr() % 64 for side in sides for parameter in side.parameters()} == {0}
 
 
 def test_a_requirement_is_enforced(base: tuple[Path, Path], tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert.errors import ConvertError, MismatchError, Problem
-from convert.verification.fairseq_worker import NAMES, crop
+from convert.verification.fairseq_worker import NAMES, aligned, crop
 
 if TYPE_CHECKING:
     import torch
@@ -81,6 +81,7 @@ class Target:
         self.frames: list[int] = []
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
+            parameter.data = aligned(parameter.data)
         self._hook()
 
     @property
