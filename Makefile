@@ -38,8 +38,7 @@ bench: $(VENV)/.test ## speed and memory, as ratios against cp, openssl and the 
 	$(BIN)/python benchmarks/verify.py
 
 recording: $(VENV)/.test ## make fairseq's answers for the bundled checkpoint anew
-	rm -f $(RECORDING)
-	$(BIN)/fairseq-to-hf record $(CHECKPOINT) $(RECORDING) --no-long
+	$(BIN)/fairseq-to-hf record $(CHECKPOINT) $(RECORDING) --no-long --overwrite
 
 clean: ## remove what make made
 	rm -rf $(VENV) demo-model

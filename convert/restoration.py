@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any, BinaryIO
 from convert.checkpoint import open_checkpoint
 from convert.checkpoint.dictionary import SPECIAL, Dictionary
 from convert.checkpoint.writer import NewTensor, write_checkpoint
-from convert.errors import ConvertError, MismatchError, PlanError, Problem
+from convert.errors import MismatchError, PlanError, Problem, check_place
 from convert.mapping.rules import Table, TensorSpec
 from convert.mapping.wav2vec2 import Layout, table
 from convert.model.directory import ModelDirectory
@@ -71,11 +70,7 @@ def restore(model_dir: str | Path, out: str | Path, *, overwrite: bool = False) 
     """
     out = Path(out)
     directory = ModelDirectory(Path(model_dir))
-    if os.path.lexists(out) and not (overwrite and out.is_file()):
-        hint = "choose another name, or replace it with --overwrite"
-        raise ConvertError(f"{out} exists already; nothing was written", code="exists", key=str(out), hint=hint)
-    if not out.parent.is_dir():
-        raise ConvertError(f"{out.parent} is no directory; nothing was written", code="no-parent", key=str(out))
+    check_place(out, overwrite)
     ours = (directory.path / "conversion.json").is_file()
     draft = _from_conversion(directory) if ours else _from_config(directory)
     model = {key: NewTensor(spec.dtype, spec.shape, draft.bytes[key]()) for key, spec in draft.specs.items()}

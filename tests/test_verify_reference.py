@@ -22,6 +22,7 @@ from convert.errors import ConvertError
 from convert.package import convert
 from convert.verification import Verification, inputs, record, verify
 from convert.verification.fairseq_worker import read, write
+from convert.verification.recording import Recorded
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -225,6 +226,20 @@ def test_the_commands(base: tuple[Path, Path], recording: Path, tmp_path: Path, 
     )
     assert made.returncode == 0, made.stderr
     assert "speech-even" in json.loads(made.stdout)["inputs"] and (tmp_path / "new").is_file()
+
+
+def test_a_recording_is_replaced_only_when_asked(base: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "reference.safetensors"
+    out.write_bytes(b"mine")
+    with pytest.raises(ConvertError, match="exists already") as caught:
+        record(base[0], out)
+    assert (caught.value.code, caught.value.status, out.read_bytes()) == ("exists", 2, b"mine")
+    record(base[0], out, long=False, overwrite=True)
+    assert Recorded(out).probes()
+    with pytest.raises(ConvertError, match="is no directory") as caught:
+        record(base[0], tmp_path / "none" / "reference.safetensors")
+    assert caught.value.code == "no-parent"
+    assert [entry.name for entry in tmp_path.iterdir()] == [out.name]
 
 
 def test_the_command_says_no(copy: tuple[Path, Path], recording: Path, command: Callable[..., Ran]) -> None:

@@ -125,24 +125,26 @@ def record(
     base: str | Path | None = None,
     trust_checkpoint: bool = False,
     long: bool = True,
+    overwrite: bool = False,
 ) -> Path:
     """Run fairseq once and keep its answers, to verify later where fairseq is not installed.
 
     Args:
         checkpoint: the fairseq checkpoint.
-        out: the safetensors file to write; one that is there is replaced.
+        out: the safetensors file to write.
         audio: recordings to run beside the bundled clip.
         fairseq_python: another interpreter, with torch and fairseq; by default this one.
         dtype: `float16` or `bfloat16`, to answer for weights rounded to it too.
         dictionary, base: as for `convert`.
         trust_checkpoint: as for `verify`.
         long: whether 30 seconds of speech are among the inputs.
+        overwrite: whether an existing file is replaced, once the new one is made.
 
     Returns:
         The file.
 
     Raises:
-        ConvertError: as `verify`.
+        ConvertError: as `verify`; `exists`, when `out` is there already.
 
     Example:
         >>> record("checkpoint_best.pt", "reference.safetensors")  # doctest: +SKIP
@@ -159,6 +161,7 @@ def record(
         base=_path(base),
         trusted=trust_checkpoint,
         long=long,
+        overwrite=overwrite,
     )
 
 

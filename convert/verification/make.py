@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from convert.errors import ConvertError
+from convert.errors import ConvertError, check_place
 from convert.verification import fairseq_worker
 from convert.verification.devices import steady
 from convert.verification.inputs import Waveform, collect, probes
@@ -28,8 +28,10 @@ def make_recording(
     base: Path | None,
     trusted: bool,
     long: bool,
+    overwrite: bool,
 ) -> Path:
     """Run fairseq and write its answers; the arguments are those of `convert.verification.record`."""
+    check_place(out, overwrite)
     if dtype and dtype not in HALVES:
         raise ConvertError(f"{dtype!r} is neither float16 nor bfloat16", code="usage", key="--dtype")
     subject, geometry = read_subject(checkpoint, dictionary=dictionary, base=base, trusted=trusted)
