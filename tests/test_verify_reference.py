@@ -102,6 +102,15 @@ def test_the_users_recordings(base: tuple[Path, Path], tmp_path: Path) -> None:
     assert (caught.value.code, caught.value.status) == ("bad-audio", 2)
 
 
+def test_the_normalisation_explains_only_what_it_can(tmp_path: Path) -> None:
+    checkpoint, model = converted("ctc_large", tmp_path)
+    told = [{one["verdict"] for one in verify(checkpoint, model, long=False, write=False).report["end_to_end"]}]
+    edit(model / "config.json", layer_norm_eps=1e-3)
+    done = verify(checkpoint, model, long=False, write=False)
+    assert [*told, {one["verdict"] for one in done.report["end_to_end"]}] == [{"explained"}, {"different"}]
+    assert {one["why"] for one in done.report["end_to_end"]} == {"the models differ on equal inputs too"}
+
+
 # --- recordings and other interpreters ------------------------------------------------------------------------------
 
 BLOCKED = """
@@ -246,7 +255,9 @@ def test_the_command_says_no(copy: tuple[Path, Path], recording: Path, command: 
     edit(copy[1] / "config.json", do_stable_layer_norm=True)
     done = command("verify", *copy, "--reference", recording)
     assert done.status == 1
-    assert "NOT the same" in done.text and "layer.0: greatest absolute difference" in done.text
+    reasons = [line.strip() for line in done.text.split("NOT the same, or not proved:\n")[1].splitlines()]
+    assert [reason.split(": ")[0] for reason in reasons] == ["file", "changed-file", "different", "end-to-end"]
+    assert "layer.0: greatest absolute difference" in reasons[2] and reasons[2].endswith("and 7 more of these inputs")
     assert {problem["code"] for problem in done.data["problems"]} >= {"different", "file"}
     assert json.loads((copy[1] / "verification.json").read_text())["passed"] is False
 

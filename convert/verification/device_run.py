@@ -236,9 +236,10 @@ def _end_to_end(work: Work, reference: Reference, target: Target, processor: Any
         return
     exact = not reference.description.unlike and target.device == "cpu"
     exact = exact and not rounds(work.record) and not work.rounded
+    proved = all(run["verdict"] != "different" for run in findings.runs)
     for name, piece in work.pieces.items():
         arguments = (reference, target, extractor, processor, work.clips, name, piece, work.subject)
-        one = endtoend.run(*arguments, exact=exact)
+        one = endtoend.run(*arguments, exact=exact, proved=proved)
         findings.end_to_end.append(one)
         if one.verdict == "different":
             findings.problems.append(Problem("end-to-end", name, one.why))

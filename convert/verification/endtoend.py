@@ -25,7 +25,7 @@ class EndToEnd:
         input: the waveform's name.
         device: where the models ran.
         verdict: `identical` (the same bits all the way), `explained` (the inputs differ by the two frameworks' constants of
-            normalisation, or the bits cannot be the same, and nothing else), or `different`.
+            normalisation, or the bits cannot be the same, and the models are the same on equal inputs), or `different`.
         fairseq_std, hf_std: the standard deviation of each side's normalised waveform.
         max_abs_difference: of the last stage: logits, projections or hidden states.
         stage: that stage.
@@ -58,6 +58,7 @@ def run(
     subject: Subject,
     *,
     exact: bool,
+    proved: bool,
 ) -> EndToEnd:
     """Take one waveform through both sides.
 
@@ -69,6 +70,7 @@ def run(
         piece: the waveform.
         subject: the checkpoint.
         exact: whether the bits can be the same when the inputs are.
+        proved: whether the models were found to be the same on equal inputs; only then other inputs explain a difference.
     """
     import numpy as np
     import torch
@@ -97,6 +99,8 @@ def run(
         wrong, why = True, difference.note
     elif not wrong and same_input and exact and not difference.equal:
         wrong, why = True, f"the inputs are the same bits, and {difference}"
+    elif not wrong and not proved and not difference.equal:
+        wrong, why = True, "the models differ on equal inputs too"
     if not why and not difference.equal:
         constants = f"fairseq adds {EPSILON:g} to the variance before it divides, transformers {THEIR_EPSILON:g}"
         why = "the two sides round differently here" if same_input else constants

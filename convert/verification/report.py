@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from convert.verification.judge import Judged
 
 NAME = "verification.json"
 OF_WEIGHTS = ("bytes", "shape", "missing-tensor", "unexpected-tensor")  # codes of `convert.compare_weights`
+OF_OUTPUTS = ("different", "not-identical", "end-to-end")
+EFFECTS = ("changed-file", *OF_OUTPUTS)  # what follows from any other problem
 Row = tuple[str, float, float]
 
 
@@ -165,8 +167,20 @@ def text(report: Mapping[str, Any]) -> str:
     lines += [f"  {name} was not there: not verified on it" for name in report["missing"]]
     lines += [f"  not checked: {key}: {reason}" for key, reason in report["skipped"].items()]
     lines.append("verified: the same model" if report["passed"] else "NOT the same, or not proved:")
-    problems = [Problem(**problem) for problem in report["problems"]]
-    return "\n".join([*lines, *(f"  {line}" for line in problem_lines(problems))])
+    return "\n".join([*lines, *(f"  {line}" for line in problem_lines(_reasons(report)))])
+
+
+def _reasons(report: Mapping[str, Any]) -> list[Problem]:
+    """List what is wrong, causes before effects; of the inputs that the table has already, one for each device and type."""
+    groups: dict[tuple[str, ...], list[Problem]] = {}
+    for problem in (Problem(**problem) for problem in report["problems"]):
+        where = (problem.key.rpartition(", ")[0],) if problem.code in OF_OUTPUTS else (problem.key, problem.detail)
+        groups.setdefault((problem.code, *where), []).append(problem)
+    reasons = [
+        replace(first, detail=f"{first.detail}; and {len(others)} more of these inputs") if others else first
+        for first, *others in groups.values()
+    ]
+    return sorted(reasons, key=lambda problem: EFFECTS.index(problem.code) if problem.code in EFFECTS else -1)
 
 
 def _weights(weights: Mapping[str, Any]) -> str:
