@@ -18,6 +18,7 @@ from convert.mapping.wav2vec2 import Layout, table
 LETTERS = list("|ETAONIHSRDLUMWCFGYPBVK'XJQZ")
 CONVOLUTIONS = "[(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512,2,2)] + [(512,2,2)]"
 LARGE = Layout(
+    family="wav2vec2",
     kind="ctc",
     convolutions=((512, 10), *((512, 3),) * 4, (512, 2), (512, 2)),
     group_norm=False,

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from convert.checkpoint import Checkpoint, open_checkpoint
-from convert.checkpoint.dictionary import from_file
 from convert.errors import ConvertError, MismatchError, Problem
-from convert.model.architectures import Model, Request, describe
+from convert.model.architectures import describe
+from convert.model.types import Model, Request, make_request, request_again
 from convert.report import json_bytes
 from convert.transfer import Transfer, Written, pieces, split
 
@@ -59,22 +59,34 @@ def plan(
     dictionary: str | Path | None = None,
     base: str | Path | None = None,
     training_only: Sequence[str] = (),
+    keep_final_proj: bool = False,
+    language: str | None = None,
 ) -> Model:
     """Decide what a conversion of a checkpoint would do. Reads no tensor bytes.
 
     Args:
         checkpoint: the file that fairseq's trainer wrote.
-        head: `ctc`, `pretraining` or `encoder`; by default what the checkpoint is.
+        head: `encoder` for the model without its head; by default what the checkpoint is.
         dictionary: a `dict.*.txt`, for checkpoints that carry none.
         base: the pretrained checkpoint, for a fine-tuned one that does not carry its settings.
         training_only: settings unknown to this version that act while training only.
+        keep_final_proj: keep the pretraining head of a model whose class has no place for it, in `final_proj.safetensors`.
+        language: the one language to take of an MMS checkpoint that has adapters for several.
 
     Raises:
         CheckpointError: the file cannot be read.
         PlanError: it cannot be converted completely; every reason is in `problems`.
     """
+    request = make_request(
+        head=head,
+        dictionary=dictionary,
+        base=base,
+        training_only=training_only,
+        keep_final_proj=keep_final_proj,
+        language=language,
+    )
     with open_checkpoint(checkpoint) as opened:
-        return describe(opened, _request(head, dictionary, base, training_only))
+        return describe(opened, request)
 
 
 def convert(
@@ -85,6 +97,8 @@ def convert(
     dictionary: str | Path | None = None,
     base: str | Path | None = None,
     training_only: Sequence[str] = (),
+    keep_final_proj: bool = False,
+    language: str | None = None,
     dtype: str = "keep",
     max_shard_size: int = MAX_SHARD_SIZE,
     overwrite: bool = False,
@@ -96,7 +110,7 @@ def convert(
     Args:
         checkpoint: the file that fairseq's trainer wrote.
         out: the directory to make.
-        head, dictionary, base, training_only: as for `plan`.
+        head, dictionary, base, training_only, keep_final_proj, language: as for `plan`.
         dtype: `keep`, `float32`, `float16` or `bfloat16`.
         max_shard_size: the largest safetensors file, in bytes.
         overwrite: whether an existing model directory is replaced, once the new one is proved.
@@ -124,25 +138,28 @@ def convert(
     if max_shard_size < 1:
         raise ConvertError(f"a shard of {max_shard_size} bytes is too small", code="usage", key="--max-shard-size")
     _check_target(out, overwrite, Path(checkpoint))
+    request = make_request(
+        head=head,
+        dictionary=dictionary,
+        base=base,
+        training_only=training_only,
+        keep_final_proj=keep_final_proj,
+        language=language,
+    )
     with open_checkpoint(checkpoint) as opened:
-        model = describe(opened, _request(head, dictionary, base, training_only))
+        model = describe(opened, request)
         with beside(out) as work:
-            files, digest = _write(opened, model, work, DTYPES[dtype], max_shard_size, allow_non_finite, progress)
+            files, digest = _write(
+                opened, model, request, work, DTYPES[dtype], max_shard_size, allow_non_finite, progress
+            )
             into_place(work, out, overwrite)
     return Converted(out, model, files, digest)
-
-
-def _request(head: str | None, dictionary: Any, base: Any, training_only: Sequence[str]) -> Request:
-    settings = None
-    if base is not None:
-        with open_checkpoint(base) as opened:
-            settings = opened.settings
-    return Request(head or "", from_file(Path(dictionary)) if dictionary else None, settings, tuple(training_only))
 
 
 def _write(
     opened: Checkpoint,
     model: Model,
+    request: Request,
     work: Path,
     dtype: str,
     max_shard_size: int,
@@ -150,7 +167,11 @@ def _write(
     progress: Progress | None,
 ) -> tuple[dict[str, dict[str, Any]], str]:
     listed = pieces(opened.container, model.plan, opened.tensors, dtype)
-    total = opened.size + sum(piece.count for piece in listed)
+    beside_them = {
+        sidecar.file: pieces(opened.container, sidecar.plan, opened.tensors_of(sidecar.group), dtype)
+        for sidecar in model.sidecars
+    }
+    total = opened.size + sum(piece.count for some in (listed, *beside_them.values()) for piece in some)
     done = [0]
 
     def advance(count: int) -> None:
@@ -164,6 +185,7 @@ def _write(
     for index, shard in enumerate(shards, 1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{index:05}-of-{len(shards):05}.safetensors"
         written.append(transfer.write(work / name, shard))
+    sidecars = [transfer.write(work / name, some) for name, some in beside_them.items()]
     digest = transfer.source_sha256()
     if len(shards) > 1:
         names = {piece.spec.name: file.name for shard, file in zip(shards, written, strict=True) for piece in shard}
@@ -176,15 +198,18 @@ def _write(
     if dtype != "keep":
         config["torch_dtype"] = names_of_dtypes[dtype]
     written.append(_json(work, "config.json", config))
-    written += [_json(work, name, content) for name, content in sorted(model.processor.files.items())]
+    written += [_file(work, name, content) for name, content in sorted(model.processor.files.items())]
+    written += sidecars
     files = {
         file.name: {"size": file.size, "sha256": file.sha256} for file in sorted(written, key=lambda file: file.name)
     }
-    _json(work, "conversion.json", _record(opened, model, digest, names_of_dtypes.get(dtype, "keep"), files))
+    _json(work, "conversion.json", _record(opened, model, request, digest, names_of_dtypes.get(dtype, "keep"), files))
     return files, digest
 
 
-def _record(opened: Checkpoint, model: Model, digest: str, dtype: str, files: dict[str, Any]) -> dict[str, Any]:
+def _record(
+    opened: Checkpoint, model: Model, request: Request, digest: str, dtype: str, files: dict[str, Any]
+) -> dict[str, Any]:
     """The content of conversion.json: what the result was made from and how, with nothing private or volatile."""
     kept: dict[str, Any] = {}
     for edit in model.plan.table.edits:
@@ -200,6 +225,7 @@ def _record(opened: Checkpoint, model: Model, digest: str, dtype: str, files: di
             "layout": opened.layout,
         },
         "architecture": {"fairseq": model.fairseq, "class": model.target, "head": model.head},
+        "request": request.record,
         "settings": without_paths(opened.settings),
         "training_only": without_paths(dict(model.training_only)),
         "config": {value.name: value.origin for value in model.config},
@@ -216,6 +242,13 @@ def _record(opened: Checkpoint, model: Model, digest: str, dtype: str, files: di
             for edit in model.plan.table.edits
         ],
         "edited_rows": kept,
+        "sidecars": {
+            sidecar.file: {
+                "group": sidecar.group,
+                "tensors": {target: source for source, target in sidecar.plan.renames.items()},
+            }
+            for sidecar in model.sidecars
+        },
         "dtype": dtype,
         "files": files,
     }
@@ -247,13 +280,19 @@ def without_paths(value: Any) -> Any:
     return value
 
 
-def compare_weights(checkpoint: str | Path, model_dir: str | Path, **request: Any) -> list[Problem]:
+def compare_weights(
+    checkpoint: str | Path,
+    model_dir: str | Path,
+    *,
+    dictionary: str | Path | None = None,
+    base: str | Path | None = None,
+) -> list[Problem]:
     """Compare every tensor of a model directory with the checkpoint it claims to come from, byte for byte.
 
     Args:
         checkpoint: the fairseq checkpoint.
-        model_dir: the model directory; its `conversion.json` says the head and the dtype.
-        request: `dictionary`, `base` and `training_only`, as for `plan`.
+        model_dir: the model directory; its `conversion.json` says what was asked for.
+        dictionary, base: as for `plan`.
 
     Returns:
         One problem for each tensor that is missing, unexpected, of another shape or dtype, or of other bytes; empty when
@@ -267,15 +306,15 @@ def compare_weights(checkpoint: str | Path, model_dir: str | Path, **request: An
 
     directory = ModelDirectory(Path(model_dir))
     record = directory.conversion
+    dtype = DTYPES[record["dtype"]]
     with open_checkpoint(checkpoint) as opened:
-        base, training_only = request.get("base"), request.get("training_only", tuple(record.get("training_only", ())))
-        dictionary = request.get("dictionary")
-        asked = _request(record["architecture"]["head"], dictionary, base, training_only)
-        if dictionary is None and opened.dictionary is None:
-            asked = Request(asked.head, directory.dictionary, asked.base, asked.training_only)
+        asked = request_again(record, opened, directory.dictionary, dictionary=dictionary, base=base)
         model = describe(opened, asked)
-        listed = pieces(opened.container, model.plan, opened.tensors, DTYPES[record["dtype"]])
-        return directory.compare(opened, listed)
+        problems = directory.compare(opened, pieces(opened.container, model.plan, opened.tensors, dtype))
+        for sidecar in model.sidecars:
+            listed = pieces(opened.container, sidecar.plan, opened.tensors_of(sidecar.group), dtype)
+            problems += directory.compare(opened, listed, sidecar.file)
+        return problems
 
 
 def tool_version() -> str:
@@ -287,9 +326,14 @@ def tool_version() -> str:
 
 
 def _json(work: Path, name: str, content: Any) -> Written:
+    return _file(work, name, json_bytes(content))
+
+
+def _file(work: Path, name: str, content: Any) -> Written:
+    """Write a small file, JSON unless its content is bytes already, and read it back."""
     import hashlib
 
-    data = json_bytes(content)
+    data = content if isinstance(content, bytes) else json_bytes(content)
     with (work / name).open("xb") as file:
         file.write(data)
         file.flush()

@@ -14,8 +14,8 @@ from convert.checkpoint.writer import NewTensor, write_checkpoint
 from convert.errors import MismatchError, PlanError, Problem, check_place
 from convert.mapping.rules import Table, TensorSpec
 from convert.mapping.wav2vec2 import Layout, table
-from convert.model.directory import ModelDirectory
-from convert.model.fields import ACTIVATIONS, SAME
+from convert.model.directory import ModelDirectory, Place
+from convert.model.fields import ACTIVATIONS, WAV2VEC2
 from convert.package import beside, into_place
 from convert.transfer import CHUNK, WIDTHS
 
@@ -98,9 +98,7 @@ def _prove(path: Path, draft: _Draft) -> None:
                 raise MismatchError(f"{key} read back differently; nothing was kept", code="read-back", key=key)
 
 
-def _reader(directory: ModelDirectory, name: str) -> Callable[[], Iterator[bytes]]:
-    place = directory.tensors[name]
-
+def _reader(directory: ModelDirectory, place: Place) -> Callable[[], Iterator[bytes]]:
     def read() -> Iterator[bytes]:
         with (directory.path / place.file).open("rb") as file:
             file.seek(place.start)
@@ -112,13 +110,14 @@ def _reader(directory: ModelDirectory, name: str) -> Callable[[], Iterator[bytes
 
 def _from_conversion(directory: ModelDirectory) -> _Draft:
     record = directory.conversion
-    if record["drops"]:
-        problems = [Problem("dropped", drop["key"], drop["reason"]) for drop in record["drops"]]
+    kept = {source for sidecar in directory.sidecars.values() for source in sidecar["tensors"].values()}
+    problems = [Problem("dropped", drop["key"], drop["reason"]) for drop in record["drops"] if drop["key"] not in kept]
+    if problems:
         raise PlanError(
             f"{directory.path} lacks tensors that fairseq's model needs; nothing was written",
             code="dropped",
             problems=problems,
-            hint="convert the checkpoint again with all of it, such as --head pretraining",
+            hint="convert the checkpoint again with all of it, such as --head pretraining or --keep-final-proj",
         )
     notes = _changed(directory, record["files"])
     draft = _Draft({}, {}, _loadable(record["settings"]), directory.dictionary, notes)
@@ -131,9 +130,15 @@ def _from_conversion(directory: ModelDirectory) -> _Draft:
     for target, source in record["tensors"].items():
         spec = directory.tensors[target].spec
         draft.specs[source] = TensorSpec(source, spec.shape, spec.dtype)
-        draft.bytes[source] = _reader(directory, target)
+        draft.bytes[source] = _reader(directory, directory.tensors[target])
         if target in record["edited_rows"]:
             draft.bytes[source] = _with_rows(directory, target, record["edited_rows"][target])
+    for file, sidecar in directory.sidecars.items():
+        places = directory.places(file)
+        for target, source in sidecar["tensors"].items():
+            spec = places[target].spec
+            draft.specs[source] = TensorSpec(source, spec.shape, spec.dtype)
+            draft.bytes[source] = _reader(directory, places[target])
     return draft
 
 
@@ -216,7 +221,7 @@ def _from_config(directory: ModelDirectory) -> _Draft:
             continue
         spec = directory.tensors[names[target]].spec
         draft.specs[source] = TensorSpec(source, spec.shape, spec.dtype)
-        draft.bytes[source] = _reader(directory, names[target])
+        draft.bytes[source] = _reader(directory, directory.tensors[names[target]])
     if head == "ctc":
         _vocabulary(directory, config, draft)
     return draft
@@ -246,6 +251,7 @@ def _table(config: Mapping[str, Any], head: str, directory: ModelDirectory, name
     groups, per_group = config.get("num_codevector_groups", 2), config.get("num_codevectors_per_group", 320)
     lm_head = directory.tensors.get("lm_head.bias")
     layout = Layout(
+        family="wav2vec2",
         kind=head,
         convolutions=tuple(zip(config["conv_dim"], config["conv_kernel"], strict=True)),
         group_norm=config.get("feat_extract_norm", "group") == "group",
@@ -299,7 +305,7 @@ def _settings(config: Mapping[str, Any], head: str, directory: ModelDirectory) -
     defaults |= {"mask_length": 10, "mask_channel_length": 10, "latent_vars": 320, "latent_groups": 2}
     defaults |= {"num_negatives": 100, "logit_temp": 0.1, "mask_channel_prob": 0.0}
     model: dict[str, Any] = {}
-    for name, target in SAME.items():
+    for name, target in WAV2VEC2.same.items():
         model[name] = config.get(target, defaults.get(name, 0.1 if "drop" in name else None))
     twins = {value: key for key, value in reversed(ACTIVATIONS.items())}
     convolutions = zip(config["conv_dim"], config["conv_kernel"], config["conv_stride"], strict=True)

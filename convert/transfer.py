@@ -123,7 +123,10 @@ def split(listed: list[Piece], limit: int) -> list[list[Piece]]:
 
 
 def header(listed: Iterable[Piece]) -> bytes:
-    """Make a safetensors header: eight bytes of length, then JSON, padded so that the data starts aligned."""
+    """Make a safetensors header: eight bytes of length, then JSON, padded so that the data starts at a multiple of 64.
+
+    That is where torch allocates, too: of what is mapped at other addresses, products may round differently.
+    """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for piece in listed:
@@ -134,7 +137,7 @@ def header(listed: Iterable[Piece]) -> bytes:
         }
         at += piece.count
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % 64)
     return len(text).to_bytes(8, "little") + text
 
 

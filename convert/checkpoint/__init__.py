@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,19 @@ def is_harmful(name: str) -> bool:
     return not is_harmless(name) and (module.split(".")[0] in _HARMFUL or name in _HARMFUL_NAMES)
 
 
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Further tensors of a checkpoint, such as one language's adapter of an MMS file.
+
+    Args:
+        tensors: where each tensor is.
+        dictionary: the target dictionary that belongs to them, or `None`.
+    """
+
+    tensors: dict[str, StoredTensor]
+    dictionary: Dictionary | None
+
+
 @dataclass(slots=True)
 class Checkpoint:
     """An opened fairseq checkpoint: everything but the tensors' bytes. Use it as a context manager.
@@ -123,6 +136,7 @@ class Checkpoint:
         tensors: where each tensor of `model` is.
         others: entries of `model` that are no tensors, such as data2vec's `_ema`.
         parts: the bytes of the tensors beside the model, by top-level key, such as the optimizer's state.
+        groups: the adapters of MMS files by language.
     """
 
     path: Path
@@ -133,6 +147,7 @@ class Checkpoint:
     tensors: dict[str, StoredTensor]
     others: tuple[str, ...]
     parts: dict[str, int]
+    groups: dict[str, Group] = field(default_factory=dict)
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -153,9 +168,17 @@ class Checkpoint:
     @property
     def inventory(self) -> dict[str, TensorSpec]:
         """Name, shape and dtype of every tensor of the model."""
+        return self.inventory_of("")
+
+    def tensors_of(self, group: str) -> dict[str, StoredTensor]:
+        """Return where the tensors of a group are; of the model, if the name is empty."""
+        return self.groups[group].tensors if group else self.tensors
+
+    def inventory_of(self, group: str) -> dict[str, TensorSpec]:
+        """Name, shape and dtype of every tensor of a group."""
         return {
             name: TensorSpec(name, tensor.shape, self.container.dtype(tensor)[0])
-            for name, tensor in self.tensors.items()
+            for name, tensor in self.tensors_of(group).items()
         }
 
     def sha256(self) -> str:
@@ -226,10 +249,12 @@ def _read(path: Path, container: Container) -> Checkpoint:
             code="corrupted-model",
             key=path.name,
         )
-    tensors = {name: value for name, value in model.items() if isinstance(value, StoredTensor)}
+    tensors = _tensors(model)
     if not tensors:
         raise CheckpointError(f"{path.name}: its model holds no tensor", code="no-tensors", key=path.name)
-    total = sum(math.prod(tensor.shape) * container.dtype(tensor)[1] for tensor in tensors.values())
+    groups = _groups(top, path.name)
+    found = [*tensors.values(), *(tensor for group in groups.values() for tensor in group.tensors.values())]
+    total = sum(math.prod(tensor.shape) * container.dtype(tensor)[1] for tensor in found)
     if total > 2 * len(container.data) + _SLACK:  # a view with stride 0 repeats one number as often as its shape says
         raise CheckpointError(
             f"{path.name}: its tensors would take {total} bytes, and the file has {len(container.data)}; nothing was written",
@@ -248,7 +273,31 @@ def _read(path: Path, container: Container) -> Checkpoint:
         tensors=tensors,
         others=tuple(name for name in model if name not in tensors),
         parts={key: count for key, count in parts.items() if count},
+        groups=groups,
     )
+
+
+def _tensors(model: dict[Any, Any]) -> dict[str, StoredTensor]:
+    return {name: value for name, value in model.items() if isinstance(value, StoredTensor)}
+
+
+def _groups(top: dict[str, Any], name: str) -> dict[str, Group]:
+    """Read `adapter`, which the MMS files hold: language -> its tensors and its dictionary."""
+    found = top.get("adapter")
+    if not isinstance(found, dict):
+        return {}
+    groups = {}
+    for language, part in found.items():
+        model = part.get("model") if isinstance(part, dict) else None
+        strange = not isinstance(language, str) or not re.fullmatch(r"[\w-]{1,80}", language, re.ASCII)
+        if strange or not isinstance(model, dict) or not all(isinstance(key, str) for key in model):
+            raise CheckpointError(
+                f"{name}: its adapter of {ascii(language)[:60]} is no language's tensors; nothing was written",
+                code="corrupted-model",
+                key=name,
+            )
+        groups[language] = Group(_tensors(model), _dictionary(part, name))
+    return groups
 
 
 def _bytes_in(container: Container, value: Any) -> int:

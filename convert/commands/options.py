@@ -15,7 +15,9 @@ def planning(function: F) -> F:
     """Add the options that decide what a conversion does."""
     options = [
         click.option(
-            "--head", type=click.Choice(["ctc", "pretraining", "encoder"]), help="Default: what the checkpoint is."
+            "--head",
+            type=click.Choice(["ctc", "pretraining", "classification", "sequence", "encoder"]),
+            help="Default: what the checkpoint is; `encoder` leaves its head out.",
         ),
         click.option(
             "--dict", "dictionary", type=click.Path(path_type=Path), help="dict.*.txt, where the checkpoint has none."
@@ -29,6 +31,12 @@ def planning(function: F) -> F:
             metavar="SETTING",
             help="A setting unknown to this version that acts while training only. If it does not, the model is wrong.",
         ),
+        click.option(
+            "--keep-final-proj",
+            is_flag=True,
+            help="Keep a pretraining head that the class has no place for, in final_proj.safetensors.",
+        ),
+        click.option("--lang", "language", metavar="LANG", help="The one language to take of an MMS checkpoint."),
     ]
     for option in reversed(options):
         function = option(function)

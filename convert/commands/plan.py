@@ -10,7 +10,7 @@ import click
 from convert.cli import Outcome
 from convert.cli import command as make
 from convert.commands.options import planning
-from convert.model.architectures import Model
+from convert.model.types import Model
 from convert.package import plan
 from convert.report import fold
 
@@ -44,7 +44,13 @@ def as_data(model: Model) -> dict[str, Any]:
         "edits": [{"key": e.target, "row": e.row, "rule": e.rule, "value": e.value} for e in model.plan.table.edits],
         "config": {value.name: {"value": value.value, "origin": value.origin} for value in model.config},
         "training_only": dict(model.training_only),
-        "files": sorted([*model.processor.files, "config.json", "conversion.json", "model.safetensors"]),
+        "files": sorted(
+            [
+                *model.processor.files,
+                *(sidecar.file for sidecar in model.sidecars),
+                *("config.json", "conversion.json", "model.safetensors"),
+            ]
+        ),
     }
 
 
@@ -57,6 +63,9 @@ def describe(model: Model) -> str:
     lines += [f"made by a rule: {len(model.plan.fills)}"]
     lines += [f"  {fill.target}: {fill.rule} ({fill.reason})" for fill in model.plan.fills]
     lines += [f"  {e.target}[{e.row}]: {e.rule} {e.value} ({e.reason})" for e in model.plan.table.edits]
+    lines += [
+        f"kept beside the model: {len(sidecar.plan.renames)} tensors in {sidecar.file}" for sidecar in model.sidecars
+    ]
     lines += ["config.json", *(f"  {v.name} = {v.value!r}  ({v.origin})" for v in model.config)]
     lines += ["settings that act while training only", f"  {', '.join(model.training_only) or 'none'}"]
     return "\n".join(lines)

@@ -9,41 +9,88 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
+from convert.errors import PlanError
+from convert.mapping import wav2vec2
+from convert.mapping.family import Family
 from convert.mapping.rules import Drop, Edit, Fill, Plan, Rename, Table, TensorSpec, plan, under
-from convert.mapping.wav2vec2 import Layout, infer_layout, table
+from convert.mapping.wav2vec2 import Layout
 
 T = TypeVar("T")
-__all__ = ["Drop", "Edit", "Fill", "Layout", "Plan", "Rename", "Table", "TensorSpec", "infer_layout", "map_state_dict"]
-__all__ += ["plan", "rename_key", "table", "under"]
+__all__ = ["Drop", "Edit", "Family", "Fill", "Layout", "Plan", "Rename", "Table", "TensorSpec", "infer_layout"]
+__all__ += ["map_state_dict", "plan", "rename_key", "table", "under"]
+# in the order in which a state_dict is tried; wav2vec 2.0 has no mark of its own and comes last
+FAMILIES: dict[str, Family] = {family.name: family for family in (wav2vec2.FAMILY,)}
 
 
-def map_state_dict(state_dict: Mapping[str, T], head: str = "") -> dict[str, T]:
-    """Rename a fairseq wav2vec 2.0 state_dict to Hugging Face's keys; tensors are handed on as they are.
+def infer_layout(source: Mapping[str, TensorSpec] | Mapping[str, tuple[int, ...]], family: str = "") -> Any:
+    """Read the geometry off the names and shapes of a fairseq state_dict.
+
+    This is enough to rename tensors. It is not enough for a configuration: strides, heads, norm placement, activation
+    and normalisation are not in the shapes.
+
+    Args:
+        source: fairseq's keys with their specs or shapes.
+        family: such as `wav2vec2` or `hubert`; by default what the names look like. A fine-tuned HuBERT looks like a
+            fine-tuned wav2vec 2.0: name it, if only to get Hugging Face's prefix right.
+
+    Returns:
+        The family's layout, for `table`.
+
+    Raises:
+        PlanError: `missing-source`, when it is no such model; `unknown-family`.
+    """
+    shapes = {key: spec.shape if isinstance(spec, TensorSpec) else tuple(spec) for key, spec in source.items()}
+    if family and family not in FAMILIES:
+        raise PlanError(
+            f"no such family: {family}", code="unknown-family", key=family, hint=f"known: {', '.join(FAMILIES)}"
+        )
+    found = FAMILIES.get(family) or next((known for known in FAMILIES.values() if known.knows(shapes)), wav2vec2.FAMILY)
+    return found.infer(shapes)
+
+
+def table(layout: Any, head: str = "", edits: Iterable[Edit] = ()) -> Table:
+    """Make the table of one model.
+
+    Args:
+        layout: the model's geometry, as `infer_layout` returns it.
+        head: `encoder` for the model without its head; by default what the checkpoint is.
+        edits: changes of single rows, see `Edit`.
+
+    Raises:
+        PlanError: `no-head`, when the checkpoint does not have the head that was asked for.
+    """
+    return FAMILIES[layout.family].build(layout, head, edits)
+
+
+def map_state_dict(state_dict: Mapping[str, T], head: str = "", family: str = "") -> dict[str, T]:
+    """Rename a fairseq state_dict to Hugging Face's keys; tensors are handed on as they are.
 
     Args:
         state_dict: fairseq's `checkpoint["model"]`; its values only need a `shape`.
-        head: `ctc`, `pretraining` or `encoder`; by default what the state_dict is.
+        head: as for `table`.
+        family: as for `infer_layout`.
 
     Returns:
-        The same tensors under the keys of `Wav2Vec2ForCTC`, `Wav2Vec2ForPreTraining` or `Wav2Vec2Model`.
+        The same tensors under the keys of transformers' class, such as `Wav2Vec2ForCTC`.
 
     Raises:
         PlanError: every key that is unknown or missing, and every tensor that a rule would have to make.
     """
     shapes: dict[str, Any] = {key: getattr(value, "shape", value) for key, value in state_dict.items()}
-    return table(infer_layout(shapes), head).map_state_dict(state_dict)
+    return table(infer_layout(shapes, family), head).map_state_dict(state_dict)
 
 
-def rename_key(key: str, shapes: Mapping[str, tuple[int, ...]], head: str = "") -> str | None:
-    """Translate one key of a fairseq wav2vec 2.0 state_dict.
+def rename_key(key: str, shapes: Mapping[str, tuple[int, ...]], head: str = "", family: str = "") -> str | None:
+    """Translate one key of a fairseq state_dict.
 
     Args:
         key: fairseq's name.
         shapes: the names and shapes of the whole state_dict: what a key means depends on the others.
-        head: as for `map_state_dict`.
+        head: as for `table`.
+        family: as for `infer_layout`.
 
     Returns:
         Hugging Face's name, or `None` for a tensor that is dropped.
@@ -51,4 +98,4 @@ def rename_key(key: str, shapes: Mapping[str, tuple[int, ...]], head: str = "") 
     Raises:
         PlanError: `unmapped-source`.
     """
-    return table(infer_layout(shapes), head).rename_key(key)
+    return table(infer_layout(shapes, family), head).rename_key(key)

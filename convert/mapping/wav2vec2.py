@@ -1,16 +1,18 @@
 """The conversion tables of wav2vec 2.0 (`fairseq.models.wav2vec.Wav2Vec2Model`, `Wav2VecCtc`), one line a tensor.
 
-`source` is relative to fairseq's encoder, `target` to Hugging Face's base model; `table` adds the prefixes.
+`source` is relative to fairseq's encoder, `target` to Hugging Face's base model; `assemble` adds the prefixes. Families
+that are built like wav2vec 2.0 take what they share from here.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from convert.errors import PlanError, Problem
-from convert.mapping.rules import Drop, Edit, Fill, Rename, Rule, Table, TensorSpec, under
+from convert.mapping.family import Family, Shapes
+from convert.mapping.rules import Drop, Edit, Fill, Rename, Rule, Table, under
 
 # fmt: off
 CONVOLUTIONS = (
@@ -85,8 +87,10 @@ PRETRAINING_DROPS = (
     Drop("target_glu.0.{p}",                        _NO_HEAD, optional=True),
 )
 # fmt: on
-CTC_PREFIX = "w2v_encoder.w2v_model."
-HEADS = ("ctc", "pretraining", "encoder")
+HEADS = {"ctc": CTC_HEAD, "pretraining": QUANTIZER_HEAD}
+DROPS = {"pretraining": PRETRAINING_DROPS}
+# what stands before the encoder's keys in each kind of checkpoint
+PREFIXES = {"ctc": "w2v_encoder.w2v_model.", "pretraining": ""}
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +98,8 @@ class Layout:
     """The geometry that decides which tensors a wav2vec 2.0 model has. Nothing has a default: all of it is stated.
 
     Args:
-        kind: what the checkpoint is, `ctc` (`Wav2VecCtc`) or `pretraining` (`Wav2Vec2Model`).
+        family: the target's base prefix, such as `wav2vec2`.
+        kind: what the checkpoint is, such as `ctc` (`Wav2VecCtc`) or `pretraining` (`Wav2Vec2Model`).
         convolutions: (output channels, kernel) of every feature convolution.
         group_norm: whether convolution 0 has a group norm; otherwise each has a layer norm.
         conv_bias: whether the feature convolutions have biases.
@@ -107,6 +112,7 @@ class Layout:
             quantized vector, width of the contrastive space; all 0 without a quantizer.
     """
 
+    family: str
     kind: str
     convolutions: tuple[tuple[int, int], ...]
     group_norm: bool
@@ -125,14 +131,58 @@ class Layout:
     final: int
 
 
-def table(layout: Layout, head: str = "", *, base: str = "wav2vec2", edits: Iterable[Edit] = ()) -> Table:
-    """Make the table of one model.
+def assemble(
+    layout: Layout,
+    head: str,
+    edits: Iterable[Edit],
+    *,
+    encoder: Sequence[Rule],
+    heads: Mapping[str, Sequence[Rename]],
+    drops: Mapping[str, Sequence[Drop]],
+    axes: Mapping[str, Sequence[object]],
+    dims: Mapping[str, int],
+) -> Table:
+    """Join the rules of an encoder and of a head, with the prefixes of both sides.
+
+    Args:
+        layout: the model's geometry.
+        head: the head that is asked for; `encoder` for none, empty for what the checkpoint is.
+        edits: changes of single rows of the head.
+        encoder: everything below the head, without prefixes.
+        heads: kind of checkpoint -> its head, where transformers has it too; complete keys on both sides.
+        drops: kind of checkpoint -> what is left out when the head is; by default the head itself.
+        axes, dims: as for `Table.build`.
+
+    Raises:
+        PlanError: `no-head`, when there is no such head.
+    """
+    native = layout.kind if layout.kind in heads else "encoder"
+    head = head or native
+    if head not in (native, "encoder"):
+        lacks = f"a {layout.kind} checkpoint has no {head} head"
+        raise PlanError(
+            f"transformers has no class for the {head} head of {layout.family}" if head == layout.kind else lacks,
+            code="no-head",
+            key=head,
+            hint="--head encoder" if native == "encoder" else f"--head {native} or --head encoder",
+        )
+    bare = head == "encoder"
+    rules = under(encoder, source=PREFIXES[layout.kind], target="" if bare else f"{layout.family}.")
+    rules += (
+        drops.get(layout.kind, [Drop(rule.source, _NO_HEAD, rule.shape) for rule in heads.get(layout.kind, ())])
+        if bare
+        else heads[layout.kind]
+    )
+    return Table.build(f"{layout.family} {head}", rules, axes, dims, () if bare else edits)
+
+
+def table(layout: Layout, head: str = "", edits: Iterable[Edit] = ()) -> Table:
+    """Make the table of one wav2vec 2.0 model.
 
     Args:
         layout: the model's geometry.
         head: `ctc` (target `Wav2Vec2ForCTC`), `pretraining` (`Wav2Vec2ForPreTraining`) or `encoder` (`Wav2Vec2Model`);
             by default what the checkpoint is.
-        base: the target's base prefix, `wav2vec2` or that of a model built like it.
         edits: changes of single rows, see `Edit`.
 
     Raises:
@@ -142,24 +192,8 @@ def table(layout: Layout, head: str = "", *, base: str = "wav2vec2", edits: Iter
         >>> from convert.mapping import infer_layout, table
         >>> # table(infer_layout(shapes)).rename_key("w2v_encoder.proj.bias") gives "lm_head.bias"
     """
-    head = head or layout.kind
-    if head not in (layout.kind, "encoder"):
-        raise PlanError(
-            f"a {layout.kind} checkpoint has no {head} head",
-            code="no-head",
-            key=head,
-            hint=f"--head {layout.kind} or --head encoder",
-        )
-    source = CTC_PREFIX if layout.kind == "ctc" else ""
-    target = "" if head == "encoder" else f"{base}."
-    rules = under(encoder_rules(layout), source=source, target=target)
-    if head != "encoder":
-        rules += CTC_HEAD if layout.kind == "ctc" else QUANTIZER_HEAD
-    elif layout.kind == "ctc":
-        rules += [Drop(rule.source, _NO_HEAD, rule.shape) for rule in CTC_HEAD]
-    else:
-        rules += PRETRAINING_DROPS
-    return Table.build(f"{base} {head}", rules, axes(layout), dims(layout), edits if head == "ctc" else ())
+    rules = encoder_rules(layout)
+    return assemble(layout, head, edits, encoder=rules, heads=HEADS, drops=DROPS, axes=axes(layout), dims=dims(layout))
 
 
 def encoder_rules(layout: Layout) -> list[Rule]:
@@ -197,14 +231,13 @@ def dims(layout: Layout) -> dict[str, int]:
     return sizes
 
 
-def infer_layout(source: Mapping[str, TensorSpec] | Mapping[str, tuple[int, ...]]) -> Layout:
-    """Read the geometry off the names and shapes of a fairseq state_dict.
+def kind_of(shapes: Shapes) -> str:
+    """Name the kind of checkpoint that these keys are from."""
+    return "ctc" if any(key.startswith("w2v_encoder.") for key in shapes) else "pretraining"
 
-    This is enough to rename tensors. It is not enough for a configuration: strides, heads, norm placement, activation
-    and normalisation are not in the shapes.
 
-    Args:
-        source: fairseq's keys with their specs or shapes.
+def infer_layout(shapes: Shapes) -> Layout:
+    """Read the geometry of a wav2vec 2.0 model off its names and shapes; see `convert.mapping.infer_layout`.
 
     Raises:
         PlanError: `missing-source`, when it is no wav2vec 2.0 model.
@@ -214,9 +247,8 @@ def infer_layout(source: Mapping[str, TensorSpec] | Mapping[str, tuple[int, ...]
         Traceback (most recent call last):
         convert.errors.PlanError: this is no wav2vec 2.0 state_dict: 4 tensors that each has are missing
     """
-    shapes = {key: spec.shape if isinstance(spec, TensorSpec) else tuple(spec) for key, spec in source.items()}
-    kind = "ctc" if any(key.startswith("w2v_encoder.") for key in shapes) else "pretraining"
-    prefix = CTC_PREFIX if kind == "ctc" else ""
+    kind = kind_of(shapes)
+    prefix = PREFIXES[kind]
     encoder = {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
     weight_norm = "encoder.pos_conv.0.weight" not in encoder
     positions = f"encoder.pos_conv.0.weight{'_v' if weight_norm else ''}"
@@ -242,6 +274,7 @@ def infer_layout(source: Mapping[str, TensorSpec] | Mapping[str, tuple[int, ...]
     codes = encoder.get("quantizer.vars", (0, 0, 0))
     ffn, hidden = encoder["encoder.layers.0.fc1.weight"]
     return Layout(
+        family="wav2vec2",
         kind=kind,
         convolutions=tuple((shape[0], shape[2]) for shape in kernels),
         group_norm="feature_extractor.conv_layers.0.2.weight" in encoder,
@@ -266,4 +299,4 @@ def _count(keys: Iterable[str], pattern: str) -> int:
     return max(found, default=-1) + 1
 
 
-__all__ = ["HEADS", "Layout", "encoder_rules", "infer_layout", "table"]
+FAMILY = Family("wav2vec2", r"feature_extractor\.conv_layers\.", infer_layout, table)

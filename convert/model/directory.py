@@ -109,15 +109,34 @@ class ModelDirectory:
             file.seek(place.start)
             return file.read(place.count)
 
-    def compare(self, opened: Checkpoint, listed: Sequence[Piece]) -> list[Problem]:
-        """Compare every tensor with what a conversion would write; see `convert.package.compare_weights`."""
+    @property
+    def sidecars(self) -> dict[str, dict[str, Any]]:
+        """The files of further tensors, by name, with what conversion.json says of each."""
+        found: dict[str, dict[str, Any]] = self.conversion.get("sidecars") or {}
+        return found
+
+    def places(self, file: str) -> dict[str, Place]:
+        """List the tensors of one safetensors file."""
+        return {place.spec.name: place for place in self._header(file)}
+
+    def compare(self, opened: Checkpoint, listed: Sequence[Piece], sidecar: str = "") -> list[Problem]:
+        """Compare every tensor with what a conversion would write; see `convert.package.compare_weights`.
+
+        Args:
+            opened: the checkpoint.
+            listed: what would be written.
+            sidecar: the file that is compared; the weights, if it is empty.
+        """
+        if sidecar and not (self.path / sidecar).is_file():
+            return [Problem("missing-file", sidecar, "is not in the model directory")]
+        tensors = self.places(sidecar) if sidecar else self.tensors
         meant = {piece.spec.name for piece in listed}
         problems = [
-            Problem("unexpected-tensor", key, "stands only in the model") for key in self.tensors if key not in meant
+            Problem("unexpected-tensor", key, "stands only in the model") for key in tensors if key not in meant
         ]
         maps: dict[str, mmap.mmap] = {}
         for piece in listed:
-            place = self.tensors.get(piece.spec.name)
+            place = tensors.get(piece.spec.name)
             if place is None:
                 problems.append(Problem("missing-tensor", piece.spec.name, "is not in the model"))
             elif (place.spec.shape, place.spec.dtype) != (piece.spec.shape, piece.spec.dtype):

@@ -1,13 +1,14 @@
-"""What every setting of fairseq's wav2vec 2.0 means: a value of Hugging Face's configuration, training only, or a limit.
+"""What every setting of fairseq's encoders means: a value of Hugging Face's configuration, training only, or a limit.
 
 Sources: `fairseq.models.wav2vec.wav2vec2.Wav2Vec2Config`, `wav2vec2_asr.Wav2Vec2CtcConfig`, and
-`transformers.Wav2Vec2Config`. A setting that stands in none of these lists is refused.
+`transformers.Wav2Vec2Config`. A setting that stands in none of a family's lists is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
 from typing import Any
 
 # fairseq.utils.get_activation_fn -> transformers.activations.ACT2FN
@@ -21,7 +22,7 @@ ACTIVATIONS = {
     "tanh": "tanh",
 }
 
-# setting -> field of transformers.Wav2Vec2Config with the same meaning and value
+# setting -> field of transformers' configurations with the same meaning and value: of every encoder, and of the quantizer
 # fmt: off
 SAME = {
     "encoder_embed_dim":       "hidden_size",
@@ -36,11 +37,13 @@ SAME = {
     "attention_dropout":       "attention_dropout",
     "activation_dropout":      "activation_dropout",
     "dropout_input":           "feat_proj_dropout",
-    "dropout_features":        "feat_quantizer_dropout",
     "encoder_layerdrop":       "layerdrop",
     "mask_length":             "mask_time_length",
     "mask_channel_prob":       "mask_feature_prob",
     "mask_channel_length":     "mask_feature_length",
+}
+QUANTIZER = {
+    "dropout_features":        "feat_quantizer_dropout",
     "latent_vars":             "num_codevectors_per_group",
     "latent_groups":           "num_codevector_groups",
     "num_negatives":           "num_negatives",
@@ -73,6 +76,14 @@ COUNTS = {
     *("encoder_layers", "latent_groups", "latent_vars", "mask_channel_length", "mask_length", "num_negatives"),
 }
 
+FLAGS = {"conv_bias", "layer_norm_first"}  # those that are true or false; all others are numbers
+
+# setting -> (field, its words)
+CHOICES: dict[str, tuple[str, Mapping[str, str]]] = {
+    "activation_fn": ("hidden_act", ACTIVATIONS),
+    "extractor_mode": ("feat_extract_norm", {"default": "group", "layer_norm": "layer"}),
+}
+
 # Settings of the fine-tuned model that replace the pretrained model's (wav2vec2_asr.Wav2VecEncoder, arg_overrides).
 FINE_TUNING = {
     "dropout": "dropout",
@@ -86,11 +97,10 @@ FINE_TUNING = {
     "mask_channel_prob": "mask_channel_prob",
 }
 
-# Settings that `describe` reads by name.
-READ = {
-    *("_name", "activation_fn", "conv_feature_layers", "extractor_mode", "final_dim", "latent_dim", "mask_prob"),
-    *("quantize_targets",),
-}
+# Settings that are read by name.
+READ = {"_name", "conv_feature_layers", "layer_type", "mask_prob", *CHOICES}
+READ_QUANTIZER = {"final_dim", "latent_dim", "quantize_targets"}
+READ_CTC = frozenset({"apply_mask", "blank_mode", "blank_weight", "final_dropout", "normalize"})
 
 # Settings that act while training only, with the reason where the name does not say it.
 TRAINING_ONLY = {
@@ -114,9 +124,6 @@ TRAINING_ONLY = {
     *("adp_num", "adp_dim", "adp_act_fn", "adp_trf_idx"),  # adapter layers only
     *("eval_wer", "eval_wer_config", "eval_wer_tokenizer", "eval_wer_post_process", "autoregressive"),
 }
-TRAINING_ONLY_CTC = {
-    *("apply_mask", "blank_mode", "blank_weight", "final_dropout", "normalize", "w2v_args"),  # read by name
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,37 +134,69 @@ class Limit:
         field: fairseq's setting.
         neutral: says whether a value is neutral.
         why: what is missing on the other side.
-        heads: the heads that the limit holds for.
+        heads: the heads that the limit holds for; all, if it is empty.
+        required: whether the limit holds where the setting is absent, too.
     """
 
     field: str
     neutral: Callable[[Any], bool]
     why: str
-    heads: tuple[str, ...] = ("ctc", "pretraining", "encoder")
+    heads: tuple[str, ...] = ()
+    required: bool = False
 
 
-def _off(value: Any) -> bool:
+def off(value: Any) -> bool:
+    """Say whether a setting is switched off."""
     return not value
 
 
-def _at_most_one(value: Any) -> bool:
+def at_most_one(value: Any) -> bool:
+    """Say whether a number of parts is that of a model without the feature."""
     return value in (None, 0, 1)
 
 
+def only(*values: Any) -> Callable[[Any], bool]:
+    """Make the test whether a setting has one of these values, or none."""
+    return lambda value: value is None or value in values
+
+
+# fmt: off
 LIMITS = (
-    Limit("pos_conv_depth", _at_most_one, "Wav2Vec2Model has one positional convolution"),
-    Limit("quantize_input", _off, "Wav2Vec2Model does not quantize its input"),
-    Limit("crop_seq_to_multiple", _at_most_one, "Wav2Vec2Model does not crop frames"),
-    Limit("conv_pos_batch_norm", _off, "Wav2Vec2Model has weight norm on the positional convolution"),
-    Limit("layer_type", lambda value: value in (None, "transformer"), "Wav2Vec2Model has transformer layers"),
-    Limit(
-        "quantizer_depth", _at_most_one, "the quantizer of Wav2Vec2ForPreTraining is one projection", ("pretraining",)
-    ),
-    Limit("target_glu", _off, "Wav2Vec2ForPreTraining has no gated linear unit on its targets", ("pretraining",)),
-    Limit(
-        "quantize_targets",
-        lambda value: value is True,
-        "Wav2Vec2ForPreTraining always quantizes its targets; --head encoder leaves them out",
-        ("pretraining",),
-    ),
+    Limit("pos_conv_depth",       at_most_one, "Wav2Vec2Model has one positional convolution"),
+    Limit("quantize_input",       off,         "Wav2Vec2Model does not quantize its input"),
+    Limit("crop_seq_to_multiple", at_most_one, "Wav2Vec2Model does not crop frames"),
+    Limit("conv_pos_batch_norm",  off,         "Wav2Vec2Model has weight norm on the positional convolution"),
+    Limit("layer_type",           only("transformer"), "Wav2Vec2Model has transformer layers"),
+    Limit("quantizer_depth",      at_most_one, "the quantizer of Wav2Vec2ForPreTraining is one projection", ("pretraining",)),
+    Limit("target_glu",           off,         "Wav2Vec2ForPreTraining has no gated linear unit on its targets", ("pretraining",)),
+    Limit("quantize_targets",     lambda value: value is True,
+          "Wav2Vec2ForPreTraining always quantizes its targets; --head encoder leaves them out", ("pretraining",), required=True),
 )
+# fmt: on
+
+
+@dataclass(frozen=True, slots=True)
+class Fields:
+    """Every setting of one family, each in its class; what stands in none is refused.
+
+    Args:
+        same: setting -> field of the configuration with the same meaning and value.
+        choices: setting -> (field, its words).
+        limits: what Hugging Face's class cannot represent.
+        read: settings that the family's functions read by name.
+        training_only: settings that act while training only, or not at all.
+        defaults: what fairseq's dataclass says where a checkpoint is silent.
+        counts, flags: the names in `same` that are whole numbers above zero, and true or false.
+    """
+
+    same: Mapping[str, str]
+    choices: Mapping[str, tuple[str, Mapping[str, str]]]
+    limits: tuple[Limit, ...]
+    read: AbstractSet[str]
+    training_only: AbstractSet[str] = frozenset(TRAINING_ONLY)
+    defaults: Mapping[str, Any] = field(default_factory=lambda: DEFAULTS)
+    counts: AbstractSet[str] = frozenset(COUNTS)
+    flags: AbstractSet[str] = frozenset(FLAGS)
+
+
+WAV2VEC2 = Fields(SAME | QUANTIZER, CHOICES, LIMITS, READ | READ_QUANTIZER)

@@ -203,8 +203,14 @@ def worst_of(verdicts: Iterable[Verdict]) -> Verdict:
 
 
 def first_different(differences: Iterable[Difference]) -> Difference | None:
-    """Return the first stage that is not identical and, if there is one, rather the first that is beyond its floor."""
+    """Return the first stage that is not identical and, if there is one, rather the first that is beyond its floor.
+
+    Where numbers are not finite or shapes differ, no floor is measured: then it is the first such stage.
+    """
     listed = list(differences)
+    for difference in listed:
+        if difference.note:
+            return difference
     for verdict in ("different", "rounding"):
         for difference in listed:
             if difference.verdict == verdict:

@@ -136,7 +136,7 @@ def _finite(value: float) -> float | None:
 
 def _damages(target: Target) -> dict[str, Damage | str]:
     config, weights = target.model.config, target.weights
-    prefix = "" if target.base is target.model else "wav2vec2."
+    prefix = "" if target.base is target.model else f"{target.model.base_model_prefix}."
     layers = config.num_hidden_layers
     middle, last = layers // 2, layers - 1
     attention = f"{prefix}encoder.layers.{middle}.attention."

@@ -77,7 +77,7 @@ def on_device(work: Work, reference: Reference, device: str, findings: Findings,
 
 
 def _vocabulary(work: Work, reference: Reference, findings: Findings) -> Any:
-    if not work.subject.symbols or work.record["architecture"]["head"] != "ctc":
+    if not work.subject.symbols or work.record["architecture"]["head"] == "encoder":
         return None
     folder: Path = work.directory.path
     processor = vocabulary.load_processor(folder)

@@ -81,8 +81,7 @@ def run(
     theirs, answer, text = reference.end_to_end(piece)
     why, same_input = _normalisation(raw, mine, theirs, subject.normalize)
     wrong = bool(why)
-    last = "logits" if "logits" in answer.stages and hasattr(target.model, "lm_head") else "encoder"
-    last = "project_hid" if hasattr(target.model, "project_hid") else last
+    last = target.output
     values: dict[str, torch.Tensor] = {}
     target.run(torch.from_numpy(mine)[None], None, lambda stage, value: values.update({stage: value}))
     difference = compare(last, answer.stages[last], values[last])

@@ -9,39 +9,27 @@ from pathlib import Path
 from typing import Any
 
 from convert.checkpoint import Checkpoint
-from convert.checkpoint.dictionary import from_file
 from convert.errors import Problem
-from convert.model.architectures import Model, Request, describe
+from convert.model.architectures import describe
 from convert.model.directory import ModelDirectory
+from convert.model.types import Model, request_again
 
 AFTERWARDS = ("verification.json", "evaluation.json", "README.md")  # written later, and read by no model
 
 
-def fresh_plan(opened: Checkpoint, directory: ModelDirectory | None, **options: Any) -> Model:
+def fresh_plan(opened: Checkpoint, directory: ModelDirectory, **options: Any) -> Model:
     """Plan the conversion again, with what the directory's conversion.json says was asked for.
 
     Args:
         opened: the checkpoint.
-        directory: the model directory; `None` plans what the checkpoint is.
+        directory: the model directory.
         options: `dictionary` and `base`, as for `convert.plan`.
 
     Raises:
         PlanError: the checkpoint cannot be converted.
         ConvertError: `not-a-model`.
     """
-    from convert.checkpoint import open_checkpoint
-
-    record = directory.conversion if directory else {}
-    architecture = record.get("architecture") or {}
-    dictionary, base = options.get("dictionary"), None
-    given = from_file(Path(dictionary)) if dictionary else None
-    if given is None and opened.dictionary is None and directory is not None:
-        given = directory.dictionary
-    if options.get("base") is not None:
-        with open_checkpoint(options["base"]) as other:
-            base = other.settings
-    request = Request(str(architecture.get("head", "")), given, base, tuple(record.get("training_only") or ()))
-    return describe(opened, request)
+    return describe(opened, request_again(directory.conversion, opened, directory.dictionary, **options))
 
 
 def expected_files(model: Model, dtype: str) -> dict[str, Any]:
@@ -75,8 +63,13 @@ def compare_files(directory: ModelDirectory, expected: Mapping[str, Any]) -> lis
         if not path.is_file():
             problems.append(Problem("missing-file", name, "is not in the model directory"))
             continue
-        problems += differences(name, meant, json.loads(path.read_text("utf-8")))
+        if isinstance(meant, bytes):
+            same = path.read_bytes() == meant
+            problems += [] if same else [Problem("file", name, "is not the file that the conversion wrote")]
+        else:
+            problems += differences(name, meant, json.loads(path.read_text("utf-8")))
     known = {*expected, *AFTERWARDS, "conversion.json", "model.safetensors.index.json", *directory.weight_files()}
+    known |= set(directory.sidecars)
     for path in sorted(directory.path.iterdir()):
         if path.name not in known and path.suffix in (".json", ".safetensors", ".bin"):
             problems.append(
@@ -118,8 +111,9 @@ def compare_records(directory: ModelDirectory, model: Model) -> list[Problem]:
     named = ("key", "row", "rule", "value")
     edits = [dict(zip(named, (e.target, e.row, e.rule, e.value), strict=True)) for e in model.plan.table.edits]
     found_edits = [{name: edit.get(name) for name in named} for edit in record.get("edits") or ()]
-    meant = {"fills": fills, "drops": drops, "edits": edits}
+    meant = {"fills": fills, "drops": drops, "edits": edits, "sidecars": sorted(one.file for one in model.sidecars)}
     stated = {"fills": record.get("fills"), "drops": record.get("drops"), "edits": found_edits}
+    stated["sidecars"] = sorted(directory.sidecars)
     problems = [*differences("conversion.json", meant, stated)]
     found = hashes(directory.path)
     for name, facts in sorted((record.get("files") or {}).items()):

@@ -195,81 +195,114 @@ def _as(default: Any, value: Any) -> Any:
     return list(ast.literal_eval(value)) if is_text else value
 
 
-def build(settings: Any, symbols: int, ignored: list[str]) -> Any:
+def build(settings: Any, symbols: int, ignored: list[str], patches: list[str]) -> Any:
     """Build fairseq's model as `task.build_model` does, without the task's data.
 
     Args:
         settings: `{"model", "task"}`; a fine-tuned model's `model` holds the pretrained one's as `w2v_args`.
         symbols: the number of symbols in the dictionary.
         ignored: settings this fairseq does not know and that are set are added here.
+        patches: the narrow fixes of fairseq's own mistakes that it took are added here.
     """
-    from fairseq.models.wav2vec import wav2vec2, wav2vec2_asr
+    builder, _ = ARCHITECTURES[settings["model"]["_name"]]
+    return builder(settings, symbols, ignored, patches)
 
-    outer = {key: value for key, value in settings["model"].items() if key not in ("flat", "w2v_args")}
+
+def _classes(name: str) -> tuple[Any, Any]:
+    """The configuration's class and the model's class of an encoder."""
+    from importlib import import_module
+
+    module, configuration, model = ENCODERS[name]
+    found = import_module(module)
+    return getattr(found, configuration, None), getattr(found, model)
+
+
+def _outer(settings: Any) -> Any:
+    return {key: value for key, value in settings["model"].items() if key not in ("flat", "w2v_args")}
+
+
+def build_pretrained(settings: Any, symbols: int, ignored: list[str], patches: list[str]) -> Any:
+    """Build an encoder as it was pretrained."""
+    configuration, model = _classes(settings["model"]["_name"])
     normalize = bool(settings["task"].get("normalize", False))
-    inner = settings["model"].get("w2v_args")
-    pretrained = inner["model"] if inner else outer
-    task = {"_name": "audio_pretraining", "data": "", "normalize": normalize, "sample_rate": 16000}
-    if not hasattr(wav2vec2, "Wav2Vec2Config"):  # 0.10: one flat Namespace
-        return _build_flat(outer, pretrained if inner else None, normalize, symbols)
+    if configuration is None:  # 0.10: one flat Namespace
+        return model.build_model(_flat(_outer(settings), normalize))
     from omegaconf import OmegaConf
 
-    made = _complete(wav2vec2.Wav2Vec2Config, pretrained, ignored)
-    if not inner:
-        return wav2vec2.Wav2Vec2Model.build_model(OmegaConf.create(made), None)
-    flat = "flat" in settings["model"]
-    own = _complete(wav2vec2_asr.Wav2Vec2CtcConfig, outer, [] if flat else ignored)
+    return model.build_model(OmegaConf.create(_complete(configuration, _outer(settings), ignored)), None)
+
+
+def fine_tuned(settings: Any, cls: Any, ignored: list[str]) -> Any:
+    """The configuration of a fine-tuned model, the pretrained one's inside.
+
+    Args:
+        settings: see `build`.
+        cls: the dataclass of the fine-tuned model's configuration.
+        ignored: see `build`.
+    """
+    from omegaconf import OmegaConf
+
+    pretrained = settings["model"]["w2v_args"]["model"]
+    name = pretrained.get("_name") or "wav2vec2"
+    normalize = bool(settings["task"].get("normalize", False))
+    made = _complete(_classes(name)[0], pretrained, ignored)
+    own = _complete(cls, _outer(settings), [] if "flat" in settings["model"] else ignored)
     own = dict(own, data="", normalize=normalize, ddp_backend="legacy_ddp", w2v_path="")
-    own["w2v_args"] = {"model": dict(made, _name="wav2vec2"), "task": task, "criterion": None, "lr_scheduler": None}
-    configuration = OmegaConf.create(own)
-    return wav2vec2_asr.Wav2VecCtc.build_model(configuration, types.SimpleNamespace(target_dictionary=range(symbols)))
+    task = {"_name": "audio_pretraining", "data": "", "normalize": normalize, "sample_rate": 16000}
+    own["w2v_args"] = {"model": dict(made, _name=name), "task": task, "criterion": None, "lr_scheduler": None}
+    return OmegaConf.create(own)
 
 
-def _build_flat(outer: Any, pretrained: Any, normalize: bool, symbols: int) -> Any:
+def build_ctc(settings: Any, symbols: int, ignored: list[str], patches: list[str]) -> Any:
+    """Build `Wav2VecCtc`."""
+    from fairseq.models.wav2vec import wav2vec2_asr
+
+    task = types.SimpleNamespace(target_dictionary=range(symbols))
+    if not hasattr(wav2vec2_asr, "Wav2Vec2CtcConfig"):
+        normalize = bool(settings["task"].get("normalize", False))
+        arguments = _flat(_outer(settings), normalize)
+        arguments.w2v_args = _flat(settings["model"]["w2v_args"]["model"], normalize)
+        return wav2vec2_asr.Wav2VecCtc.build_model(arguments, task)
+    return wav2vec2_asr.Wav2VecCtc.build_model(fine_tuned(settings, wav2vec2_asr.Wav2Vec2CtcConfig, ignored), task)
+
+
+def _flat(values: Any, normalize: bool) -> Any:
+    """Settings as fairseq 0.10 wants them."""
     from argparse import Namespace
 
-    from fairseq.models.wav2vec import wav2vec2, wav2vec2_asr
-
-    def flat(values: Any) -> Any:
-        made = {key: value for key, value in values.items() if key != "_name"}
-        if "latent_temp" in made:
-            made["latent_temp"] = (
-                str(tuple(made["latent_temp"])) if not isinstance(made["latent_temp"], str) else made["latent_temp"]
-            )
-        fixed = dict(arch="wav2vec2", task="audio_pretraining", criterion="wav2vec", data="", normalize=normalize)
-        return Namespace(**dict(made, labels=None, enable_padding=False, **fixed))
-
-    if pretrained is None:
-        return wav2vec2.Wav2Vec2Model.build_model(flat(outer))
-    arguments = flat(outer)
-    arguments.w2v_args = flat(pretrained)
-    return wav2vec2_asr.Wav2VecCtc.build_model(arguments, types.SimpleNamespace(target_dictionary=range(symbols)))
+    made = {key: value for key, value in values.items() if key != "_name"}
+    if not isinstance(made.get("latent_temp", ""), str):
+        made["latent_temp"] = str(tuple(made["latent_temp"]))
+    fixed = dict(arch="wav2vec2", task="audio_pretraining", criterion="wav2vec", data="", normalize=normalize)
+    return Namespace(**dict(made, labels=None, enable_padding=False, **fixed))
 
 
 def open_reference(request: Any) -> Reference:
     """Build fairseq's model from a checkpoint and fill it with the checkpoint's tensors, strictly.
 
     Args:
-        request: `checkpoint` (a path), `settings` (see `build`; used when fairseq cannot read its own), `symbols` (the
-            dictionary, or an empty list), `post_process`, `device`.
+        request: `checkpoint` (a path), `architecture` (fairseq's name), `settings` (see `build`; used when fairseq cannot
+            read its own), `symbols` (the dictionary, or an empty list), `post_process`, `device`.
 
     Raises:
         CannotBuildError: fairseq is absent, or cannot build this model.
     """
     fairseq, patches = import_fairseq()
-    state, settings, reader = read_checkpoint(request["checkpoint"], request["settings"])
+    known = dict(request["settings"])  # omegaconf dropped the name for a time
+    known["model"] = dict(known["model"], _name=request["architecture"])
+    state, settings, reader = read_checkpoint(request["checkpoint"], known)
     ignored: list[str] = []
     try:
         with _no_random_numbers():
-            model = build(settings, len(request["symbols"]), ignored)
+            model = build(settings, len(request["symbols"]), ignored, patches)
     except Exception as error:
-        if settings is request["settings"]:
+        if settings is known:
             raise CannotBuildError("fairseq cannot build the model: %s: %s" % (type(error).__name__, error))  # noqa: B904
-        settings, ignored = request["settings"], []
+        settings, ignored = known, []
         reader = "fairseq-to-hf's reader, because fairseq could not use its own (%s)" % type(error).__name__
         with _no_random_numbers():
-            model = build(settings, len(request["symbols"]), ignored)
-    reference = Reference(model, fairseq, request, settings)
+            model = build(settings, len(request["symbols"]), ignored, patches)
+    reference = ARCHITECTURES[settings["model"]["_name"]][1](model, fairseq, request, settings)
     reference.info = {
         "fairseq": getattr(fairseq, "__version__", "unknown"),
         "settings": reader,
@@ -302,10 +335,12 @@ def _no_random_numbers() -> Any:
 
 
 class Reference:
-    """fairseq's model, with every stage of it visible.
+    """fairseq's model as it was pretrained, with every stage of it visible; the base of all other kinds of model.
 
     Stages have the shape (batch, channels, time) for `conv.*`, and (valid frames of the whole batch, channels) otherwise.
     """
+
+    prefix = ""  # of the encoder's tensors
 
     def __init__(self, model: Any, fairseq: Any, request: Any, settings: Any) -> None:
         self.model = model
@@ -316,73 +351,62 @@ class Reference:
         self.info: Any = {}
         self.device = torch.device(request.get("device", "cpu"))
         self.seen: dict[str, Any] = {}
-        encoder = getattr(model, "w2v_encoder", None)
-        self.w2v = encoder.w2v_model if encoder is not None else model
-        self.ctc = encoder is not None
+        self.w2v = self.encoder()
         self.multiple = getattr(self.w2v.encoder, "required_seq_len_multiple", 1)
         self.masks_like_main = hasattr(self.w2v, "_get_feat_extract_output_lengths")
         self.magnitude: Any = None  # what a conversion makes of a positional convolution without weight norm
         self.exact_blank: Any = None  # blank_weight, once its sum with the head's bias has been rounded
 
+    def encoder(self) -> Any:
+        """The encoder that was pretrained, inside the model."""
+        return self.model
+
     def fill(self, weights: Any) -> None:
         """Load the checkpoint's tensors, every one, as float32."""
-        prefix = "w2v_encoder.w2v_model." if self.ctc else ""
-        plain = weights.get(prefix + "encoder.pos_conv.0.weight")
+        plain = weights.get(self.prefix + "encoder.pos_conv.0.weight")
         if plain is not None:
             torch.nn.utils.remove_weight_norm(self.w2v.encoder.pos_conv[0])
             self.magnitude = plain.double().norm(dim=(0, 1), keepdim=True).float()
             self.info["patches"].append("weight norm removed from pos_conv: the checkpoint has the plain weight")
         self.model.upgrade_state_dict(weights)
-        kind = weights["w2v_encoder.proj.bias"].dtype if self.ctc else torch.float32
         try:
             torch.nn.Module.load_state_dict(self.model, weights, strict=True, assign=True)
         except TypeError:  # before torch 2.1
             torch.nn.Module.load_state_dict(self.model, weights, strict=True)
         self.model.float().to(self.device).eval()
-        if self.ctc and getattr(self.model, "blank_weight", None) and self.model.blank_mode == "add":
-            self.exact_blank = self._rounded_blank(kind)
+        self._filled(weights)
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
             parameter.data = aligned(parameter.data)
         self._hook()
 
+    def _filled(self, weights: Any) -> None:
+        """What is to be done once the tensors are in their places."""
+
     def round_weights(self, name: str) -> None:
         """Round every weight to float16 or bfloat16, and keep it as float32, as a converted model of that type has it."""
         kind = NAMES[name]
-        if self.exact_blank is not None:
-            self.model.blank_weight = self.exact_blank = self._rounded_blank(kind)
         if self.magnitude is not None:
             self.magnitude = self.magnitude.to(kind).float()
         self.model.to(kind).float()
-
-    def _rounded_blank(self, kind: Any) -> float:
-        """What is left of `blank_weight` when its sum with the head's bias is rounded, as a conversion does."""
-        bias = self.model.w2v_encoder.proj.bias.data[0].cpu().float()
-        meant = (bias + torch.tensor(self.model.blank_weight, dtype=torch.float32)).to(kind)
-        return float(meant.double() - bias.to(kind).double())
 
     @contextlib.contextmanager
     def _as_converted(self) -> Any:
         """Give the model the numbers that a conversion has to round, so that in float64 both sides have the same weights.
 
-        There are two: a positional convolution without weight norm gets its magnitude back, and `blank_weight` becomes part
-        of the head's bias. In float32 fairseq computes as it was built.
+        A positional convolution without weight norm gets its magnitude back. In float32 fairseq computes as it was built.
         """
+        if self.magnitude is None:
+            yield
+            return
         convolution = self.w2v.encoder.pos_conv[0]
-        weight, blank = None, None
-        if self.magnitude is not None:
-            weight = convolution.weight.data
-            scale = self.magnitude.to(weight.device).double() / weight.double().norm(dim=(0, 1), keepdim=True)
-            convolution.weight.data = weight * scale.to(weight.dtype)
-        if self.exact_blank is not None:
-            blank, self.model.blank_weight = self.model.blank_weight, self.exact_blank
+        weight = convolution.weight.data
+        scale = self.magnitude.to(weight.device).double() / weight.double().norm(dim=(0, 1), keepdim=True)
+        convolution.weight.data = weight * scale.to(weight.dtype)
         try:
             yield
         finally:
-            if weight is not None:
-                convolution.weight.data = weight
-            if blank is not None:
-                self.model.blank_weight = blank
+            convolution.weight.data = weight
 
     @contextlib.contextmanager
     def arithmetic(self, name: str) -> Any:
@@ -439,23 +463,29 @@ class Reference:
             self.w2v.encoder.required_seq_len_multiple = self.multiple if multiple is None else multiple
         self.seen = {}
         with torch.no_grad():
-            if self.ctc:
-                output = self.model(source=source, padding_mask=padding)
-            else:
-                output = self.model(source, padding_mask=padding, mask=False, features_only=True)
-            mask = output["padding_mask"]
+            mask = self.compute(source, padding)
             total = self.seen["feature_norm"].shape[1]
             frames = [total] * len(source) if mask is None else [int(n) for n in (total - mask.long().sum(1))]
-            if self.ctc:
-                logits = self.model.get_logits(output) if hasattr(self.model, "get_logits") else output["encoder_out"]
-                self.seen["logits"] = logits.transpose(0, 1)
-            elif getattr(self.w2v, "quantizer", None) is not None:
-                self._pretraining(output["x"])
         if "projection" not in self.seen:  # no projection: the features go on as they are
             self.seen["projection"] = self.seen["feature_norm"]
         stages = {name: crop(name, value, frames) for name, value in self.seen.items()}
         self.seen = {}
         return frames, stages
+
+    def compute(self, source: Any, padding: Any) -> Any:
+        """Run the model, and put what no hook sees into `seen`.
+
+        Args:
+            source: (batch, samples).
+            padding: (batch, samples), true where there is padding; `None` for a single utterance.
+
+        Returns:
+            (batch, frames), true where there is padding, or `None`.
+        """
+        output = self.model(source, padding_mask=padding, mask=False, features_only=True)
+        if getattr(self.w2v, "quantizer", None) is not None:
+            self._pretraining(output["x"])
+        return output["padding_mask"]
 
     def _pretraining(self, x: Any) -> None:
         """What `Wav2Vec2Model.forward` computes after the encoder, for every frame instead of the masked ones."""
@@ -502,6 +532,59 @@ def aligned(value: Any) -> Any:
     For a single frame, the matrix kernels of x86 processors add in an order that depends on it.
     """
     return value.clone() if value.data_ptr() % 64 else value
+
+
+class CtcReference(Reference):
+    """fairseq's model with a CTC head."""
+
+    prefix = "w2v_encoder.w2v_model."
+
+    def encoder(self) -> Any:
+        """The encoder that was pretrained, inside the model."""
+        return self.model.w2v_encoder.w2v_model
+
+    def compute(self, source: Any, padding: Any) -> Any:
+        """Run the model; the logits with the blank's weight."""
+        output = self.model(source=source, padding_mask=padding)
+        logits = self.model.get_logits(output) if hasattr(self.model, "get_logits") else output["encoder_out"]
+        self.seen["logits"] = logits.transpose(0, 1)
+        return output["padding_mask"]
+
+    def _filled(self, weights: Any) -> None:
+        if getattr(self.model, "blank_weight", None) and self.model.blank_mode == "add":
+            self.exact_blank = self._rounded_blank(weights["w2v_encoder.proj.bias"].dtype)
+
+    def round_weights(self, name: str) -> None:
+        """Round every weight to float16 or bfloat16, and keep it as float32, as a converted model of that type has it."""
+        if self.exact_blank is not None:
+            self.model.blank_weight = self.exact_blank = self._rounded_blank(NAMES[name])
+        super().round_weights(name)
+
+    def _rounded_blank(self, kind: Any) -> float:
+        """What is left of `blank_weight` when its sum with the head's bias is rounded, as a conversion does."""
+        bias = self.model.w2v_encoder.proj.bias.data[0].cpu().float()
+        meant = (bias + torch.tensor(self.model.blank_weight, dtype=torch.float32)).to(kind)
+        return float(meant.double() - bias.to(kind).double())
+
+    @contextlib.contextmanager
+    def _as_converted(self) -> Any:
+        """In float64, `blank_weight` is what is left of it once it became part of the head's bias."""
+        blank = self.model.__dict__.get("blank_weight")
+        if self.exact_blank is not None:
+            self.model.blank_weight = self.exact_blank
+        try:
+            with super()._as_converted():
+                yield
+        finally:
+            if self.exact_blank is not None:
+                self.model.blank_weight = blank
+
+
+# fairseq's name of an encoder -> its module, its configuration's class, its model's class
+ENCODERS = {"wav2vec2": ("fairseq.models.wav2vec.wav2vec2", "Wav2Vec2Config", "Wav2Vec2Model")}
+
+# fairseq's name of an architecture -> what builds its model, and what runs it
+ARCHITECTURES = {"wav2vec2": (build_pretrained, Reference), "wav2vec_ctc": (build_ctc, CtcReference)}
 
 
 def crop(name: str, value: Any, frames: list[int]) -> Any:

@@ -161,22 +161,12 @@ def compared(
 
     ours.frames = target.run(*batch, visit)
     differences = [found[name] for name in answer.stages if name in found]
-    for name in set(_expected(target)) - set(found):
+    for name in set(target.stages) - set(found):
         differences.append(Difference(name, False, float("inf"), note="one of the sides does not have this stage"))
     if ours.frames != answer.frames:
         note = f"{ours.frames} valid frames, the reference has {answer.frames}"
         differences.insert(0, Difference("frames", False, float("inf"), note=note))
     return ours, differences
-
-
-def _expected(target: Target) -> list[str]:
-    """The stages a model of this class must have been compared at."""
-    base = target.base
-    names = [f"conv.{index}" for index in range(len(base.feature_extractor.conv_layers))]
-    names += ["feature_norm", "projection", "pos_conv", "encoder"]
-    names += [f"layer.{index}" for index in range(len(base.encoder.layers))]
-    names += ["logits"] if hasattr(target.model, "lm_head") else []
-    return names + (["quantizer", CODES, "project_q", "project_hid"] if hasattr(target.model, "quantizer") else [])
 
 
 def _measure(

@@ -30,6 +30,7 @@ class Subject:
     Args:
         path: the checkpoint.
         name, size, sha256: of the file.
+        architecture: fairseq's name of it.
         settings: the sections `model` and `task`, with `w2v_args` filled in.
         symbols: fairseq's dictionary; empty without one.
         special: ids of its special symbols.
@@ -43,6 +44,7 @@ class Subject:
     name: str
     size: int
     sha256: str
+    architecture: str
     settings: Mapping[str, Any]
     symbols: tuple[str, ...]
     special: tuple[int, ...]
@@ -55,6 +57,7 @@ class Subject:
         """The request of `fairseq_worker.open_reference`."""
         return {
             "checkpoint": str(self.path),
+            "architecture": self.architecture,
             "settings": self.settings,
             "symbols": list(self.symbols),
             "special": list(self.special),

@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from convert.checkpoint import Checkpoint, open_checkpoint
+from convert.checkpoint import open_checkpoint
 from convert.checkpoint.dictionary import SPECIAL, Dictionary, from_file
 from convert.errors import ConvertError
-from convert.model.architectures import Request, encoder_settings
+from convert.model.architectures import architecture_of
+from convert.model.encoder import encoder_settings
 from convert.model.processor import BLANK
 from convert.model.settings import Reader
+from convert.model.types import Request
 from convert.verification.inputs import Geometry
 from convert.verification.reference import Subject, check_pickle
 
@@ -46,19 +48,21 @@ def read_subject(
         if base is not None:
             with open_checkpoint(base) as other:
                 inner = other.settings
-        if opened.settings["model"].get("_name") != "wav2vec2" and _is_fine_tuned(opened):
+        fine_tuned = any(name.startswith(("w2v_encoder.", "encoder.w2v_model.")) for name in opened.tensors)
+        if fine_tuned:
             reader = encoder_settings(opened, Request(base=inner))
             if not isinstance(settings["model"].get("w2v_args"), dict):
                 settings["model"]["w2v_args"] = inner
         else:
             reader = Reader(dict(settings["model"]), {})
         known = from_file(dictionary) if dictionary else opened.dictionary or kept
-        symbols = known.symbols if known and _is_fine_tuned(opened) else ()
+        symbols = known.symbols if known and fine_tuned else ()
         subject = Subject(
             path=path,
             name=opened.path.name.encode("utf-8", "backslashreplace").decode(),
             size=opened.size,
             sha256=opened.sha256(),
+            architecture=architecture_of(opened),
             settings=settings,
             symbols=symbols,
             special=tuple(index for index, symbol in enumerate(symbols) if symbol in (*SPECIAL, BLANK)),
@@ -70,10 +74,6 @@ def read_subject(
         convolutions = tuple((kernel, stride) for _, kernel, stride in reader.convolutions("conv_feature_layers"))
     multiple = reader.values.get("required_seq_len_multiple", 2)
     return subject, Geometry(convolutions, int(multiple or 1))
-
-
-def _is_fine_tuned(opened: Checkpoint) -> bool:
-    return any(name.startswith("w2v_encoder.") for name in opened.tensors)
 
 
 def _post_process(settings: Mapping[str, Any]) -> str:

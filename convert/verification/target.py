@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import torch
 
 Visit = Callable[[str, "torch.Tensor"], None]
+# config.json's model_type -> the attention that does fairseq's arithmetic; sdpa where none is named
+ATTENTION: dict[str, str] = {}
 
 
 def load(model_dir: Path, device: str) -> Target:
@@ -39,7 +41,8 @@ def load(model_dir: Path, device: str) -> Target:
         if cls is None:
             raise ValueError(f"transformers {transformers.__version__} has no class {name!r}")
         key = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
-        options = {key: torch.float32, "attn_implementation": "sdpa", "local_files_only": True}
+        attention = ATTENTION.get(config.model_type, "sdpa")
+        options = {key: torch.float32, "attn_implementation": attention, "local_files_only": True}
         model, seen = cls.from_pretrained(model_dir, config=config, output_loading_info=True, **options)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".split("\n")[0]
@@ -63,11 +66,11 @@ def load(model_dir: Path, device: str) -> Target:
             problems=problems,
             hint="convert the checkpoint again",
         )
-    return Target(model, device)
+    return TARGETS.get(name, Target)(model, device)
 
 
 class Target:
-    """A converted model, watched.
+    """A converted model, watched: an encoder with or without a head. The base of all other kinds of model.
 
     Args:
         model: the transformers model, float32.
@@ -79,6 +82,7 @@ class Target:
         self.device = device
         self.visit: Visit | None = None
         self.frames: list[int] = []
+        self.stages: list[str] = []  # what it is compared at, in no order
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
             parameter.data = aligned(parameter.data)
@@ -87,7 +91,13 @@ class Target:
     @property
     def base(self) -> Any:
         """The encoder, without its head."""
-        return getattr(self.model, "wav2vec2", self.model)
+        return self.model.base_model
+
+    @property
+    def output(self) -> str:
+        """The stage that the model is there for: its head's, or the encoder's."""
+        heads = [name for name in ("logits", "project_hid") if name in self.stages]
+        return heads[0] if heads else "encoder"
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:
@@ -96,7 +106,17 @@ class Target:
         return found
 
     def _hook(self) -> None:
-        base, model = self.base, self.model
+        self._hook_encoder(self.base)
+        model = self.model
+        if hasattr(model, "lm_head"):
+            self._watch(model.lm_head, "logits")
+        if hasattr(model, "quantizer"):
+            self._watch(model.quantizer.weight_proj, "quantizer")
+            self._watch(model.project_q, "project_q")
+            self._watch(model.project_hid, "project_hid")
+            self.stages.append("codes")
+
+    def _hook_encoder(self, base: Any) -> None:
         for index, layer in enumerate(base.feature_extractor.conv_layers):
             self._watch(layer, f"conv.{index}")
         self._watch(base.feature_projection.layer_norm, "feature_norm")
@@ -105,12 +125,6 @@ class Target:
         for index, layer in enumerate(base.encoder.layers):
             self._watch(layer, f"layer.{index}")
         self._watch(base.encoder, "encoder")
-        if hasattr(model, "lm_head"):
-            self._watch(model.lm_head, "logits")
-        if hasattr(model, "quantizer"):
-            self._watch(model.quantizer.weight_proj, "quantizer")
-            self._watch(model.project_q, "project_q")
-            self._watch(model.project_hid, "project_hid")
 
     def _watch(self, module: Any, name: str) -> None:
         def hook(_: Any, __: Any, output: Any) -> None:
@@ -124,6 +138,7 @@ class Target:
                 self.visit("codes", value.reshape(*value.shape[:-1], groups, -1).argmax(-1))
 
         module.register_forward_hook(hook)
+        self.stages.append(name)
 
     @contextlib.contextmanager
     def arithmetic(self, name: str) -> Iterator[None]:
@@ -160,10 +175,14 @@ class Target:
         self.visit = visit
         try:
             with torch.no_grad():
-                self.model(source, attention_mask=mask)
+                self.compute(source, mask)
         finally:
             self.visit = None
         return self.frames
+
+    def compute(self, source: torch.Tensor, mask: torch.Tensor | None) -> None:
+        """Run the model on (batch, samples), with its attention mask; what no hook sees is shown to `visit`."""
+        self.model(source, attention_mask=mask)
 
     def like(self, changes: Mapping[str, Any]) -> Target:
         """Make the same model, on the same tensors, with other configuration values."""
@@ -174,8 +193,12 @@ class Target:
         config = copy.deepcopy(self.model.config)
         for name, value in changes.items():
             setattr(config, name, value)
-        config._attn_implementation = "sdpa"
+        config._attn_implementation = self.model.config._attn_implementation
         with torch.device("meta"):
             other = type(self.model)(config)
         other.load_state_dict(self.model.state_dict(), strict=True, assign=True)
-        return Target(other, self.device)
+        return type(self)(other, self.device)
+
+
+# transformers class -> what runs it, where `Target` does not
+TARGETS: dict[str, type[Target]] = {}

@@ -1,0 +1,136 @@
+"""What is decided about a conversion before a tensor byte is read, and what the caller asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from convert.checkpoint import Checkpoint, open_checkpoint
+from convert.checkpoint.dictionary import Dictionary, from_file
+from convert.mapping.rules import Plan
+from convert.model.processor import Processor
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """One value of `config.json`, and where it came from."""
+
+    name: str
+    value: Any
+    origin: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sidecar:
+    """A safetensors file beside the weights, of tensors that have no place in transformers' class.
+
+    Args:
+        file: its name.
+        plan: its proved plan.
+        group: the tensors' group in the checkpoint, a key of `Checkpoint.groups`; empty for those of `model`.
+    """
+
+    file: str
+    plan: Plan
+    group: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """All that a conversion will do, decided before a tensor byte is read.
+
+    Args:
+        fairseq: fairseq's name of the architecture.
+        target: the transformers class.
+        head: `encoder` for a model without its head, otherwise the kind of checkpoint, such as `ctc` or `pretraining`.
+        plan: the proved plan of the tensors.
+        config: the values of `config.json`.
+        training_only: settings without a counterpart, that act while training only.
+        processor: the vocabulary and the feature extractor.
+        dictionary: fairseq's target dictionary, where there is one.
+        sidecars: files of further tensors.
+    """
+
+    fairseq: str
+    target: str
+    head: str
+    plan: Plan
+    config: tuple[Value, ...]
+    training_only: Mapping[str, Any]
+    processor: Processor
+    dictionary: Dictionary | None
+    sidecars: tuple[Sidecar, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the caller asks for beside the checkpoint.
+
+    Args:
+        head: `encoder`, a kind of checkpoint such as `ctc`, or empty for what the checkpoint is.
+        dictionary: the dictionary of `--dict`.
+        base: the settings of the pretrained checkpoint, for a fine-tuned one without `w2v_args`.
+        training_only: settings that the caller knows to act while training only.
+        keep_final_proj: whether the pretraining head that transformers has no class for is kept in a sidecar.
+        language: the one language to take of a checkpoint that has adapters for several.
+    """
+
+    head: str = ""
+    dictionary: Dictionary | None = None
+    base: Mapping[str, Any] | None = None
+    training_only: Sequence[str] = ()
+    keep_final_proj: bool = False
+    language: str = ""
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What `conversion.json` keeps of it, so that the same can be asked for again."""
+        return {"head": self.head, "keep_final_proj": self.keep_final_proj, "language": self.language}
+
+
+def make_request(
+    *,
+    head: str | None = None,
+    dictionary: str | Path | None = None,
+    base: str | Path | None = None,
+    training_only: Sequence[str] = (),
+    keep_final_proj: bool = False,
+    language: str | None = None,
+) -> Request:
+    """Read the files that a request names; the arguments are those of `convert.plan`.
+
+    Raises:
+        CheckpointError: one of them cannot be read.
+    """
+    settings = None
+    if base is not None:
+        with open_checkpoint(base) as opened:
+            settings = opened.settings
+    symbols = from_file(Path(dictionary)) if dictionary else None
+    return Request(head or "", symbols, settings, tuple(training_only), keep_final_proj, language or "")
+
+
+def request_again(
+    record: Mapping[str, Any],
+    opened: Checkpoint,
+    kept: Dictionary | None,
+    *,
+    dictionary: str | Path | None = None,
+    base: str | Path | None = None,
+) -> Request:
+    """Ask for the same as a conversion did.
+
+    Args:
+        record: the content of its `conversion.json`.
+        opened: the checkpoint.
+        kept: the dictionary that the record keeps, for checkpoints that carry none.
+        dictionary, base: as for `convert.plan`; the record names no files.
+    """
+    asked = dict(record.get("request") or {"head": (record.get("architecture") or {}).get("head")})
+    training_only = tuple(record.get("training_only") or ())
+    made = make_request(dictionary=dictionary, base=base, training_only=training_only, **asked)
+    if made.dictionary is None and opened.dictionary is None:
+        return Request(made.head, kept, made.base, made.training_only, made.keep_final_proj, made.language)
+    return made
