@@ -14,7 +14,7 @@ from convert.mapping import infer_layout, plan, table
 from convert.mapping.rules import Edit, Plan
 from convert.mapping.wav2vec2 import Layout
 from convert.model.fields import DEFAULTS, FINE_TUNING, Fields
-from convert.model.processor import make_processor
+from convert.model.processor import Processor, make_processor
 from convert.model.settings import MISSING, Reader
 from convert.model.types import Model, Request, Sidecar, Value
 
@@ -141,9 +141,9 @@ def describe_encoder(
         for section, values in (("model", model), ("task", checkpoint.settings["task"]))
     )
     sources = Sources(checkpoint, request, name, kind.name, head, reader, outer, task)
-    training_only = _classify(sources, kind, family.fields)
+    training_only = classify(sources, kind, family.fields)
     if kind.symbols:
-        sources.dictionary = _dictionary(sources, kind.symbols)
+        sources.dictionary = read_dictionary(sources, kind.symbols)
     config = _config(sources, family.fields) + family.values(sources) + kind.values(sources)
     layout = None if any(p.code == "missing-setting" for p in sources.problems) else _layout(sources, family)
     processor = make_processor(
@@ -154,19 +154,53 @@ def describe_encoder(
         config.append(Value("vocab_size", len(sources.dictionary or ()), "dictionary"))
     proved = _plan(sources, layout, kind.edits(sources) if head != "encoder" else [])
     sidecars = family.sidecars(sources)
+    target = family.classes.get(head, "")
+    return finish(sources, proved, target, family.model_type, config, training_only, processor, sidecars)
+
+
+def finish(
+    sources: Sources,
+    proved: Plan | None,
+    target: str,
+    model_type: str,
+    config: Sequence[Value],
+    training_only: Mapping[str, Any],
+    processor: Processor,
+    sidecars: Sequence[Sidecar] = (),
+) -> Model:
+    """Put together what was decided, unless there is a reason to refuse.
+
+    Args:
+        sources: what it was decided from, with the problems.
+        proved: the plan; `None` where there is none, for reasons among the problems.
+        target: the transformers class.
+        model_type: what `config.json` calls it.
+        config: the values of `config.json` so far.
+        training_only, processor, sidecars: as in `Model`.
+
+    Raises:
+        PlanError: every problem at once.
+    """
     if sources.problems or proved is None:
         raise PlanError(
-            f"{checkpoint.path.name} cannot be converted completely; nothing was written",
+            f"{sources.checkpoint.path.name} cannot be converted completely; nothing was written",
             code="refused",
             problems=sources.problems,
             hint=_hint(sources.problems),
         )
-    target = family.classes[head]
     dtype = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}.get(_dtype(proved), "float32")
-    fixed = {"architectures": [target], "model_type": family.model_type, "torch_dtype": dtype}
-    config += [Value(key, value, "the class") for key, value in fixed.items()]
+    fixed = {"architectures": [target], "model_type": model_type, "torch_dtype": dtype}
+    values = (*config, *(Value(key, value, "the class") for key, value in fixed.items()))
     return Model(
-        name, target, head, proved, tuple(config), training_only, processor, sources.dictionary, tuple(sidecars)
+        fairseq=sources.name,
+        target=target,
+        head=sources.head,
+        plan=proved,
+        config=values,
+        training_only=training_only,
+        processor=processor,
+        dictionary=sources.dictionary,
+        sidecars=tuple(sidecars),
     )
 
 
@@ -222,7 +256,7 @@ def encoder_settings(checkpoint: Checkpoint, request: Request) -> Reader:
     return reader
 
 
-def _classify(sources: Sources, kind: Kind, fields: Fields) -> dict[str, Any]:
+def classify(sources: Sources, kind: Kind, fields: Fields) -> dict[str, Any]:
     """Put every setting into one class: carried, training only, or refused."""
     reader, outer = sources.reader, sources.outer.values
     training_only = {}
@@ -418,7 +452,13 @@ def blank_edits(sources: Sources) -> list[Edit]:
     return [bias] if mode == "add" else [Edit("lm_head.weight", 0, "set", 0.0, reason), bias]
 
 
-def _dictionary(sources: Sources, rows_of: str) -> Dictionary | None:
+def read_dictionary(sources: Sources, rows_of: str) -> Dictionary | None:
+    """Choose the target dictionary: the checkpoint's own, or the one that was given; both must be the same.
+
+    Args:
+        sources: where they are.
+        rows_of: the tensor that has one row for each symbol.
+    """
     inside, given = sources.checkpoint.dictionary, sources.request.dictionary
     if inside and given and inside.symbols != given.symbols:
         detail = f"the checkpoint's has {len(inside)} symbols, the file's {len(given)}"
