@@ -229,12 +229,15 @@ def test_the_commands(base: tuple[Path, Path], recording: Path, tmp_path: Path, 
     assert "deliberate mistakes   9 of 9 caught" in done.text
     assert done.data["passed"] is True and done.data["reference"]["kind"] == "recording"
     assert {run["verdict"] for run in done.data["runs"] if run["require"] == "identical"} == {"identical"}
-    line = [sys.executable, "-m", "convert", "record", str(base[0]), str(tmp_path / "new"), "--no-long", "--json"]
-    made = subprocess.run(
-        line, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}
-    )
-    assert made.returncode == 0, made.stderr
-    assert "speech-even" in json.loads(made.stdout)["inputs"] and (tmp_path / "new").is_file()
+    live = {}
+    for words in (["record", base[0], tmp_path / "new"], ["verify", *base]):
+        line = [sys.executable, "-m", "convert", *map(str, words), "--no-long", "--json"]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        made = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, env=environment)
+        assert (made.returncode, made.stderr) == (0, "")  # nothing of what fairseq says while it is imported
+        live[words[0]] = json.loads(made.stdout)
+    assert live["verify"]["reference"]["kind"] == "in-process"
+    assert "speech-even" in live["record"]["inputs"] and (tmp_path / "new").is_file()
 
 
 def test_a_recording_is_replaced_only_when_asked(base: tuple[Path, Path], tmp_path: Path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +12,7 @@ from convert.checkpoint import is_harmless, open_checkpoint
 from convert.errors import ConvertError, Problem
 from convert.evaluation.packages import require
 from convert.evaluation.processes import exact
+from convert.verification.devices import quiet
 
 
 class FairseqReference:
@@ -42,7 +41,7 @@ class FairseqReference:
                     Problem("unsafe-global", name, "is not among what fairseq's trainers write") for name in strange
                 ],
             )
-        with _quiet():
+        with quiet():
             fairseq = require("fairseq", "fairseq")
             utils = require("fairseq.checkpoint_utils", "fairseq")
             try:
@@ -84,16 +83,3 @@ def _whole_pickles(torch: Any) -> Iterator[None]:
         yield
     finally:
         torch.load = load
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without fairseq's remarks on packages for other tasks."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import platform
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -42,6 +44,22 @@ def choose(wanted: Sequence[str]) -> tuple[list[str], dict[str, str]]:
             )
         chosen.append(full)
     return list(dict.fromkeys(chosen)), {}
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Import and build fairseq without its remarks on packages for other tasks, its log handler, and what torch deprecates."""
+    before, root = logging.root.manager.disable, logging.root
+    handlers, level = list(root.handlers), root.level
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+        root.handlers[:] = handlers
+        root.setLevel(level)
 
 
 @contextlib.contextmanager

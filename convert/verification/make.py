@@ -9,7 +9,7 @@ from pathlib import Path
 
 from convert.errors import ConvertError, check_place
 from convert.verification import fairseq_worker
-from convert.verification.devices import steady
+from convert.verification.devices import quiet, steady
 from convert.verification.inputs import Waveform, collect, probes
 from convert.verification.recording import Recorded, ask, pack
 from convert.verification.reference import HINT, run_worker
@@ -45,7 +45,7 @@ def make_recording(
     with tempfile.TemporaryDirectory(prefix="fairseq-to-hf-") as folder:
         made = Path(folder) / "answers"
         try:
-            with steady():
+            with quiet(), steady():
                 fairseq_worker.record(request | {"out": str(made)}, arrays)
         except fairseq_worker.CannotBuildError as error:
             raise ConvertError(f"{error}", code="no-fairseq", hint=HINT) from error

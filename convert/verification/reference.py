@@ -15,6 +15,7 @@ from convert.checkpoint import Checkpoint, is_harmless
 from convert.errors import ConvertError
 from convert.verification import fairseq_worker
 from convert.verification.compare import Answer, Stage, distances
+from convert.verification.devices import quiet
 from convert.verification.inputs import Cut, Probe, Waveform, cut, normalised
 
 if TYPE_CHECKING:
@@ -143,7 +144,8 @@ class Live:
 
     def __init__(self, subject: Subject, clips: Mapping[str, Waveform], device: str) -> None:
         try:
-            self.inner = fairseq_worker.open_reference(subject.request() | {"device": device})
+            with quiet():
+                self.inner = fairseq_worker.open_reference(subject.request() | {"device": device})
         except fairseq_worker.CannotBuildError as error:
             raise ConvertError(f"{error}", code="no-fairseq", hint=HINT) from error
         self.subject, self.clips = subject, dict(clips)
