@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -17,7 +18,14 @@ if TYPE_CHECKING:
     from convert.fetching import Entry
 
 # The paper that describes a model class, by the beginning of the class's name.
-_METHOD = {"Wav2Vec2": "2006.11477", "Hubert": "2106.07447", "Data2VecAudio": "2202.03555"}
+_METHOD = {"Wav2Vec2": "2006.11477", "Hubert": "2106.07447", "Data2VecAudio": "2202.03555", "Speech2Text": "2010.05171"}
+# What a model class gives, by the end of its name.
+_OUTPUTS = {
+    "ForCTC": "ctc",
+    "ForSequenceClassification": "labels",
+    "ForConditionalGeneration": "generation",
+    "SpeechEncoderDecoderModel": "generation",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +80,25 @@ class Facts:
         return self.verification is not None
 
     @property
+    def output(self) -> str:
+        """What the model gives: `ctc` (text, a symbol a frame), `generation` (text, token by token), `labels`, `hidden`."""
+        return next((output for end, output in _OUTPUTS.items() if self.class_name.endswith(end)), "hidden")
+
+    @property
     def ctc(self) -> bool:
+        """Whether the model writes text, a symbol a frame."""
+        return self.output == "ctc"
+
+    @property
+    def text(self) -> bool:
         """Whether the model writes text."""
-        return self.class_name.endswith("ForCTC")
+        return self.output in ("ctc", "generation")
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """The languages that have an adapter of their own."""
+        names = (re.fullmatch(r"adapter\.([\w-]+)\.safetensors", name) for name in self.conversion.get("files") or ())
+        return tuple(sorted(match[1] for match in names if match))
 
     @property
     def title(self) -> str:

@@ -12,6 +12,12 @@ from convert.publishing.frontmatter import Block
 LISTS = ("language", "base_model", "tags", "datasets", "metrics")
 NAMES = {"wer": "WER", "cer": "CER"}
 UNVERIFIED = "unverified"
+TASKS = {  # what a model gives -> the Hub's name of the task
+    "ctc": "automatic-speech-recognition",
+    "generation": "automatic-speech-recognition",
+    "labels": "audio-classification",
+    "hidden": "feature-extraction",
+}
 
 
 def wanted(facts: Facts) -> dict[str, Any]:
@@ -20,11 +26,11 @@ def wanted(facts: Facts) -> dict[str, Any]:
     Keys and forms: the Hub's model card specification. Error rates are percentages there, fractions in
     `evaluation.json`.
     """
-    task = _task(facts.class_name)
+    task = TASKS[facts.output]
     kind = str(facts.config.get("model_type", ""))
-    tags = ["audio", "automatic-speech-recognition"] if facts.ctc else ["audio"]
+    tags = ["audio", task] if facts.text else ["audio"]
     tags += ["speech", *([kind] if kind else []), "fairseq"]
-    tags += ["hf-asr-leaderboard"] if facts.ctc else []
+    tags += ["hf-asr-leaderboard"] if facts.text else []
     tags += [] if facts.verified else [UNVERIFIED]
     values: dict[str, Any] = {
         "language": list(facts.language),
@@ -35,7 +41,7 @@ def wanted(facts: Facts) -> dict[str, Any]:
         "tags": tags,
         "datasets": list(facts.datasets),
         "metrics": ["wer", "cer"] if facts.evaluation else None,
-        "widget": [{"src": facts.sample, "example_title": "Sample"}] if facts.sample and facts.ctc else None,
+        "widget": [{"src": facts.sample, "example_title": "Sample"}] if facts.sample and facts.text else None,
         "model-index": _model_index(facts),
     }
     return {key: value for key, value in values.items() if value}
@@ -90,12 +96,6 @@ def merge(text: str, newline: str, facts: Facts) -> str:
         hint = "write the block between the two --- lines more simply, and publish again"
         raise ConvertError(message, code="card", key="README.md", status=1, hint=hint)
     return block.text
-
-
-def _task(class_name: str) -> str:
-    if class_name.endswith("ForCTC"):
-        return "automatic-speech-recognition"
-    return "audio-classification" if class_name.endswith("ForSequenceClassification") else "feature-extraction"
 
 
 def _model_index(facts: Facts) -> list[dict[str, Any]] | None:

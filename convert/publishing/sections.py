@@ -125,8 +125,19 @@ def _usage(facts: Facts) -> str:
     needs = "transformers torch soundfile"
     needs += " datasets" if "datasets" in snippets.usage(facts) else ""
     text = f"`pip install {needs}`, then:\n\n```python\n{snippets.usage(facts)}```"
-    if not facts.ctc:
+    if facts.output == "hidden":
         text += "\n\nThe model has no vocabulary: it gives hidden states, no text."
+    if "final_proj.safetensors" in (facts.conversion.get("sidecars") or {}):
+        text += (
+            "\n\nThe head of pretraining, for which transformers' class has no place, is in `final_proj.safetensors`:"
+            f"\n\n```python\n{snippets.final_proj(facts)}```"
+        )
+    if facts.languages:
+        several = f"{len(facts.languages)} languages, each with an adapter and a vocabulary of its own"
+        text += (
+            f"\n\nThe model knows {several}: {', '.join(f'`{name}`' for name in facts.languages)}. To change the language of "
+            "a loaded model: `processor.tokenizer.set_target_lang(name)` and `model.load_adapter(name)`."
+        )
     return text
 
 
@@ -151,11 +162,17 @@ def _input(facts: Facts) -> str:
         )
     elif facts.preprocessor:
         lines.append("- The processor returns no `attention_mask`; run utterances of different lengths one by one.")
+    if facts.class_name.startswith(("Hubert", "WavLM")):
+        lines.append(
+            "- In a padded batch, fairseq and transformers count the valid frames of the shorter utterances differently "
+            "(fairseq splits the mask evenly, transformers follows the convolutions), so that the last frame of one may "
+            "belong to the padding on one side. Single utterances are not affected."
+        )
     return "\n".join(lines)
 
 
 def _evaluation(facts: Facts) -> str:
-    if not facts.ctc:
+    if not facts.text:
         return "The model writes no text, so that there is no word error rate to measure."
     parts = []
     if facts.evaluation:
@@ -194,7 +211,7 @@ def _result(row: Mapping[str, Any]) -> str:
 
 def _limits(facts: Facts) -> str:
     lines = ["- It inherits every weakness and bias of the checkpoint; the conversion adds and removes none."]
-    if facts.ctc:
+    if facts.text:
         lines.append(
             "- It writes only what its vocabulary holds, and its decoding here is greedy, without a language model."
         )

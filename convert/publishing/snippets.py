@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from convert.publishing.facts import Facts
 
-_LOAD = """\
-repository = "{repo}"
-revision = "{revision}"{remark}
-processor = AutoProcessor.from_pretrained(repository, revision=revision)
-model = {name}.from_pretrained(repository, revision=revision).eval()
-"""
+_PROCESSOR = "processor = AutoProcessor.from_pretrained(repository, revision=revision{language})\n"
+_FEATURES = "features = AutoFeatureExtractor.from_pretrained(repository, revision=revision)\n"
+_TOKENIZER = "tokenizer = AutoTokenizer.from_pretrained(repository, revision=revision)\n"
 
 _TRANSCRIBE = """\
 import io
@@ -34,14 +31,74 @@ print(processor.batch_decode(logits.argmax(dim=-1))[0])
 _OWN_FILE = """\
 import soundfile
 import torch
-from transformers import {processor}, {name}
+from transformers import {classes}
 
 {load}
 speech, rate = soundfile.read("speech.wav", dtype="float32")  # {hertz} Hz, one channel
+{use}
+"""
+
+# what a model gives -> the classes that prepare its input and read its output, how they are loaded, how they are used
+_USES = {
+    "ctc": (
+        "AutoProcessor",
+        _PROCESSOR,
+        """\
 inputs = processor(speech, sampling_rate=rate, return_tensors="pt")
 with torch.no_grad():
     outputs = model(**inputs)
-{use}
+print(processor.batch_decode(outputs.logits.argmax(dim=-1))[0])
+""",
+    ),
+    "generation": (
+        "AutoFeatureExtractor, AutoTokenizer",
+        _FEATURES + _TOKENIZER,
+        """\
+inputs = features(speech, sampling_rate=rate, return_tensors="pt")
+with torch.no_grad():
+    tokens = model.generate(**inputs)
+print(tokenizer.batch_decode(tokens, skip_special_tokens=True)[0])
+""",
+    ),
+    "labels": (
+        "AutoFeatureExtractor",
+        _FEATURES,
+        """\
+inputs = features(speech, sampling_rate=rate, return_tensors="pt")
+with torch.no_grad():
+    shares = model(**inputs).logits.softmax(dim=-1)[0]
+print(model.config.id2label[int(shares.argmax())], float(shares.max()))
+""",
+    ),
+    "hidden": (
+        "AutoFeatureExtractor",
+        _FEATURES,
+        """\
+inputs = features(speech, sampling_rate=rate, return_tensors="pt")
+with torch.no_grad():
+    outputs = model(**inputs)
+print({name: tuple(value.shape) for name, value in outputs.items() if torch.is_tensor(value)})
+""",
+    ),
+}
+
+_FINAL_PROJ = """\
+from huggingface_hub import hf_hub_download
+from safetensors.torch import load_file
+from torch import nn
+from transformers import {name}
+
+{load}
+
+class {name}WithFinalProj({name}):
+    def __init__(self, config):
+        super().__init__(config)
+        self.final_proj = nn.Linear(config.hidden_size, config.classifier_proj_size)
+
+
+head = load_file(hf_hub_download(repository, "final_proj.safetensors", revision=revision))
+model = {name}WithFinalProj.from_pretrained(repository, revision=revision).eval()
+model.final_proj.load_state_dict({{"weight": head["final_proj.weight"], "bias": head["final_proj.bias"]}})
 """
 
 _LIBRISPEECH = """\
@@ -79,13 +136,15 @@ def usage(facts: Facts) -> str:
     """Return the snippet that uses the model."""
     if facts.ctc and facts.letters and "en" in facts.language:
         return _TRANSCRIBE.format(name=facts.class_name, load=_load(facts))
-    use = "print(processor.batch_decode(outputs.logits.argmax(dim=-1))[0])"
-    if not facts.ctc:
-        use = "print({name: tuple(value.shape) for name, value in outputs.items() if torch.is_tensor(value)})"
-    processor = "AutoProcessor" if facts.ctc else "AutoFeatureExtractor"
-    load = _load(facts).replace("AutoProcessor", processor)
+    classes, load, use = _USES[facts.output]
     hertz = facts.preprocessor.get("sampling_rate", 16000)
-    return _OWN_FILE.format(name=facts.class_name, load=load, use=use, processor=processor, hertz=hertz)
+    classes = f"{classes}, {facts.class_name}"
+    return _OWN_FILE.format(classes=classes, load=_load(facts, load), use=use.rstrip("\n"), hertz=hertz)
+
+
+def final_proj(facts: Facts) -> str:
+    """Return the snippet that joins a model and the head that its class has no place for."""
+    return _FINAL_PROJ.format(name=facts.class_name, load=_pin(facts))
 
 
 def evaluation(facts: Facts) -> str:
@@ -93,6 +152,14 @@ def evaluation(facts: Facts) -> str:
     return _LIBRISPEECH.format(name=facts.class_name, load=_load(facts))
 
 
-def _load(facts: Facts) -> str:
+def _load(facts: Facts, parts: str = _PROCESSOR) -> str:
+    language = f', target_lang="{facts.languages[0]}"' if facts.languages else ""
+    # every language has a vocabulary of its own size
+    sizes = ", ignore_mismatched_sizes=True" if language else ""
+    model = f"model = {facts.class_name}.from_pretrained(repository, revision=revision{language}{sizes}).eval()\n"
+    return _pin(facts) + parts.format(language=language) + model
+
+
+def _pin(facts: Facts) -> str:
     remark = "  # exactly the files this card speaks of" if facts.pin else "  # pin the commit that you have checked"
-    return _LOAD.format(repo=facts.repo_id, revision=facts.pin or "main", remark=remark, name=facts.class_name)
+    return f'repository = "{facts.repo_id}"\nrevision = "{facts.pin or "main"}"{remark}\n'
