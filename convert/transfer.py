@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from convert.checkpoint.container import Container, Range, corrupted, release
 from convert.checkpoint.unpickle import StoredTensor
 from convert.errors import CheckpointError, ConvertError, MismatchError, PlanError, Problem
-from convert.mapping.rules import Edit, Plan, TensorSpec
+from convert.mapping.rules import FLOATS, Edit, Plan, TensorSpec
 
 if TYPE_CHECKING:
     import numpy as np
@@ -88,7 +88,7 @@ def pieces(container: Container, plan: Plan, tensors: Mapping[str, StoredTensor]
     listed = []
     for source, target in plan.renames.items():
         tensor, spec = tensors[source], plan.target[target]
-        kind = spec.dtype if dtype == "keep" else dtype
+        kind = spec.dtype if dtype == "keep" or spec.dtype not in FLOATS else dtype
         out = TensorSpec(target, spec.shape, kind)
         if _contiguous(tensor) and kind == spec.dtype and target not in edits:
             listed.append(Piece(out, tensor, None))

@@ -11,7 +11,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from convert.errors import PlanError, Problem
@@ -20,6 +20,7 @@ _AXIS = re.compile(r"\{(\w+)\}")
 Dims = Mapping[str, int]
 Axes = Mapping[str, Sequence[object]]
 T = TypeVar("T")
+FLOATS = ("F32", "F16", "BF16", "F64")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,7 @@ class Rename:
         source: fairseq's key, with named axes such as `{layer}`.
         target: Hugging Face's key, with the same axes.
         shape: the names of its dimensions (or numbers), separated by spaces; axes may stand in them.
+        dtype: what it must be where that is no floating point type, such as `I64` for a counter; no conversion changes it.
 
     Raises:
         ValueError: the two keys have different axes.
@@ -52,6 +54,7 @@ class Rename:
     source: str
     target: str
     shape: str
+    dtype: str = ""
 
     def __post_init__(self) -> None:
         ours, theirs = sorted(_AXIS.findall(self.source)), sorted(_AXIS.findall(self.target))
@@ -125,6 +128,7 @@ class Table:
         fills: target key -> rule.
         shapes: the shape of every target key.
         edits: changes of single rows.
+        dtypes: target key -> its dtype, of those that are no floating point numbers.
 
     Build one with `Table.build`.
     """
@@ -135,6 +139,7 @@ class Table:
     fills: Mapping[str, Fill]
     shapes: Mapping[str, tuple[int, ...]]
     edits: tuple[Edit, ...] = ()
+    dtypes: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def build(cls, name: str, rules: Iterable[Rule], axes: Axes, dims: Dims, edits: Iterable[Edit] = ()) -> Table:
@@ -155,12 +160,14 @@ class Table:
         drops: list[Drop] = []
         fills: list[Fill] = []
         shapes: dict[str, tuple[int, ...]] = {}
+        dtypes: dict[str, str] = {}
         for rule in rules:
             for values in _grid(rule, axes):
                 shape = _shape(rule.shape.format(**values), dims)
                 if isinstance(rule, Rename):
                     renames.append((rule.source.format(**values), rule.target.format(**values)))
                     shapes[renames[-1][1]] = shape
+                    dtypes |= {renames[-1][1]: rule.dtype} if rule.dtype else {}
                 elif isinstance(rule, Fill):
                     fills.append(replace(rule, target=rule.target.format(**values), rule=rule.rule.format(**values)))
                     shapes[fills[-1].target] = shape
@@ -179,6 +186,7 @@ class Table:
             {fill.target: fill for fill in fills},
             shapes,
             tuple(edits),
+            dtypes,
         )
 
     @property
@@ -208,12 +216,14 @@ class Table:
             for key, fill in self.fills.items()
         }
         shapes = {source: self.shapes[target] for source, target in self.renames.items()}
-        return Table(f"{self.name} inverse", {t: s for s, t in self.renames.items()}, drops, {}, shapes)
+        dtypes = {source: self.dtypes[target] for source, target in self.renames.items() if target in self.dtypes}
+        return Table(f"{self.name} inverse", {t: s for s, t in self.renames.items()}, drops, {}, shapes, (), dtypes)
 
     @property
     def digest(self) -> str:
         """The SHA-256 of everything the table says."""
         lines = [f"{s} {t} {self.shapes[t]}" for s, t in self.renames.items()]
+        lines += [f"{key} {dtype}" for key, dtype in self.dtypes.items()]
         lines += [f"{key} dropped" for key in self.drops]
         lines += [f"{key} {fill.rule} {self.shapes[key]}" for key, fill in self.fills.items()]
         lines += [f"{edit.target} {edit.row} {edit.rule} {edit.value!r}" for edit in self.edits]
@@ -321,7 +331,8 @@ def plan(table: Table, source: Mapping[str, TensorSpec], target: Mapping[str, Te
     ]
     for key, target_key in table.renames.items():
         if key in source and target_key in wanted:
-            problems += _disagreements(source[key], wanted[target_key], table.shapes[target_key])
+            dtype = table.dtypes.get(target_key, "")
+            problems += _disagreements(source[key], wanted[target_key], table.shapes[target_key], dtype)
     for key, drop in table.drops.items():
         if key in source and drop.shape and source[key].shape != tuple(map(int, drop.shape.split())):
             problems.append(Problem("shape", key, f"source {source[key].shape}, the settings say ({drop.shape})"))
@@ -342,7 +353,7 @@ def under(rules: Iterable[Rule], *, source: str = "", target: str = "") -> list[
     made: list[Rule] = []
     for rule in rules:
         if isinstance(rule, Rename):
-            made.append(Rename(source + rule.source, target + rule.target, rule.shape))
+            made.append(replace(rule, source=source + rule.source, target=target + rule.target))
         elif isinstance(rule, Fill):
             made.append(
                 replace(rule, target=target + rule.target, rule=rule.rule.replace("norm of ", f"norm of {target}"))
@@ -367,14 +378,15 @@ def _repeated(code: str, keys: Iterable[str]) -> list[Problem]:
     return [Problem(code, key, f"{count} rules name it") for key, count in Counter(keys).items() if count > 1]
 
 
-def _disagreements(source: TensorSpec, target: TensorSpec, stated: tuple[int, ...]) -> list[Problem]:
+def _disagreements(source: TensorSpec, target: TensorSpec, stated: tuple[int, ...], dtype: str) -> list[Problem]:
     problems = []
     if source.shape != stated:
         problems.append(Problem("shape", source.name, f"source {source.shape}, the settings say {stated}"))
     if target.shape != stated:
         problems.append(Problem("shape", target.name, f"source {source.shape}, target {target.shape}"))
-    if source.dtype not in ("", "F32", "F16", "BF16", "F64"):
-        problems.append(Problem("dtype", source.name, f"source {source.dtype}, a floating point type was expected"))
+    if source.dtype not in (("", dtype) if dtype else ("", *FLOATS)):
+        expected = dtype or "a floating point type"
+        problems.append(Problem("dtype", source.name, f"source {source.dtype}, {expected} was expected"))
     elif target.dtype and source.dtype and target.dtype != source.dtype:
         problems.append(Problem("dtype", target.name, f"source {source.dtype}, target {target.dtype}"))
     return problems
