@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,13 @@ BUNDLED = Path(__file__).parent.parent / "checkpoints" / "espeak-wav2vec2-ctc.pt
 SAMPLES = 6400  # 0.4 s: 158 frames of the tiny models
 
 
-def converted(variant: Any, folder: Path, name: str = "model", **options: Any) -> tuple[Path, Path]:
-    """Save a tiny fairseq model and convert it; return the checkpoint and the model directory."""
+def converted(
+    variant: Any, folder: Path, name: str = "model", *, write: Callable[..., Path] = save, **options: Any
+) -> tuple[Path, Path]:
+    """Save a tiny fairseq model, with its family's `save`, and convert it; return the checkpoint and the model directory."""
     keys = ("layout", "container", "adam", "seed", "model")
     saving = {key: options.pop(key) for key in keys if key in options}
-    checkpoint = save(variant, folder / f"{name}.pt", **saving)
+    checkpoint = write(variant, folder / f"{name}.pt", **saving)
     return checkpoint, convert(checkpoint, folder / name, **options).path
 
 

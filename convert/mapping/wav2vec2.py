@@ -196,15 +196,21 @@ def table(layout: Layout, head: str = "", edits: Iterable[Edit] = ()) -> Table:
     return assemble(layout, head, edits, encoder=rules, heads=HEADS, drops=DROPS, axes=axes(layout), dims=dims(layout))
 
 
-def encoder_rules(layout: Layout) -> list[Rule]:
-    """Choose the rules of everything below the head, without prefixes."""
+def encoder_rules(layout: Layout, positions: Sequence[Rule] | None = None) -> list[Rule]:
+    """Choose the rules of everything below the head, without prefixes.
+
+    Args:
+        layout: the model's geometry.
+        positions: the rules of the positional convolution; by default those of one with weight norm, there or removed.
+    """
+    weight_norm = POSITIONS if layout.weight_norm else POSITIONS_PLAIN
     chosen: list[Rule] = [*CONVOLUTIONS]
     chosen += CONVOLUTION_BIASES if layout.conv_bias else ()
     chosen += GROUP_NORM if layout.group_norm else LAYER_NORM
     chosen += FEATURES_NORM
     chosen += PROJECTION if layout.projection else NO_PROJECTION
     chosen += MASK
-    chosen += POSITIONS if layout.weight_norm else POSITIONS_PLAIN
+    chosen += weight_norm if positions is None else positions
     chosen += LAYERS
     return chosen
 

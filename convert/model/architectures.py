@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 from convert.checkpoint import Checkpoint
-from convert.model import fields
+from convert.model import fields, hubert
 from convert.model.encoder import (
     Family,
     Kind,
@@ -30,16 +30,31 @@ WAV2VEC2 = Family(
     layout=plain_layout,
     values=quantizer_values,
 )
+HUBERT = Family(
+    name="hubert",
+    model_type="hubert",
+    classes={"ctc": "HubertForCTC", "encoder": "HubertModel"},
+    fields=hubert.FIELDS,
+    layout=hubert.layout,
+    values=hubert.values,
+    sidecars=hubert.sidecars,
+)
 # (fairseq's name of the encoder, its layer_type) -> what its settings mean
-FAMILIES = {("wav2vec2", "transformer"): WAV2VEC2}
+FAMILIES = {("wav2vec2", "transformer"): WAV2VEC2, ("hubert", "transformer"): HUBERT}
 
 PRETRAINING = Kind("pretraining", nested=False)
 CTC = Kind("ctc", True, fields.READ_CTC, "w2v_encoder.proj.bias", ctc_values, blank_edits)
+HUBERT_CTC = Kind("ctc", True, fields.READ_CTC - {"blank_mode", "blank_weight"}, CTC.symbols, ctc_values)
 
 # fairseq's name of the architecture -> what decides its conversion
 ARCHITECTURES: dict[str, Callable[[Checkpoint, Request], Model]] = {
     name: partial(describe_encoder, name=name, kind=kind, families=FAMILIES)
-    for name, kind in {"wav2vec2": PRETRAINING, "wav2vec_ctc": CTC}.items()
+    for name, kind in {
+        "wav2vec2": PRETRAINING,
+        "wav2vec_ctc": CTC,
+        "hubert": PRETRAINING,
+        "hubert_ctc": HUBERT_CTC,
+    }.items()
 }
 
 
@@ -64,6 +79,9 @@ def architecture_of(checkpoint: Checkpoint) -> str:
     named = str(checkpoint.settings["model"].get("_name") or "")
     if named:
         return named
+    hubert_like = any(key.endswith("label_embs_concat") for key in checkpoint.tensors)
     if any(key.startswith("w2v_encoder.proj.") for key in checkpoint.tensors):
-        return "wav2vec_ctc"
+        return "hubert_ctc" if hubert_like else "wav2vec_ctc"
+    if hubert_like:
+        return "hubert"
     return "wav2vec2" if "quantizer.vars" in checkpoint.tensors else "unknown"

@@ -16,7 +16,7 @@ from convert.mapping.wav2vec2 import Layout
 from convert.model.fields import DEFAULTS, FINE_TUNING, Fields
 from convert.model.processor import Processor, make_processor
 from convert.model.settings import MISSING, Reader
-from convert.model.types import Model, Request, Sidecar, Value
+from convert.model.types import KEPT_HEAD, Model, Request, Sidecar, Value
 
 
 @dataclass(slots=True)
@@ -181,6 +181,10 @@ def finish(
     Raises:
         PlanError: every problem at once.
     """
+    if sources.request.keep_final_proj and all(sidecar.file != KEPT_HEAD for sidecar in sidecars):
+        sources.refuse(
+            "no-head", "--keep-final-proj", "there is no pretraining head that would be left out and can be kept"
+        )
     if sources.problems or proved is None:
         raise PlanError(
             f"{sources.checkpoint.path.name} cannot be converted completely; nothing was written",

@@ -114,13 +114,23 @@ def vocab(dictionary: Dictionary) -> dict[str, int]:
 def _decoding(criterion: Mapping[str, Any], task: Reader, problems: list[Problem]) -> str:
     """fairseq's `post_process`; symbols of phone labels stay separated by spaces."""
     value = criterion.get("post_process") or criterion.get("remove_bpe") or "letter"
-    if task.values.get("labels") in ("phn", "phones"):
+    if labels_of(task.values) in ("phn", "phones"):
         return "phonemes"
     known = {"letter": "letter", "sentencepiece": "sentencepiece", "none": "phonemes"}
     if not isinstance(value, str) or value not in known:
         detail = f"{value!r} has no counterpart among transformers' tokenizers; known: {', '.join(known)}"
         problems.append(Problem("unsupported-setting", "criterion.post_process", detail))
     return known.get(value, "letter") if isinstance(value, str) else "letter"
+
+
+def labels_of(task: Mapping[str, Any]) -> str:
+    """Name the kind of labels, such as `ltr`; HuBERT's task has a list of one, and an old Namespace its text.
+
+    Example:
+        >>> labels_of({"labels": "phn"}), labels_of({"labels": ["phn"]}), labels_of({"labels": "['phn']"})
+        ('phn', 'phn', 'phn')
+    """
+    return str(task.get("labels")).strip("[]'\" ")
 
 
 def _plain(dictionary: Dictionary) -> bool:

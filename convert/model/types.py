@@ -12,6 +12,8 @@ from convert.checkpoint.dictionary import Dictionary, from_file
 from convert.mapping.rules import Plan
 from convert.model.processor import Processor
 
+KEPT_HEAD = "final_proj.safetensors"  # the sidecar of `--keep-final-proj`
+
 
 @dataclass(frozen=True, slots=True)
 class Value:

@@ -149,7 +149,15 @@ def _damages(target: Target) -> dict[str, Damage | str]:
     made[f"q and k of layer {middle} swapped"] = _exchanging(
         [(f"{attention}q_proj.{part}", f"{attention}k_proj.{part}") for part in ("weight", "bias")]
     )
-    made["weight_g of the positional convolution lost"] = _setting(magnitude, lambda value: value.fill_(1.0))
+    lost = "weight_g of the positional convolution lost"
+    made[lost] = (
+        _setting(magnitude, lambda value: value.fill_(1.0))
+        if magnitude in weights
+        else "its positional convolutions have no weight norm"
+    )
+    variance = f"{prefix}encoder.pos_conv_embed.batch_norm.running_var"
+    if variance in weights:
+        made["running_var of the positional convolution lost"] = _setting(variance, lambda value: value.fill_(1.0))
     exchanged = f"layers 0 and {last} exchanged"
     names = [name for name in weights if name.startswith(f"{prefix}encoder.layers.0.")]
     other = f"{prefix}encoder.layers.{last}."

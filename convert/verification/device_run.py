@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from convert.errors import Problem
 from convert.model.directory import ModelDirectory
 from convert.verification import controls, endtoend, vocabulary
 from convert.verification.compare import Answer, Difference, distances
 from convert.verification.inputs import Cut, Probe, Waveform
-from convert.verification.judge import Judged, judge
+from convert.verification.judge import Judged, batch_of, judge
 from convert.verification.reference import Live, Reference, Subject, tensor
 from convert.verification.report import Findings, curves_of, finite, run_of
 from convert.verification.target import Target, load
+
+if TYPE_CHECKING:
+    import torch
 
 CLIP = "speech-even"  # the input that controls run on, and whose floors are always measured
 LONG = "30-seconds"
@@ -107,6 +110,8 @@ def _runs(
         require, why = required(work, reference, one.probe, device, dtype, arithmetic)
         findings.runs.append(run_of(one, device, dtype, require, why))
         findings.problems += _demand(one, device, dtype, require)
+    if arithmetic == dtype == "float32":
+        findings.padding += [_padding(work, target, one, device) for one in judged if one.probe.follows]
     clip = next((one for one in judged if one.probe.name == CLIP), None)
     made: list[controls.Control] = []
     if clip is not None and arithmetic == "float32" and clip.verdict != "different":
@@ -116,6 +121,33 @@ def _runs(
         findings.absent |= absent
     findings.curves += curves_of(judged, made, device, dtype)
     return judged
+
+
+def _padding(work: Work, target: Target, followed: Judged, device: str) -> dict[str, Any]:
+    """Measure what a padded batch is off where transformers counts the frames itself, and fairseq counts others.
+
+    The model that follows fairseq's frames was just judged to be the same: it stands for fairseq.
+    """
+    import torch
+
+    waveforms, lengths = tensor(work.clips, followed.probe, work.subject.normalize)
+    outputs: list[torch.Tensor] = []
+
+    def visit(stage: str, values: torch.Tensor) -> None:
+        if stage == target.output:
+            outputs.append(values)
+
+    counts = [target.run(waveforms, given, visit) for given in (lengths, target.samples(followed.frames))]
+    utterances = [torch.split(values, count) for values, count in zip(outputs, counts, strict=True)]
+    apart = [float((a[: len(b)] - b[: len(a)]).abs().max()) for a, b in zip(*utterances, strict=True)]
+    return {
+        "device": device,
+        "samples": lengths,
+        "fairseq_frames": counts[1],
+        "transformers_frames": counts[0],
+        "stage": target.output,
+        "max_abs_difference": finite(max(apart)),
+    }
 
 
 def required(
@@ -193,7 +225,7 @@ def _against_float32(
     ours: dict[str, Any] = {}
     with reference.arithmetic(work.half), target.arithmetic(work.half):
         theirs = _last(reference.run(probe, work.half))
-        target.run(*tensor(work.clips, probe, work.subject.normalize), ours.setdefault)
+        target.run(*batch_of(target, work.clips, probe, work.subject.normalize, judged.frames), ours.setdefault)
     own = distances(theirs, plain)[stage]
     found = distances({stage: replace(full, values=ours[stage], step=1)}, plain)[stage]
     floor = next((one.allowed for one in judged.differences if one.stage == stage), 0.0)

@@ -148,7 +148,7 @@ def _own_settings(state: Any) -> Any:
     if isinstance(inner, dict) and not isinstance(inner.get("model"), dict):
         inner = {"model": dict(inner, _name="wav2vec2"), "task": dict(inner)}
         plain["model"] = dict(plain["model"], w2v_args=inner)
-    if plain["model"]["_name"] != "wav2vec2" and not isinstance(inner, dict):
+    if plain["model"]["_name"] not in ENCODERS and not isinstance(inner, dict):
         raise ValueError("w2v_args is empty")
     return plain
 
@@ -266,6 +266,33 @@ def build_ctc(settings: Any, symbols: int, ignored: list[str], patches: list[str
     return wav2vec2_asr.Wav2VecCtc.build_model(fine_tuned(settings, wav2vec2_asr.Wav2Vec2CtcConfig, ignored), task)
 
 
+def build_hubert(settings: Any, symbols: int, ignored: list[str], patches: list[str]) -> Any:
+    """Build HuBERT as for fine-tuning: without the dictionaries of its pretraining, whose head is left out."""
+    from omegaconf import OmegaConf
+
+    configuration, model = _classes("hubert")
+    made = _complete(configuration, _outer(settings), ignored)
+    task = types.SimpleNamespace(cfg=types.SimpleNamespace(sample_rate=16000), dictionaries=[None])
+    return model.build_model(OmegaConf.create(dict(made, label_rate=made["label_rate"] or 50.0)), task)
+
+
+def build_hubert_ctc(settings: Any, symbols: int, ignored: list[str], patches: list[str]) -> Any:
+    """Build `HubertCtc`."""
+    from fairseq.models.hubert import hubert_asr
+
+    made = fine_tuned(settings, hubert_asr.HubertCtcConfig, ignored)
+    made.w2v_args.task = {"_name": "hubert_pretraining", "data": "", "normalize": made.normalize, "sample_rate": 16000}
+    made.w2v_args.model.label_rate = made.w2v_args.model.label_rate or 50.0
+    if "autoregressive" not in made:
+        made.autoregressive = False
+        patches.append(
+            "autoregressive=False given to HubertCtcConfig: HubertEncoder reads it, and there is no such field"
+        )
+    patches.append("no dictionaries of the pretraining, which fairseq would look for in files beside the training data")
+    task = types.SimpleNamespace(target_dictionary=range(symbols), state_dict=lambda: {"dictionaries": [None]})
+    return hubert_asr.HubertCtc.build_model(made, task)
+
+
 def _flat(values: Any, normalize: bool) -> Any:
     """Settings as fairseq 0.10 wants them."""
     from argparse import Namespace
@@ -302,7 +329,7 @@ def open_reference(request: Any) -> Reference:
         reader = "fairseq-to-hf's reader, because fairseq could not use its own (%s)" % type(error).__name__
         with _no_random_numbers():
             model = build(settings, len(request["symbols"]), ignored, patches)
-    reference = ARCHITECTURES[settings["model"]["_name"]][1](model, fairseq, request, settings)
+    reference: Reference = ARCHITECTURES[settings["model"]["_name"]][1](model, fairseq, request, settings)
     reference.info = {
         "fairseq": getattr(fairseq, "__version__", "unknown"),
         "settings": reader,
@@ -364,7 +391,7 @@ class Reference:
     def fill(self, weights: Any) -> None:
         """Load the checkpoint's tensors, every one, as float32."""
         plain = weights.get(self.prefix + "encoder.pos_conv.0.weight")
-        if plain is not None:
+        if plain is not None and plain.dim() == 3:  # of one dimension, it is a batch norm's
             torch.nn.utils.remove_weight_norm(self.w2v.encoder.pos_conv[0])
             self.magnitude = plain.double().norm(dim=(0, 1), keepdim=True).float()
             self.info["patches"].append("weight norm removed from pos_conv: the checkpoint has the plain weight")
@@ -580,11 +607,42 @@ class CtcReference(Reference):
                 self.model.blank_weight = blank
 
 
+class HubertReference(Reference):
+    """HuBERT as it was pretrained."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.masks_like_main = True  # in every version it splits the mask evenly, and is asked where that agrees
+
+    def fill(self, weights: Any) -> None:
+        """Load the checkpoint's tensors but for the pretraining head, which no output depends on."""
+        self.w2v.remove_pretraining_modules()
+        head = ("final_proj.", "label_embs_concat", "target_glu.")
+        left_out = [key for key in weights if key[len(self.prefix) :].startswith(head) and key.startswith(self.prefix)]
+        for key in left_out:
+            del weights[key]
+        if left_out:
+            self.info["patches"].append("left out, as in fine-tuning: %s" % ", ".join(left_out))
+        super().fill(weights)
+
+
+class HubertCtcReference(HubertReference, CtcReference):
+    """HuBERT with a CTC head."""
+
+
 # fairseq's name of an encoder -> its module, its configuration's class, its model's class
-ENCODERS = {"wav2vec2": ("fairseq.models.wav2vec.wav2vec2", "Wav2Vec2Config", "Wav2Vec2Model")}
+ENCODERS = {
+    "hubert": ("fairseq.models.hubert.hubert", "HubertConfig", "HubertModel"),
+    "wav2vec2": ("fairseq.models.wav2vec.wav2vec2", "Wav2Vec2Config", "Wav2Vec2Model"),
+}
 
 # fairseq's name of an architecture -> what builds its model, and what runs it
-ARCHITECTURES = {"wav2vec2": (build_pretrained, Reference), "wav2vec_ctc": (build_ctc, CtcReference)}
+ARCHITECTURES = {
+    "hubert": (build_hubert, HubertReference),
+    "hubert_ctc": (build_hubert_ctc, HubertCtcReference),
+    "wav2vec2": (build_pretrained, Reference),
+    "wav2vec_ctc": (build_ctc, CtcReference),
+}
 
 
 def crop(name: str, value: Any, frames: list[int]) -> Any:

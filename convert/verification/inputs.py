@@ -28,10 +28,13 @@ class Geometry:
     Args:
         convolutions: (kernel, stride) of every feature convolution.
         multiple: fairseq's `required_seq_len_multiple`.
+        splits: whether fairseq cuts a padded batch's mask into as many equal pieces as there are frames, as HuBERT does,
+            instead of counting with the convolutions, as transformers does.
     """
 
     convolutions: tuple[tuple[int, int], ...]
     multiple: int = 2
+    splits: bool = False
 
     def frames(self, samples: int) -> int:
         """Count the frames of a waveform.
@@ -49,6 +52,29 @@ class Geometry:
         for kernel, stride in reversed(self.convolutions):
             frames = (frames - 1) * stride + kernel
         return frames
+
+    def agreeing(self, frames: int) -> tuple[int, ...]:
+        """Find lengths in samples, the longest first, of which equal pieces make the frames that the convolutions make.
+
+        `HubertModel.forward_padding_mask` takes a frame for valid when any sample of its piece is. A frame of the
+        convolutions overlaps the next, so that they make fewer; a piece is the larger for the rest of the longest
+        utterance, and that evens it out where frames are few enough.
+
+        Args:
+            frames: of the longest utterance, at most.
+
+        Example:
+            >>> Geometry(((10, 5), (3, 2), (3, 2), (2, 2))).agreeing(100)
+            (2379, 1580, 820)
+        """
+        fewest = [self.samples(number) for number in range(1, frames + 2)]
+        for count in range(frames // self.multiple * self.multiple, 1, -self.multiple):
+            longest = fewest[count] - 1  # one sample more would make another frame
+            piece = longest // count
+            fitting = [length for number, length in enumerate(fewest[: count - 1], 1) if -(-length // piece) == number]
+            if fitting:
+                return longest, fitting[len(fitting) // 2], fitting[0]
+        return ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +102,7 @@ class Probe:
         multiple: replaces fairseq's `required_seq_len_multiple`, so that it adds no frame; `None` leaves it as built.
         exact: whether both sides do the same arithmetic, so that their bits can be the same.
         why: why they cannot be.
+        follows: whether transformers is given an attention mask of as many frames as fairseq counts.
     """
 
     name: str
@@ -83,6 +110,7 @@ class Probe:
     multiple: int | None = None
     exact: bool = True
     why: str = ""
+    follows: bool = False
 
     @property
     def padded(self) -> bool:
@@ -124,9 +152,14 @@ def probes(geometry: Geometry, clips: dict[str, Waveform], *, rate: int, masks: 
         why = f"fairseq pads {odd} frames to a multiple of {step} and masks what it added"
         made.append(Probe("speech-odd-as-built", (Cut(SPEECH, geometry.samples(odd)),), None, False, why))
     if masks:
-        lengths = (even, max(1, even * 2 // 3), max(1, even // 3))
+        lengths = tuple(geometry.samples(n) for n in (even, max(1, even * 2 // 3), max(1, even // 3)))
+        plain = geometry.agreeing(even) if geometry.splits else lengths
         why = "the two sides multiply padded batches in another order"
-        made.append(Probe("padded-batch", tuple(Cut(SPEECH, geometry.samples(n)) for n in lengths), None, False, why))
+        if plain:
+            made.append(Probe("padded-batch", tuple(Cut(SPEECH, n) for n in plain), None, False, why))
+        if geometry.splits:
+            cuts = tuple(Cut(SPEECH, n) for n in lengths)
+            made.append(Probe("padded-batch-any-lengths", cuts, None, False, why, follows=True))
     made.append(single("30-seconds", long))
     for name, waveform in clips.items():
         if name != SPEECH:

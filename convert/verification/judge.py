@@ -125,7 +125,7 @@ def _run(
     keep: bool,
 ) -> Judged:
     answer = reference.run(probe, arithmetic)
-    ours, differences = compared(target, answer, tensor(clips, probe, normalize), keep)
+    ours, differences = compared(target, answer, batch_of(target, clips, probe, normalize, answer.frames), keep)
     if not keep:  # what is the same on both sides is not needed again
         differing = {difference.stage for difference in differences if not difference.equal}
         if QUANTIZED in differing or CODES in differing:
@@ -133,6 +133,14 @@ def _run(
         answer.stages = {name: stage for name, stage in answer.stages.items() if name in differing}
         ours.stages = {name: stage for name, stage in ours.stages.items() if name in differing}
     return Judged(probe, differences, ours.frames, answer, ours)
+
+
+def batch_of(
+    target: Target, clips: Mapping[str, Waveform], probe: Probe, normalize: bool, frames: list[int]
+) -> tuple[torch.Tensor, list[int] | None]:
+    """Make the converted model's input of a probe, and its lengths: those of the waveforms, or of the reference's frames."""
+    waveforms, lengths = tensor(clips, probe, normalize)
+    return waveforms, target.samples(frames) if probe.follows else lengths
 
 
 def compared(
@@ -184,7 +192,7 @@ def _measure(
         if name in exact.stages:
             ours[name] = Stage(tuple(values.shape), values.detach().clone())
 
-    target.run(*tensor(clips, one.probe, normalize), visit)
+    target.run(*batch_of(target, clips, one.probe, normalize, exact.frames), visit)
     mine = distances(one.target.stages, ours)
     apart = distances(exact.stages, ours)
     if any(difference.stage == CODES and not difference.equal for difference in one.differences):

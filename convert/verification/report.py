@@ -74,6 +74,7 @@ class Findings:
     controls: list[Control] = field(default_factory=list)
     absent: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    padding: list[dict[str, Any]] = field(default_factory=list)
     curves: list[Curve] = field(default_factory=list)
 
     def finish(self, **facts: Any) -> Verification:
@@ -100,6 +101,7 @@ class Findings:
             "controls_without_place": self.absent,
             "missing": facts["missing"],
             "skipped": self.skipped,
+            "padding": self.padding,
         }
         return Verification(not problems, report, problems, tuple(self.curves))
 
@@ -166,6 +168,7 @@ def text(report: Mapping[str, Any]) -> str:
     lines.append(f"  {'deliberate mistakes':<22}{caught} of {len(report['controls'])} caught")
     lines += [f"  {name} was not there: not verified on it" for name in report["missing"]]
     lines += [f"  not checked: {key}: {reason}" for key, reason in report["skipped"].items()]
+    lines += [f"  {padding_text(one)}" for one in report["padding"]]
     lines.append("verified: the same model" if report["passed"] else "NOT the same, or not proved:")
     return "\n".join([*lines, *(f"  {line}" for line in problem_lines(_reasons(report)))])
 
@@ -181,6 +184,15 @@ def _reasons(report: Mapping[str, Any]) -> list[Problem]:
         for first, *others in groups.values()
     ]
     return sorted(reasons, key=lambda problem: EFFECTS.index(problem.code) if problem.code in EFFECTS else -1)
+
+
+def padding_text(one: Mapping[str, Any]) -> str:
+    """Say what transformers makes of a padded batch of which fairseq counts other frames."""
+    theirs, ours = (", ".join(map(str, one[f"{side}_frames"])) for side in ("fairseq", "transformers"))
+    return (
+        f"padded batches: of {', '.join(map(str, one['samples']))} samples fairseq counts {theirs} frames, and "
+        f"transformers {ours}; {one['stage']} is up to {one['max_abs_difference']:.1e} off then, by design"
+    )
 
 
 def _weights(weights: Mapping[str, Any]) -> str:

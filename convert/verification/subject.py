@@ -11,12 +11,13 @@ from convert.checkpoint.dictionary import SPECIAL, Dictionary, from_file
 from convert.errors import ConvertError
 from convert.model.architectures import architecture_of
 from convert.model.encoder import encoder_settings
-from convert.model.processor import BLANK
+from convert.model.processor import BLANK, labels_of
 from convert.model.settings import Reader
 from convert.model.types import Request
 from convert.verification.inputs import Geometry
 from convert.verification.reference import Subject, check_pickle
 
+SPLIT_MASKS = ("hubert",)  # fairseq's encoders that cut the mask of a padded batch into equal pieces
 HALVES = ("float16", "bfloat16")
 
 
@@ -73,12 +74,12 @@ def read_subject(
         )
         convolutions = tuple((kernel, stride) for _, kernel, stride in reader.convolutions("conv_feature_layers"))
     multiple = reader.values.get("required_seq_len_multiple", 2)
-    return subject, Geometry(convolutions, int(multiple or 1))
+    return subject, Geometry(convolutions, int(multiple or 1), reader.values.get("_name") in SPLIT_MASKS)
 
 
 def _post_process(settings: Mapping[str, Any]) -> str:
     """fairseq's `post_process`; the symbols of phone labels stay apart, as `convert.model.processor` keeps them."""
-    if settings["task"].get("labels") in ("phn", "phones"):
+    if labels_of(settings["task"]) in ("phn", "phones"):
         return "none"
     criterion = settings["criterion"]
     return str(criterion.get("post_process") or criterion.get("remove_bpe") or "letter")

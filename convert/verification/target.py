@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from convert.errors import ConvertError, MismatchError, Problem
 from convert.verification.fairseq_worker import NAMES, aligned, crop
+from convert.verification.inputs import Geometry
 
 if TYPE_CHECKING:
     import torch
@@ -183,6 +184,12 @@ class Target:
     def compute(self, source: torch.Tensor, mask: torch.Tensor | None) -> None:
         """Run the model on (batch, samples), with its attention mask; what no hook sees is shown to `visit`."""
         self.model(source, attention_mask=mask)
+
+    def samples(self, frames: list[int]) -> list[int]:
+        """Count the fewest samples of utterances that make so many frames."""
+        config = self.model.config
+        geometry = Geometry(tuple(zip(config.conv_kernel, config.conv_stride, strict=True)))
+        return [geometry.samples(count) for count in frames]
 
     def like(self, changes: Mapping[str, Any]) -> Target:
         """Make the same model, on the same tensors, with other configuration values."""
