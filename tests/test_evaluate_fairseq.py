@@ -185,7 +185,7 @@ def test_one_differing_transcript_is_enough(model: Path, monkeypatch: pytest.Mon
     assert result.differing[0].fairseq == result.differing[0].hypothesis + "S"
 
 
-@pytest.mark.parametrize(("module", "code"), [("os", "hostile-pickle"), ("my_project.tasks", "unsafe-global")])
+@pytest.mark.parametrize(("module", "code"), [("os", "hostile-pickle"), ("my_project.tasks", "unsafe-pickle")])
 def test_a_checkpoint_that_could_run_code_is_not_opened(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, code: str
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -33,6 +34,20 @@ FILES = (
 Decode = Callable[[Any], str]
 
 
+GENERATING = ("SpeechEncoderDecoderModel", "Speech2TextForConditionalGeneration")
+
+
+def open_recognizer(model_dir: Path, device: str) -> Recognizer:
+    """Load the model of a directory as its class asks for it: with a CTC head, or one that generates token by token.
+
+    Raises:
+        ConvertError: as `Recognizer`.
+    """
+    config = model_dir / "config.json"
+    classes = json.loads(config.read_text("utf-8")).get("architectures") if config.is_file() else None
+    return (Generator if set(classes or ()) & set(GENERATING) else Recognizer)(model_dir, device)
+
+
 class Recognizer:
     """A converted CTC model with its processor, evaluated in float32.
 
@@ -44,6 +59,8 @@ class Recognizer:
         ConvertError: no model directory, weights missing or left over, no vocabulary, or no such device.
     """
 
+    loader = "AutoModelForCTC"
+
     def __init__(self, model_dir: Path, device: str) -> None:
         self.torch, transformers = require("torch"), require("transformers")
         if not (model_dir / "config.json").is_file():
@@ -52,22 +69,25 @@ class Recognizer:
             raise ConvertError(f"{model_dir.name}: has no vocabulary to write with", code="no-vocabulary")
         try:
             with silence():
-                self.model, loading = transformers.AutoModelForCTC.from_pretrained(
+                self.model, loading = getattr(transformers, self.loader).from_pretrained(
                     model_dir, local_files_only=True, output_loading_info=True
                 )
-                self.processor = transformers.AutoProcessor.from_pretrained(model_dir, local_files_only=True)
+                self.extractor, self.tokenizer = self._processor(transformers, model_dir)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ConvertError(f"{model_dir.name}: transformers cannot load it: {reason}", code="load") from error
         _complete(model_dir.name, loading)
         self.device = device
         self.model = self.model.float().eval().to(device)
-        self.extractor, self.tokenizer = self.processor.feature_extractor, self.processor.tokenizer
         self.rate = int(self.extractor.sampling_rate)
         # A group norm runs over all frames, padding too, and a model without a mask attends to it.
         layered = getattr(self.model.config, "feat_extract_norm", "") == "layer"
         self.may_pad = layered and bool(self.extractor.return_attention_mask)
         self.alone = 0  # utterances that a near tie sent through the model a second time
+
+    def _processor(self, transformers: Any, model_dir: Path) -> tuple[Any, Any]:
+        processor = transformers.AutoProcessor.from_pretrained(model_dir, local_files_only=True)
+        return processor.feature_extractor, processor.tokenizer
 
     def greedy(self, logits: Any) -> str:
         """Decode logits of shape (frames, vocabulary) as `processor.batch_decode` does: the best token of every frame."""
@@ -118,6 +138,37 @@ class Recognizer:
         best = logits.topk(2).values
         allowed = NEAR_TIE * self.torch.finfo(logits.dtype).eps * float(logits.abs().max())
         return bool((best[:, 0] - best[:, 1]).min() < allowed)
+
+
+class Generator(Recognizer):
+    """A converted model that writes token by token; each utterance is generated alone, with a beam of one."""
+
+    loader = "AutoModelForSpeechSeq2Seq"
+
+    def __init__(self, model_dir: Path, device: str) -> None:
+        super().__init__(model_dir, device)
+        self.may_pad = False
+
+    def _processor(self, transformers: Any, model_dir: Path) -> tuple[Any, Any]:
+        parts = (transformers.AutoFeatureExtractor, transformers.AutoTokenizer)
+        extractor, tokenizer = (part.from_pretrained(model_dir, local_files_only=True) for part in parts)
+        return extractor, tokenizer
+
+    def transcribe(self, utterances: Sequence[Utterance], decode: Decode | None = None) -> list[str]:
+        """Transcribe utterances, one after the other.
+
+        Raises:
+            ConvertError: `usage`, where a language model was asked for.
+        """
+        if decode is not None:
+            raise ConvertError("--kenlm is for models with a CTC head; this one generates its text", code="usage")
+        return [self._generate(utterance.samples) for utterance in utterances]
+
+    def _generate(self, waveform: Any) -> str:
+        inputs = self.extractor(waveform, sampling_rate=self.rate, return_tensors="pt").to(self.device)
+        with self.torch.inference_mode(), exact():
+            tokens = self.model.generate(**inputs, num_beams=1, do_sample=False)
+        return str(self.tokenizer.decode(tokens[0], skip_special_tokens=True))
 
 
 def batches(utterances: Iterator[Utterance], size: int, pad: bool) -> Iterator[list[Utterance]]:

@@ -13,10 +13,11 @@ from convert.evaluation.journal import Journal, default_path, key_of
 from convert.evaluation.language_model import LanguageModel, write_processor
 from convert.evaluation.packages import require
 from convert.evaluation.processes import Processes, join
-from convert.evaluation.recognize import Recognizer, batches, model_digest
+from convert.evaluation.recognize import Recognizer, batches, model_digest, open_recognizer
 from convert.evaluation.request import Request
 from convert.evaluation.result import Evaluation, Row, write_result
 from convert.evaluation.score import case_hint, score
+from convert.model.directory import ModelDirectory
 
 GREEDY = "greedy CTC"
 
@@ -95,9 +96,9 @@ def evaluate(
     if batch_size < 1:
         raise ConvertError(f"batch size {batch_size}, expected at least 1", code="usage", key="batch-size")
     here = join(device)
-    recognizer = Recognizer(request.model_dir, here.device)
+    recognizer = open_recognizer(request.model_dir, here.device)
     source = request.source(recognizer.rate)
-    fairseq = FairseqReference(request.checkpoint, here.device) if request.checkpoint else None
+    fairseq = _fairseq(request.checkpoint, request.model_dir, here.device) if request.checkpoint else None
     language = _language(request, recognizer, here)
     decoder = language.name if language else GREEDY
     keys = _Keys(model_digest(request.model_dir), decoder, here.device.partition(":")[0], fairseq)
@@ -138,6 +139,12 @@ def evaluate(
 
 def _path(value: str | Path | None) -> Path | None:
     return None if value is None else Path(value)
+
+
+def _fairseq(checkpoint: Path, model_dir: Path, device: str) -> FairseqReference:
+    """Open the checkpoint, with the dictionary that the conversion kept, for one that carries none."""
+    ours = (model_dir / "conversion.json").is_file()
+    return FairseqReference(checkpoint, device, ModelDirectory(model_dir).dictionary if ours else None)
 
 
 def _language(request: Request, recognizer: Recognizer, here: Processes) -> LanguageModel | None:

@@ -537,20 +537,36 @@ class Reference:
         ids = [i for i in range(len(self.request["symbols"])) if i not in special]
         return self.transcribe([part for i in ids * 2 for part in (i, blank)]) if ids else ""
 
+    def words(self) -> Any:
+        """fairseq's dictionary: the checkpoint's own, or one of the symbols that were passed."""
+        from fairseq.data import Dictionary
+
+        if self.dictionary is None or not hasattr(self.dictionary, "string"):
+            self.dictionary = Dictionary()
+            for symbol in self.request["symbols"][4:]:
+                self.dictionary.add_symbol(symbol)
+        return self.dictionary
+
+    def hear(self, waveform: Any, rate: int) -> str:
+        """Transcribe a waveform as fairseq does when it counts errors.
+
+        Args:
+            waveform: (samples,), float32, as recorded.
+            rate: its samples a second.
+
+        Raises:
+            CannotBuildError: the model writes no text.
+        """
+        raise CannotBuildError("%s writes no text" % type(self.model).__name__)
+
     def transcribe(self, path: Any) -> str:
         """Turn a greedy path (an id for each frame) into text, as `CtcCriterion` does; special symbols count as blank."""
-        from fairseq.data import Dictionary, data_utils
+        from fairseq.data import data_utils
 
-        symbols = self.request["symbols"]
-        dictionary = self.dictionary
-        if dictionary is None or not hasattr(dictionary, "string"):
-            dictionary = Dictionary()
-            for symbol in symbols[4:]:
-                dictionary.add_symbol(symbol)
         blank = self.request["blank"]
         ids: Any = torch.as_tensor([blank if i in self.request["special"] else i for i in path])
         kept = ids.unique_consecutive()
-        return str(data_utils.post_process(dictionary.string(kept[kept != blank]), self.request["post_process"]))
+        return str(data_utils.post_process(self.words().string(kept[kept != blank]), self.request["post_process"]))
 
 
 def aligned(value: Any) -> Any:
@@ -576,6 +592,19 @@ class CtcReference(Reference):
         logits = self.model.get_logits(output) if hasattr(self.model, "get_logits") else output["encoder_out"]
         self.seen["logits"] = logits.transpose(0, 1)
         return output["padding_mask"]
+
+    def hear(self, waveform: Any, rate: int) -> str:
+        """Transcribe a waveform as `CtcCriterion` does when it counts errors: the best symbol of every frame."""
+        from fairseq.data import data_utils
+
+        source = self.normalise(waveform, rate)[None].to(self.device)
+        with torch.no_grad():
+            output = self.model(source=source, padding_mask=None)
+            rows = self.model.get_normalized_probs(output, log_probs=True)[:, 0].float().cpu()
+        self.seen = {}
+        tokens = rows.argmax(-1).unique_consecutive()
+        units = self.words().string(tokens[tokens != self.request["blank"]])
+        return str(data_utils.post_process(units, self.request["post_process"]))
 
     def _filled(self, weights: Any) -> None:
         if getattr(self.model, "blank_weight", None) and self.model.blank_mode == "add":
