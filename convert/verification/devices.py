@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from convert.errors import ConvertError
-from convert.verification.fairseq_worker import environment
 
 
 def choose(wanted: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -92,6 +91,8 @@ def describe(devices: Sequence[str]) -> dict[str, Any]:
     import numpy
     import torch
     import transformers
+
+    from convert.verification.fairseq_worker import environment
 
     found: dict[str, Any] = environment()
     found |= {"transformers": transformers.__version__, "numpy": numpy.__version__, "system": platform.system()}
