@@ -62,7 +62,7 @@ def plan(
     keep_final_proj: bool = False,
     language: str | None = None,
 ) -> Model:
-    """Decide what a conversion of a checkpoint would do. Reads no tensor bytes.
+    """Decide what a conversion of a checkpoint would do. Reads no tensor bytes, but of buffers that must repeat each other.
 
     Args:
         checkpoint: the file that fairseq's trainer wrote.
@@ -235,7 +235,7 @@ def _record(
         "decoding": model.processor.decoding,
         "table": {"name": model.plan.table.name, "digest": model.plan.table.digest},
         "tensors": {target: source for source, target in model.plan.renames.items()},
-        "drops": [{"key": drop.source, "reason": drop.reason} for drop in model.plan.drops],
+        "drops": [drop.record for drop in model.plan.drops],
         "fills": [{"key": fill.target, "rule": fill.rule, "reason": fill.reason} for fill in model.plan.fills],
         "edits": [
             {"key": edit.target, "row": edit.row, "rule": edit.rule, "value": edit.value, "reason": edit.reason}

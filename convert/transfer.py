@@ -109,6 +109,25 @@ def pieces(container: Container, plan: Plan, tensors: Mapping[str, StoredTensor]
     return sorted(listed, key=lambda piece: -WIDTHS[piece.spec.dtype])  # stable; keeps every tensor aligned
 
 
+def not_repeated(container: Container, plan: Plan, tensors: Mapping[str, StoredTensor]) -> list[Problem]:
+    """Compare the tensors that a plan drops as repetitions with what they should repeat, byte for byte.
+
+    Args:
+        container: the mapped checkpoint.
+        plan: a proved plan.
+        tensors: where each source tensor is.
+    """
+    return [
+        Problem(
+            "not-repeated", drop.source, f"is not what {drop.repeats} is, and one of them has a place: {drop.reason}"
+        )
+        for drop in plan.drops
+        if drop.repeats
+        and read_array(container, tensors[drop.source]).tobytes()
+        != read_array(container, tensors[drop.repeats]).tobytes()
+    ]
+
+
 def split(listed: list[Piece], limit: int) -> list[list[Piece]]:
     """Split tensors into files of at most `limit` bytes each, as far as single tensors allow."""
     files: list[list[Piece]] = [[]]

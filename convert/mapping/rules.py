@@ -70,12 +70,20 @@ class Drop:
         source: fairseq's key.
         reason: why the tensor is not needed.
         optional: whether it may be absent, as relics of other versions are.
+        repeats: the source tensor whose bytes it repeats. A conversion proves that, and the way back writes it again.
     """
 
     source: str
     reason: str
     shape: str = ""
     optional: bool = False
+    repeats: str = ""
+
+    @property
+    def record(self) -> dict[str, str]:
+        """What is told of it."""
+        told = {"key": self.source, "reason": self.reason}
+        return told | {"repeats": self.repeats} if self.repeats else told
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +233,7 @@ class Table:
         lines = [f"{s} {t} {self.shapes[t]}" for s, t in self.renames.items()]
         lines += [f"{key} {dtype}" for key, dtype in self.dtypes.items()]
         lines += [f"{key} dropped" for key in self.drops]
+        lines += [f"{key} repeats {drop.repeats}" for key, drop in self.drops.items() if drop.repeats]
         lines += [f"{key} {fill.rule} {self.shapes[key]}" for key, fill in self.fills.items()]
         lines += [f"{edit.target} {edit.row} {edit.rule} {edit.value!r}" for edit in self.edits]
         return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
@@ -359,7 +368,8 @@ def under(rules: Iterable[Rule], *, source: str = "", target: str = "") -> list[
                 replace(rule, target=target + rule.target, rule=rule.rule.replace("norm of ", f"norm of {target}"))
             )
         else:
-            made.append(replace(rule, source=source + rule.source))
+            repeats = source + rule.repeats if rule.repeats else ""
+            made.append(replace(rule, source=source + rule.source, repeats=repeats))
     return made
 
 
