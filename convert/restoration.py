@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,7 +15,7 @@ from convert.errors import MismatchError, PlanError, Problem, check_place
 from convert.mapping.rules import Table, TensorSpec
 from convert.mapping.wav2vec2 import Layout, table
 from convert.model.directory import ModelDirectory, Place
-from convert.model.fields import ACTIVATIONS, WAV2VEC2
+from convert.model.fields import ACTIVATIONS, LAYER_SETTINGS, WAV2VEC2
 from convert.package import beside, into_place
 from convert.transfer import CHUNK, WIDTHS
 
@@ -111,6 +111,8 @@ def _reader(directory: ModelDirectory, place: Place) -> Callable[[], Iterator[by
 def _from_conversion(directory: ModelDirectory) -> _Draft:
     record = directory.conversion
     kept = {source for sidecar in directory.sidecars.values() for source in sidecar["tensors"].values()}
+    repeated = {drop["key"]: drop["repeats"] for drop in record["drops"] if "repeats" in drop}
+    kept |= repeated.keys()
     problems = [Problem("dropped", drop["key"], drop["reason"]) for drop in record["drops"] if drop["key"] not in kept]
     if problems:
         raise PlanError(
@@ -139,6 +141,8 @@ def _from_conversion(directory: ModelDirectory) -> _Draft:
             spec = places[target].spec
             draft.specs[source] = TensorSpec(source, spec.shape, spec.dtype)
             draft.bytes[source] = _reader(directory, places[target])
+    for source, other in repeated.items():
+        draft.specs[source], draft.bytes[source] = replace(draft.specs[other], name=source), draft.bytes[other]
     return draft
 
 
@@ -192,6 +196,8 @@ def _loadable(settings: Mapping[str, Any]) -> dict[str, Any]:
         model = {key: value for key, value in values["model"].items() if key not in ("flat", "w2v_args")}
         if isinstance(values["model"].get("w2v_args"), dict):
             model["w2v_args"] = section(values["model"]["w2v_args"])
+            inner = model["w2v_args"]["model"]  # 0.12.2 has them there only: today's defaults would replace its layers
+            model = {name: inner[name] for name in LAYER_SETTINGS if inner.get(name) is not None} | model
         task = {"data": "", **values["task"]}
         if model.get("_name") == "wav2vec_ctc":  # its task was called audio_pretraining before June 2021
             task |= {"_name": "audio_finetuning"}

@@ -196,12 +196,15 @@ def table(layout: Layout, head: str = "", edits: Iterable[Edit] = ()) -> Table:
     return assemble(layout, head, edits, encoder=rules, heads=HEADS, drops=DROPS, axes=axes(layout), dims=dims(layout))
 
 
-def encoder_rules(layout: Layout, positions: Sequence[Rule] | None = None) -> list[Rule]:
+def encoder_rules(
+    layout: Layout, positions: Sequence[Rule] | None = None, layers: Sequence[Rule] = LAYERS
+) -> list[Rule]:
     """Choose the rules of everything below the head, without prefixes.
 
     Args:
         layout: the model's geometry.
         positions: the rules of the positional convolution; by default those of one with weight norm, there or removed.
+        layers: the rules of what follows it.
     """
     weight_norm = POSITIONS if layout.weight_norm else POSITIONS_PLAIN
     chosen: list[Rule] = [*CONVOLUTIONS]
@@ -211,7 +214,7 @@ def encoder_rules(layout: Layout, positions: Sequence[Rule] | None = None) -> li
     chosen += PROJECTION if layout.projection else NO_PROJECTION
     chosen += MASK
     chosen += weight_norm if positions is None else positions
-    chosen += LAYERS
+    chosen += layers
     return chosen
 
 
@@ -242,8 +245,13 @@ def kind_of(shapes: Shapes) -> str:
     return "ctc" if any(key.startswith("w2v_encoder.") for key in shapes) else "pretraining"
 
 
-def infer_layout(shapes: Shapes) -> Layout:
+def infer_layout(shapes: Shapes, family: str = "wav2vec2", inner: str = "fc1") -> Layout:
     """Read the geometry of a wav2vec 2.0 model off its names and shapes; see `convert.mapping.infer_layout`.
+
+    Args:
+        shapes: fairseq's keys with their shapes.
+        family: the target's base prefix.
+        inner: the layers' linear map from `hidden` to `ffn`.
 
     Raises:
         PlanError: `missing-source`, when it is no wav2vec 2.0 model.
@@ -258,7 +266,8 @@ def infer_layout(shapes: Shapes) -> Layout:
     encoder = {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
     weight_norm = "encoder.pos_conv.0.weight" not in encoder
     positions = f"encoder.pos_conv.0.weight{'_v' if weight_norm else ''}"
-    needed = ["feature_extractor.conv_layers.0.0.weight", "encoder.layers.0.fc1.weight", positions, "layer_norm.weight"]
+    first = f"encoder.layers.0.{inner}.weight"
+    needed = ["feature_extractor.conv_layers.0.0.weight", first, positions, "layer_norm.weight"]
     lost = [prefix + key for key in needed if key not in encoder]
     if lost:
         problems = [Problem("missing-source", key, "is not there") for key in lost]
@@ -278,9 +287,9 @@ def infer_layout(shapes: Shapes) -> Layout:
     convolutions = _count(encoder, r"feature_extractor\.conv_layers\.(\d{1,3})\.0\.weight")
     kernels = [encoder.get(f"feature_extractor.conv_layers.{i}.0.weight", (0, 0, 0)) for i in range(convolutions)]
     codes = encoder.get("quantizer.vars", (0, 0, 0))
-    ffn, hidden = encoder["encoder.layers.0.fc1.weight"]
+    ffn, hidden = encoder[first]
     return Layout(
-        family="wav2vec2",
+        family=family,
         kind=kind,
         convolutions=tuple((shape[0], shape[2]) for shape in kernels),
         group_norm="feature_extractor.conv_layers.0.2.weight" in encoder,
@@ -289,7 +298,7 @@ def infer_layout(shapes: Shapes) -> Layout:
         weight_norm=weight_norm,
         hidden=hidden,
         ffn=ffn,
-        layers=_count(encoder, r"encoder\.layers\.(\d{1,3})\.fc1\.weight"),
+        layers=_count(encoder, rf"encoder\.layers\.(\d{{1,3}})\.{re.escape(inner)}\.weight"),
         conv_pos=encoder[positions][2],
         pos_group=encoder[positions][1],
         vocab=shapes.get("w2v_encoder.proj.bias", (0,))[0],

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 from convert.checkpoint import Checkpoint
-from convert.model import fields, hubert
+from convert.model import conformer, fields, hubert
 from convert.model.encoder import (
     Family,
     Kind,
@@ -39,8 +39,24 @@ HUBERT = Family(
     values=hubert.values,
     sidecars=hubert.sidecars,
 )
+CONFORMER = Family(
+    name="wav2vec2_conformer",
+    model_type="wav2vec2-conformer",
+    classes={
+        "ctc": "Wav2Vec2ConformerForCTC",
+        "pretraining": "Wav2Vec2ConformerForPreTraining",
+        "encoder": "Wav2Vec2ConformerModel",
+    },
+    fields=conformer.FIELDS,
+    layout=conformer.layout,
+    values=conformer.values,
+)
 # (fairseq's name of the encoder, its layer_type) -> what its settings mean
-FAMILIES = {("wav2vec2", "transformer"): WAV2VEC2, ("hubert", "transformer"): HUBERT}
+FAMILIES = {
+    ("wav2vec2", "transformer"): WAV2VEC2,
+    ("wav2vec2", "conformer"): CONFORMER,
+    ("hubert", "transformer"): HUBERT,
+}
 
 PRETRAINING = Kind("pretraining", nested=False)
 CTC = Kind("ctc", True, fields.READ_CTC, "w2v_encoder.proj.bias", ctc_values, blank_edits)

@@ -13,10 +13,11 @@ from convert.errors import PlanError, Problem
 from convert.mapping import infer_layout, plan, table
 from convert.mapping.rules import Edit, Plan
 from convert.mapping.wav2vec2 import Layout
-from convert.model.fields import DEFAULTS, FINE_TUNING, Fields
+from convert.model.fields import DEFAULTS, FINE_TUNING, LAYER_SETTINGS, Fields
 from convert.model.processor import Processor, make_processor
 from convert.model.settings import MISSING, Reader
 from convert.model.types import KEPT_HEAD, Model, Request, Sidecar, Value
+from convert.transfer import not_repeated
 
 
 @dataclass(slots=True)
@@ -249,7 +250,7 @@ def encoder_settings(checkpoint: Checkpoint, request: Request) -> Reader:
     for name, own in FINE_TUNING.items():
         if outer.get(name) is not None:
             values[own], origins[own] = outer[name], "model"
-    for name in ("layer_type", "adp_num", "adp_dim", "adp_act_fn", "adp_trf_idx"):
+    for name in LAYER_SETTINGS:
         if outer.get(name) is not None:
             values[name], origins[name] = outer[name], "model"
     reader = Reader(values, origins)
@@ -485,11 +486,14 @@ def _plan(sources: Sources, layout: Any, edits: list[Edit]) -> Plan | None:
             sources.refuse("unmapped-source", name, "is no tensor")
     if layout is None:
         return None
+    checkpoint = sources.checkpoint
     try:
-        return plan(table(layout, sources.head, edits), sources.checkpoint.inventory)
+        proved = plan(table(layout, sources.head, edits), checkpoint.inventory)
     except PlanError as error:
         sources.problems.extend(error.problems)
         return None
+    sources.problems.extend(not_repeated(checkpoint.container, proved, checkpoint.tensors))
+    return proved
 
 
 def _hint(problems: Sequence[Problem]) -> str:

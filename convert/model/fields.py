@@ -97,6 +97,9 @@ FINE_TUNING = {
     "mask_channel_prob": "mask_channel_prob",
 }
 
+# Settings of the fine-tuned model that replace the pretrained model's unless they are None (args_replacement there).
+LAYER_SETTINGS = ("layer_type", "adp_num", "adp_dim", "adp_act_fn", "adp_trf_idx")
+
 # Settings that are read by name.
 READ = {"_name", "conv_feature_layers", "layer_type", "mask_prob", *CHOICES}
 READ_QUANTIZER = {"final_dim", "latent_dim", "quantize_targets"}

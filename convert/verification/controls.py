@@ -139,19 +139,27 @@ def _damages(target: Target) -> dict[str, Damage | str]:
     prefix = "" if target.base is target.model else f"{target.model.base_model_prefix}."
     layers = config.num_hidden_layers
     middle, last = layers // 2, layers - 1
-    attention = f"{prefix}encoder.layers.{middle}.attention."
+    layer = f"{prefix}encoder.layers.{middle}."
+    attention = (
+        f"{layer}attention.{{}}_proj"
+        if f"{layer}attention.q_proj.weight" in weights
+        else f"{layer}self_attn.linear_{{}}"
+    )
     magnitude = f"{prefix}encoder.pos_conv_embed.conv.parametrizations.weight.original0"
     if magnitude not in weights:  # before torch 2.1's parametrizations
         magnitude = f"{prefix}encoder.pos_conv_embed.conv.weight_g"
-    biases = [f"{prefix}encoder.layers.{last}.feed_forward.output_dense.bias", f"{prefix}encoder.layer_norm.bias"]
+    biases = [f"{prefix}encoder.layers.{last}.{part}.output_dense.bias" for part in ("feed_forward", "ffn2")]
+    biases = [name for name in (*biases, f"{prefix}encoder.layer_norm.bias") if name in weights]
     bias = next((name for name in biases if bool(weights[name].any())), "")
     made: dict[str, Damage | str] = {}
     made[f"q and k of layer {middle} swapped"] = _exchanging(
-        [(f"{attention}q_proj.{part}", f"{attention}k_proj.{part}") for part in ("weight", "bias")]
+        [(f"{attention.format('q')}.{part}", f"{attention.format('k')}.{part}") for part in ("weight", "bias")]
     )
-    lost = "weight_g of the positional convolution lost"
+    lost, placement = "weight_g of the positional convolution lost", "the other norm placement"
     made[lost] = (
-        _setting(magnitude, lambda value: value.fill_(1.0))
+        f"{type(target.base).__name__} does not use its positional convolution"
+        if "pos_conv" not in target.stages
+        else _setting(magnitude, lambda value: value.fill_(1.0))
         if magnitude in weights
         else "its positional convolutions have no weight norm"
     )
@@ -165,18 +173,42 @@ def _damages(target: Target) -> dict[str, Damage | str]:
     made[exchanged] = _exchanging(pairs) if last else "the model has one layer"
     zeroed = "a bias set to zero"
     made[zeroed] = _setting(bias, lambda value: value.zero_()) if bias else "these biases are zero already"
-    made["the other norm placement"] = _configured(do_stable_layer_norm=not config.do_stable_layer_norm)
+    made[placement] = (
+        _configured(do_stable_layer_norm=not config.do_stable_layer_norm)
+        if hasattr(config, "do_stable_layer_norm")
+        else f"{type(target.base).__name__} has one"
+    )
     heads = config.num_attention_heads
     wrong = heads // 2 if heads % 2 == 0 else 2 * heads
-    fits = config.hidden_size % wrong == 0
-    made[f"{wrong} attention heads instead of {heads}"] = (
-        _configured(num_attention_heads=wrong) if fits else f"{wrong} does not divide {config.hidden_size}"
-    )
+    absent = "" if config.hidden_size % wrong == 0 else f"{wrong} does not divide {config.hidden_size}"
+    for name in weights:
+        if name.endswith(("pos_bias_u", "inv_freq")):
+            absent = f"the shape of {name} says how many there are: with another number the model does not load"
+    made[f"{wrong} attention heads instead of {heads}"] = absent or _configured(num_attention_heads=wrong)
+    made |= _of_conformers(weights, prefix, layer)
     if hasattr(target.model, "quantizer"):
         made["the codebook moved by one entry"] = _setting(
             "quantizer.codevectors", lambda value: value.copy_(value.roll(1, dims=1))
         )
         made["a bias of project_hid changed"] = _setting("project_hid.bias", lambda value: value.add_(1.0))
+    return made
+
+
+def _of_conformers(weights: Mapping[str, Any], prefix: str, layer: str) -> dict[str, Damage | str]:
+    """What conformer layers have beside that; nothing for other models."""
+    variance = f"{layer}conv_module.batch_norm.running_var"
+    if variance not in weights:
+        return {}
+    made: dict[str, Damage | str] = {
+        "a running variance lost": _setting(variance, lambda value: value.fill_(1.0)),
+        "gelu instead of swish": _configured(hidden_act="gelu"),
+    }
+    frequencies = f"{prefix}encoder.embed_positions.inv_freq"
+    if frequencies in weights:
+        made["frequencies of the positions reversed"] = _setting(frequencies, lambda value: value.copy_(value.flip(0)))
+    else:
+        pair = (f"{layer}self_attn.pos_bias_u", f"{layer}self_attn.pos_bias_v")
+        made["pos_bias_u and pos_bias_v swapped"] = _exchanging([pair])
     return made
 
 

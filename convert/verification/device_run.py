@@ -107,7 +107,7 @@ def _runs(
         step=lambda probe: work.advance(),
     )
     for one in judged:
-        require, why = required(work, reference, one.probe, device, dtype, arithmetic)
+        require, why = required(work, reference, target, one.probe, device, dtype, arithmetic)
         findings.runs.append(run_of(one, device, dtype, require, why))
         findings.problems += _demand(one, device, dtype, require)
     if arithmetic == dtype == "float32":
@@ -151,7 +151,7 @@ def _padding(work: Work, target: Target, followed: Judged, device: str) -> dict[
 
 
 def required(
-    work: Work, reference: Reference, probe: Probe, device: str, dtype: str, arithmetic: str
+    work: Work, reference: Reference, target: Target, probe: Probe, device: str, dtype: str, arithmetic: str
 ) -> tuple[str, str]:
     """Say what is required of an input, and why not more; from facts, never from names of models."""
     if work.require is not None:
@@ -164,6 +164,8 @@ def required(
         return "rounding", "the conversion rounded the weights"
     if rounds(work.record):
         return "rounding", rounds(work.record)
+    if target.rounds:
+        return "rounding", target.rounds
     if device != "cpu":
         return "rounding", "a CUDA device chooses its algorithms by shape and layout"
     if reference.description.unlike:
@@ -267,7 +269,7 @@ def _end_to_end(work: Work, reference: Reference, target: Target, processor: Any
         findings.problems.append(Problem("sampling-rate", "preprocessor_config.json", detail))
         return
     exact = not reference.description.unlike and target.device == "cpu"
-    exact = exact and not rounds(work.record) and not work.rounded
+    exact = exact and not rounds(work.record) and not work.rounded and not target.rounds
     proved = all(run["verdict"] != "different" for run in findings.runs)
     for name, piece in work.pieces.items():
         arguments = (reference, target, extractor, processor, work.clips, name, piece, work.subject)

@@ -205,7 +205,43 @@ def build(settings: Any, symbols: int, ignored: list[str], patches: list[str]) -
         patches: the narrow fixes of fairseq's own mistakes that it took are added here.
     """
     builder, _ = ARCHITECTURES[settings["model"]["_name"]]
-    return builder(settings, symbols, ignored, patches)
+    with _conformers(patches):
+        return builder(settings, symbols, ignored, patches)
+
+
+@contextlib.contextmanager
+def _conformers(patches: list[str]) -> Any:
+    """Let fairseq main build and run a `ConformerEncoder`.
+
+    Since there are adapter layers, `TransformerEncoder` hands `layer_idx` and `corpus_key`, which are for those alone, to
+    methods that `ConformerEncoder` replaces with its own, which take neither. A class that ignores them stands in its place.
+    """
+    from fairseq.models.wav2vec import wav2vec2
+
+    original = getattr(wav2vec2, "ConformerEncoder", None)
+    if original is None:
+        yield
+        return
+    patch = (
+        "layer_idx and corpus_key, which are for adapter layers, ignored by ConformerEncoder: its methods take neither"
+    )
+
+    class ConformerEncoder(original):  # type: ignore[misc, valid-type]
+        def build_encoder_layer(self, args: Any, layer_idx: Any = None) -> Any:
+            if layer_idx is not None and patch not in patches:
+                patches.append(patch)
+            return super().build_encoder_layer(args)
+
+        def extract_features(
+            self, x: Any, padding_mask: Any = None, tgt_layer: Any = None, corpus_key: Any = None
+        ) -> Any:
+            return super().extract_features(x, padding_mask, tgt_layer)
+
+    wav2vec2.ConformerEncoder = ConformerEncoder
+    try:
+        yield
+    finally:
+        wav2vec2.ConformerEncoder = original
 
 
 def _classes(name: str) -> tuple[Any, Any]:
@@ -248,6 +284,10 @@ def fine_tuned(settings: Any, cls: Any, ignored: list[str]) -> Any:
     made = _complete(_classes(name)[0], pretrained, ignored)
     own = _complete(cls, _outer(settings), [] if "flat" in settings["model"] else ignored)
     own = dict(own, data="", normalize=normalize, ddp_backend="legacy_ddp", w2v_path="")
+    for field in ("layer_type", "adp_num", "adp_dim", "adp_act_fn", "adp_trf_idx"):
+        own[field] = _outer(settings).get(
+            field
+        )  # fairseq main's defaults would replace those of older pretrained models
     task = {"_name": "audio_pretraining", "data": "", "normalize": normalize, "sample_rate": 16000}
     own["w2v_args"] = {"model": dict(made, _name=name), "task": task, "criterion": None, "lr_scheduler": None}
     return OmegaConf.create(own)
@@ -416,6 +456,7 @@ class Reference:
         if self.magnitude is not None:
             self.magnitude = self.magnitude.to(kind).float()
         self.model.to(kind).float()
+        _forget_positions(self.w2v)
 
     @contextlib.contextmanager
     def _as_converted(self) -> Any:
@@ -443,10 +484,12 @@ class Reference:
             return
         with _lifted(self.w2v) if name == "float64" else _nothing():
             self.model.to(NAMES[name])
+            _forget_positions(self.w2v)
             try:
                 with self._as_converted() if name == "float64" else _nothing():
                     yield
             finally:
+                _forget_positions(self.w2v)
                 self.model.float()  # exact: from float64 always, from a half type because the weights are rounded
 
     def _hook(self) -> None:
@@ -462,7 +505,7 @@ class Reference:
         watch(self.w2v.layer_norm, "feature_norm", _same)
         if self.w2v.post_extract_proj is not None:
             watch(self.w2v.post_extract_proj, "projection", _same)
-        watch(self.w2v.encoder.pos_conv, "pos_conv", _swap_last)
+        watch(self.w2v.encoder.pos_conv, "pos_conv", _swap_last)  # conformers have one and do not use it
         for index, layer in enumerate(self.w2v.encoder.layers):
             watch(layer, "layer.%d" % index, _swap_first)
         watch(self.w2v.encoder, "encoder", _same)
@@ -696,6 +739,15 @@ def _swap_first(value: Any) -> Any:
 @contextlib.contextmanager
 def _nothing() -> Any:
     yield
+
+
+def _forget_positions(w2v: Any) -> None:
+    """Let conformers make their tables of positions anew: they keep them, whatever becomes of the model's type and weights."""
+    for module in w2v.modules():
+        if hasattr(module, "seq_len_cached"):
+            module.seq_len_cached = 0
+        elif type(module).__name__ == "RelPositionalEncoding":
+            module.pe = None
 
 
 @contextlib.contextmanager

@@ -132,8 +132,9 @@ def probes(geometry: Geometry, clips: dict[str, Waveform], *, rate: int, masks: 
     """
     count = geometry.frames(len(clips[SPEECH]))
     step = geometry.multiple
-    even = count // step * step or step
-    odd = even - 1 if step > 1 and even > 1 else even
+    pair = max(step, 2)
+    even = count // pair * pair or pair
+    odd = even - 1
     long = geometry.frames(LONG * rate) // step * step
     loudness = _level(clips[SPEECH])
     quiet = float(10 ** ((QUIET - loudness) / 20))

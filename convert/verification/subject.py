@@ -73,7 +73,8 @@ def read_subject(
             normalize=bool(settings["task"].get("normalize", False)),
         )
         convolutions = tuple((kernel, stride) for _, kernel, stride in reader.convolutions("conv_feature_layers"))
-    multiple = reader.values.get("required_seq_len_multiple", 2)
+    conformer = reader.values.get("layer_type") == "conformer"  # its encoder pads nothing
+    multiple = 1 if conformer else reader.values.get("required_seq_len_multiple", 2)
     return subject, Geometry(convolutions, int(multiple or 1), reader.values.get("_name") in SPLIT_MASKS)
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 Visit = Callable[[str, "torch.Tensor"], None]
 # config.json's model_type -> the attention that does fairseq's arithmetic; sdpa where none is named
-ATTENTION: dict[str, str] = {}
+ATTENTION = {"wav2vec2-conformer": "eager"}
 
 
 def load(model_dir: Path, device: str) -> Target:
@@ -93,6 +93,11 @@ class Target:
     def base(self) -> Any:
         """The encoder, without its head."""
         return self.model.base_model
+
+    @property
+    def rounds(self) -> str:
+        """Why this model's sums are not fairseq's to the last bit; nothing where they are."""
+        return ""
 
     @property
     def output(self) -> str:
@@ -204,8 +209,46 @@ class Target:
         with torch.device("meta"):
             other = type(self.model)(config)
         other.load_state_dict(self.model.state_dict(), strict=True, assign=True)
+        for module, twin in zip(other.modules(), self.model.modules(), strict=True):
+            for name, buffer in module.named_buffers(recurse=False):
+                if buffer.is_meta:  # no part of the state_dict
+                    setattr(module, name, twin.get_buffer(name))
         return type(self)(other, self.device)
 
 
+class ConformerTarget(Target):
+    """A model with conformer layers."""
+
+    @property
+    def rounds(self) -> str:
+        """Of widths that are no power of 4 the root is no power of 2, and both what is done with it rounds."""
+        width = self.model.config.hidden_size // self.model.config.num_attention_heads
+        exact = width.bit_count() == 1 and width.bit_length() % 2 == 1
+        return "" if exact else f"transformers multiplies scores by {width} ** -0.5, fairseq divides them by its root"
+
+    def _hook_encoder(self, base: Any) -> None:
+        super()._hook_encoder(base)
+        self.stages.remove("pos_conv")  # it is there, and neither framework uses it
+
+    @contextlib.contextmanager
+    def arithmetic(self, name: str) -> Iterator[None]:
+        """As for every target; a table of positions is no weight: what a half type did to it must not stay."""
+        positions = self.base.encoder.embed_positions
+        kept = getattr(positions, "pe", None)
+        try:
+            with super().arithmetic(name):
+                yield
+        finally:
+            if kept is not None:
+                positions.pe = kept
+
+    def compute(self, source: torch.Tensor, mask: torch.Tensor | None) -> None:
+        """As for every target; a table kept from the last input may be of other frequencies, or of another type."""
+        self.base.encoder.embed_positions.cached_sequence_length = None
+        super().compute(source, mask)
+
+
 # transformers class -> what runs it, where `Target` does not
-TARGETS: dict[str, type[Target]] = {}
+TARGETS: dict[str, type[Target]] = dict.fromkeys(
+    ("Wav2Vec2ConformerForCTC", "Wav2Vec2ConformerForPreTraining", "Wav2Vec2ConformerModel"), ConformerTarget
+)
