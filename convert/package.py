@@ -302,19 +302,30 @@ def compare_weights(
         CheckpointError, PlanError: the checkpoint cannot be read or converted.
         ConvertError: `not-a-model`, when the directory holds no conversion of ours.
     """
+    with open_checkpoint(checkpoint) as opened:
+        return compare_opened(opened, model_dir, dictionary=dictionary, base=base)
+
+
+def compare_opened(
+    opened: Checkpoint,
+    model_dir: str | Path,
+    *,
+    dictionary: str | Path | None = None,
+    base: str | Path | None = None,
+) -> list[Problem]:
+    """Compare every tensor of a model directory with an opened checkpoint, as `compare_weights` does."""
     from convert.model.directory import ModelDirectory
 
     directory = ModelDirectory(Path(model_dir))
     record = directory.conversion
     dtype = DTYPES[record["dtype"]]
-    with open_checkpoint(checkpoint) as opened:
-        asked = request_again(record, opened, directory.dictionary, dictionary=dictionary, base=base)
-        model = describe(opened, asked)
-        problems = directory.compare(opened, pieces(opened.container, model.plan, opened.tensors, dtype))
-        for sidecar in model.sidecars:
-            listed = pieces(opened.container, sidecar.plan, opened.tensors_of(sidecar.group), dtype)
-            problems += directory.compare(opened, listed, sidecar.file)
-        return problems
+    asked = request_again(record, opened, directory.dictionary, dictionary=dictionary, base=base)
+    model = describe(opened, asked)
+    problems = directory.compare(opened, pieces(opened.container, model.plan, opened.tensors, dtype))
+    for sidecar in model.sidecars:
+        listed = pieces(opened.container, sidecar.plan, opened.tensors_of(sidecar.group), dtype)
+        problems += directory.compare(opened, listed, sidecar.file)
+    return problems
 
 
 def tool_version() -> str:

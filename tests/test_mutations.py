@@ -26,7 +26,7 @@ SILENT = ("masked_spec_embed", "k_proj.bias")
 
 @pytest.fixture(scope="module", autouse=True)
 def _short() -> Iterator[None]:
-    with short_inputs(), few_inputs(), one_reference():
+    with short_inputs(), few_inputs("speech-even", "quiet", "padded-batch"), one_reference():
         yield
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from convert.checkpoint import open_checkpoint
 from convert.errors import ConvertError, MismatchError, Problem
 from convert.model.directory import ModelDirectory
-from convert.package import compare_weights
+from convert.package import compare_opened
 from convert.verification import controls, expected
 from convert.verification.device_run import LONG, Work, on_device
 from convert.verification.devices import choose, describe, steady
@@ -126,12 +126,13 @@ def _recording(path: Path, subject: Subject) -> Recorded:
 def _check_files(checkpoint: Path, directory: ModelDirectory, options: Mapping[str, Any], findings: Findings) -> None:
     """Check what needs no model: every tensor's bytes, every value of every JSON file; and that both checks see."""
 
-    def bytes_of(path: Path) -> list[Problem]:
-        return compare_weights(checkpoint, path, **options)
-
-    findings.problems += bytes_of(directory.path)
-    findings.controls.append(controls.one_unit(directory.path, _some_tensor(directory), bytes_of))
     with open_checkpoint(checkpoint) as opened:
+
+        def bytes_of(path: Path) -> list[Problem]:
+            return compare_opened(opened, path, **options)
+
+        findings.problems += bytes_of(directory.path)
+        findings.controls.append(controls.one_unit(directory.path, _some_tensor(directory), bytes_of))
         model = expected.fresh_plan(opened, directory, **options)
     meant = expected.expected_files(model, str(directory.conversion.get("dtype", "keep")))
     findings.problems += expected.compare_files(directory, meant)
