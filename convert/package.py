@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.checkpoint import Checkpoint, open_checkpoint
+from convert.checkpoint.dictionary import Dictionary
 from convert.errors import ConvertError, MismatchError, Problem
 from convert.model.architectures import describe
 from convert.model.types import Model, Request, make_request, request_again
@@ -229,9 +230,8 @@ def _record(
         "settings": without_paths(opened.settings),
         "training_only": without_paths(dict(model.training_only)),
         "config": {value.name: value.origin for value in model.config},
-        "dictionary": None
-        if model.dictionary is None
-        else {"symbols": list(model.dictionary.symbols), "counts": list(model.dictionary.counts)},
+        "dictionary": None if model.dictionary is None else _symbols(model.dictionary),
+        "dictionaries": [_symbols(dictionary) for dictionary in opened.dictionaries],
         "decoding": model.processor.decoding,
         "table": {"name": model.plan.table.name, "digest": model.plan.table.digest},
         "tensors": {target: source for source, target in model.plan.renames.items()},
@@ -252,6 +252,10 @@ def _record(
         "dtype": dtype,
         "files": files,
     }
+
+
+def _symbols(dictionary: Dictionary) -> dict[str, Any]:
+    return {"symbols": list(dictionary.symbols), "counts": list(dictionary.counts)}
 
 
 def _row(opened: Checkpoint, model: Model, target: str, row: int) -> str:

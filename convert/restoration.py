@@ -23,6 +23,8 @@ from convert.transfer import CHUNK, WIDTHS
 _ALIASES = {"conv.weight_g": "conv.parametrizations.weight.original0"}
 _ALIASES["conv.weight_v"] = "conv.parametrizations.weight.original1"
 _NEVER = -1e4  # the bias of symbols that fairseq's dictionary must have and the model never learned
+# architecture -> the task that today's fairseq has for it, whatever it was called; CTC's was audio_pretraining until June 2021
+_TASKS = {"wav2vec_ctc": "audio_finetuning", "hubert": "hubert_pretraining", "hubert_ctc": "hubert_pretraining"}
 _HEADS = {"Wav2Vec2ForCTC": "ctc", "Wav2Vec2ForPreTraining": "pretraining"}
 
 
@@ -50,6 +52,7 @@ class _Draft:
     settings: dict[str, Any]
     dictionary: Dictionary | None
     notes: list[str]
+    dictionaries: tuple[Dictionary, ...] = ()
 
 
 def restore(model_dir: str | Path, out: str | Path, *, overwrite: bool = False) -> Restored:
@@ -76,7 +79,8 @@ def restore(model_dir: str | Path, out: str | Path, *, overwrite: bool = False) 
     model = {key: NewTensor(spec.dtype, spec.shape, draft.bytes[key]()) for key, spec in draft.specs.items()}
     history = {"criterion_name": "", "optimizer_name": "", "num_updates": 0, "best_loss": None}
     state: dict[str, Any] = {"args": None, "cfg": draft.settings, "criterion": None, "optimizer_history": [history]}
-    state |= {"task_state": {} if draft.dictionary is None else {"target_dictionary": draft.dictionary}}
+    state["task_state"] = {} if draft.dictionary is None else {"target_dictionary": draft.dictionary}
+    state["task_state"] |= {"dictionaries": list(draft.dictionaries)} if draft.dictionaries else {}
     state |= {"extra_state": {}, "last_optimizer_state": None}
     with beside(out) as work:
         path = work / out.name
@@ -122,7 +126,7 @@ def _from_conversion(directory: ModelDirectory) -> _Draft:
             hint="convert the checkpoint again with all of it, such as --head pretraining or --keep-final-proj",
         )
     notes = _changed(directory, record["files"])
-    draft = _Draft({}, {}, _loadable(record["settings"]), directory.dictionary, notes)
+    draft = _Draft({}, {}, _loadable(record["settings"]), directory.dictionary, notes, directory.dictionaries)
     made = {fill["key"] for fill in record["fills"]}
     lost = [target for target in record["tensors"] if target not in directory.tensors]
     lost += [target for target in directory.tensors if target not in record["tensors"] and target not in made]
@@ -199,12 +203,14 @@ def _loadable(settings: Mapping[str, Any]) -> dict[str, Any]:
             inner = model["w2v_args"]["model"]  # 0.12.2 has them there only: today's defaults would replace its layers
             model = {name: inner[name] for name in LAYER_SETTINGS if inner.get(name) is not None} | model
         task = {"data": "", **values["task"]}
-        if model.get("_name") == "wav2vec_ctc":  # its task was called audio_pretraining before June 2021
-            task |= {"_name": "audio_finetuning"}
+        task["_name"] = _TASKS.get(str(model.get("_name")), "audio_pretraining")
+        if "w2v_args" in values["model"]:
             model.setdefault("data", "")
             model.setdefault("normalize", task.get("normalize", False))
-        else:
-            task["_name"] = "audio_pretraining"
+        if task["_name"] == "hubert_pretraining" and isinstance(
+            task.get("labels"), str
+        ):  # in a Namespace, a list's text
+            task["labels"] = [label.strip("[]'\" ") for label in task["labels"].split(",")]
         return {"model": model, "task": task, "criterion": None if "w2v_args" not in model else values["criterion"]}
 
     return {"_name": None, "common": {}, **section(settings)}

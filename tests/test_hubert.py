@@ -14,6 +14,7 @@ import transformers
 from hubert_models import BASE, REFUSED, VARIANTS, Variant, build, save
 from safetensors.torch import load_file
 from test_convert import EVEN, ODD, edited, load
+from test_restore import fairseq_loads
 from verify_models import converted, short_inputs
 
 import convert
@@ -226,6 +227,69 @@ def test_a_head_that_is_not_there_cannot_be_kept(tmp_path: Path) -> None:
     with pytest.raises(PlanError) as raised:
         convert.plan(path, keep_final_proj=True)
     assert [(p.code, p.key) for p in raised.value.problems] == [("no-head", "--keep-final-proj")]
+
+
+# --- the way back ---------------------------------------------------------------------------------------------------
+
+
+def same_bytes(state: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    alike = (value.numpy().tobytes() == other[key].numpy().tobytes() for key, value in state.items())
+    return state.keys() == other.keys() and all(alike)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["hubert_base", "hubert_large_batch_norm", "hubert_two_dictionaries", "hubert_target_glu", "hubert_other_task"],
+)
+def test_there_and_back_again(name: str, tmp_path: Path) -> None:
+    """Through fairseq's own loader, with the dictionaries of the pretraining."""
+    reference = build(name)
+    path = save(name, tmp_path / "first.pt", model=reference)
+    convert.convert(path, tmp_path / "out", keep_final_proj=True)
+    convert.restore(tmp_path / "out", tmp_path / "back.pt")
+    restored, task = fairseq_loads(tmp_path / "back.pt")
+    assert same_bytes(reference.state_dict(), restored.state_dict())
+    assert [d.symbols for d in task.dictionaries] == [d.symbols for d in hubert_models.clusters(VARIANTS[name])]
+
+
+@pytest.mark.parametrize("name", ["hubert_ctc_large", "hubert_ctc_batch_norm", "hubert_ctc_no_label_embeddings"])
+def test_a_fine_tuned_model_there_and_back_again(name: str, tmp_path: Path) -> None:
+    """fairseq's loader takes no fine-tuned HuBERT (see docs/design.md); the file has all that it had."""
+    reference = build(name)
+    path = save(name, tmp_path / "first.pt", model=reference)
+    convert.convert(path, tmp_path / "out", keep_final_proj="label" not in name)
+    convert.restore(tmp_path / "out", tmp_path / "back.pt")
+    first, back = (torch.load(tmp_path / file, weights_only=False) for file in ("first.pt", "back.pt"))
+    assert same_bytes(first["model"], back["model"])
+    assert back["task_state"]["target_dictionary"].symbols == first["task_state"]["target_dictionary"].symbols
+    convert.convert(tmp_path / "back.pt", tmp_path / "again", keep_final_proj="label" not in name)
+    for file in (tmp_path / "out").iterdir():
+        if file.suffix == ".json" and file.name != "conversion.json":
+            assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes(), file.name
+
+
+def test_an_old_layout_comes_back_as_todays(tmp_path: Path) -> None:
+    """A Namespace holds the list of labels as text."""
+    reference = build("hubert_base")
+    plain = hubert_models.settings(VARIANTS["hubert_base"])
+    plain["task"]["labels"] = "['layer6.km20']"
+    state = hubert_models.task_state(VARIANTS["hubert_base"])
+    path = hubert_models.write(tmp_path / "old.pt", reference, plain, {}, layout="namespace", container="legacy")
+    convert.convert(edited(path, lambda old: old.update(task_state=state)), tmp_path / "out", keep_final_proj=True)
+    convert.restore(tmp_path / "out", tmp_path / "back.pt")
+    restored, task = fairseq_loads(tmp_path / "back.pt")
+    assert same_bytes(reference.state_dict(), restored.state_dict())
+    assert task.cfg.labels == ["layer6.km20"]
+
+
+@pytest.mark.parametrize("name", ["hubert_base", "hubert_ctc_base"])
+def test_what_was_dropped_does_not_come_back(name: str, tmp_path: Path) -> None:
+    convert.convert(save(name, tmp_path / "first.pt"), tmp_path / "out")
+    with pytest.raises(PlanError, match="lacks tensors that fairseq's model needs") as raised:
+        convert.restore(tmp_path / "out", tmp_path / "back.pt")
+    dropped = {problem.key.rpartition("w2v_model.")[2] for problem in raised.value.problems}
+    assert dropped - {"final_proj.weight", "final_proj.bias"} == {"label_embs_concat"}
+    assert "--keep-final-proj" in raised.value.hint and not (tmp_path / "back.pt").exists()
 
 
 # --- the proof ------------------------------------------------------------------------------------------------------

@@ -137,6 +137,7 @@ class Checkpoint:
         others: entries of `model` that are no tensors, such as data2vec's `_ema`.
         parts: the bytes of the tensors beside the model, by top-level key, such as the optimizer's state.
         groups: the adapters of MMS files by language.
+        dictionaries: those of HuBERT's pretraining, whose symbols are the numbers of clusters.
     """
 
     path: Path
@@ -148,6 +149,7 @@ class Checkpoint:
     others: tuple[str, ...]
     parts: dict[str, int]
     groups: dict[str, Group] = field(default_factory=dict)
+    dictionaries: tuple[Dictionary, ...] = ()
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -274,6 +276,7 @@ def _read(path: Path, container: Container) -> Checkpoint:
         others=tuple(name for name in model if name not in tensors),
         parts={key: count for key, count in parts.items() if count},
         groups=groups,
+        dictionaries=_dictionaries(top, path.name),
     )
 
 
@@ -310,6 +313,14 @@ def _dictionary(top: dict[str, Any], name: str) -> Dictionary | None:
     if not isinstance(state, dict):
         return None
     return from_pickle(state.get("target_dictionary"), name)
+
+
+def _dictionaries(top: dict[str, Any], name: str) -> tuple[Dictionary, ...]:
+    state = top.get("task_state")
+    listed = state.get("dictionaries") if isinstance(state, dict) else None
+    found = [from_pickle(value, name) for value in listed] if isinstance(listed, list) else []
+    whole = [dictionary for dictionary in found if dictionary is not None]
+    return tuple(whole) if len(whole) == len(found) else ()
 
 
 def _printable(key: Any) -> str:

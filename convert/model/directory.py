@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,12 @@ class ModelDirectory:
     def dictionary(self) -> Dictionary | None:
         """fairseq's dictionary as conversion.json keeps it."""
         kept = self.conversion.get("dictionary")
-        return Dictionary(tuple(kept["symbols"]), tuple(kept["counts"])) if kept else None
+        return _dictionary(kept) if kept else None
+
+    @property
+    def dictionaries(self) -> tuple[Dictionary, ...]:
+        """The dictionaries of HuBERT's pretraining, as conversion.json keeps them."""
+        return tuple(map(_dictionary, self.conversion.get("dictionaries") or ()))
 
     def json(self, name: str) -> dict[str, Any]:
         """Read one of its JSON files."""
@@ -167,3 +172,7 @@ class ModelDirectory:
 
     def _error(self, what: str, hint: str) -> ConvertError:
         return ConvertError(f"{self.path} {what}", code="not-a-model", key=str(self.path), hint=hint)
+
+
+def _dictionary(kept: Mapping[str, Any]) -> Dictionary:
+    return Dictionary(tuple(kept["symbols"]), tuple(kept["counts"]))
