@@ -28,7 +28,9 @@ PRETRAINING_HEAD = (  # no class of transformers has it; a file beside the model
     Rename("target_glu.0.bias",                                    "target_glu.0.bias",                                            "2label"),
 )
 # fmt: on
-_NO_CLASS = "only the loss of HuBERT's pretraining uses it, and transformers has no class for that"
+_NO_CLASS = (
+    "only the loss of HuBERT's pretraining uses it, which transformers has no class for; --keep-final-proj keeps it"
+)
 DROPS = tuple(Drop(rule.source, _NO_CLASS, rule.shape, optional=True) for rule in PRETRAINING_HEAD)
 HEADS = {"ctc": wav2vec2.CTC_HEAD}
 

@@ -11,6 +11,7 @@ from convert.publishing.facts import Facts, Paper
 from convert.publishing.files import private
 from convert.publishing.proof import proof
 from convert.report import fold, size
+from convert.verification.report import padding_text
 
 # The settings of a fairseq checkpoint that decide what the network computes.
 _SETTINGS = (
@@ -127,7 +128,8 @@ def _usage(facts: Facts) -> str:
     text = f"`pip install {needs}`, then:\n\n```python\n{snippets.usage(facts)}```"
     if facts.output == "hidden":
         text += "\n\nThe model has no vocabulary: it gives hidden states, no text."
-    if "final_proj.safetensors" in (facts.conversion.get("sidecars") or {}):
+    kept = (facts.conversion.get("sidecars") or {}).get("final_proj.safetensors") or {}
+    if "final_proj.weight" in (kept.get("tensors") or {}):
         text += (
             "\n\nThe head of pretraining, for which transformers' class has no place, is in `final_proj.safetensors`:"
             f"\n\n```python\n{snippets.final_proj(facts)}```"
@@ -166,9 +168,20 @@ def _input(facts: Facts) -> str:
         lines.append(
             "- In a padded batch, fairseq and transformers count the valid frames of the shorter utterances differently "
             "(fairseq splits the mask evenly, transformers follows the convolutions), so that the last frame of one may "
-            "belong to the padding on one side. Single utterances are not affected."
+            "belong to the padding on one side. Single utterances are not affected." + _measured_padding(facts)
         )
     return "\n".join(lines)
+
+
+def _measured_padding(facts: Facts) -> str:
+    """Say what the verification measured of a padded batch whose frames are counted otherwise."""
+    rows: Sequence[Mapping[str, Any]] = (facts.verification or {}).get("padding") or ()
+    if not rows:
+        return ""
+    return (
+        f" Measured on {padding_text(rows[0]).removeprefix('padded batches: ')}. With an `attention_mask` that has as many "
+        "ones as it takes samples for fairseq's frames, transformers computes what fairseq does; that was verified, too."
+    )
 
 
 def _evaluation(facts: Facts) -> str:
