@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from fairseq.data import Dictionary
 from fairseq.models.wav2vec import wav2vec2_classification as reference
 from fairseq.models.wav2vec.wav2vec2_asr import Wav2VecEncoder
 from fairseq.tasks.audio_classification import AudioClassificationConfig
-from fairseq_models import BASE, LARGE
+from fairseq_models import BASE, LARGE, _plain, _Task, write
 from omegaconf import OmegaConf, open_dict
 
 LANGUAGES = ("eng", "deu", "cmn", "swh", "yor")
@@ -70,12 +69,14 @@ def settings(variant: Variant) -> dict[str, Any]:
     ctc = fairseq_models.settings(fairseq_models.Variant("ctc", variant.encoder, normalize=variant.normalize))
     model = OmegaConf.structured(reference.Wav2Vec2ClassificationConfig())
     same = {key: value for key, value in ctc["model"].items() if key in model and key != "w2v_args"}
-    model = OmegaConf.merge(model, same | {"_name": "wav2vec_classification", "w2v_path": "base.pt"} | variant.fine_tuned)
+    model = OmegaConf.merge(
+        model, same | {"_name": "wav2vec_classification", "w2v_path": "base.pt"} | variant.fine_tuned
+    )
     with open_dict(model):
         model.w2v_args = ctc["model"]["w2v_args"]
     own = {"_name": "audio_classification", "labels": "lang", "data": "manifests", "normalize": variant.normalize}
     made = ctc | {"model": model, "task": OmegaConf.merge(AudioClassificationConfig(), own)}
-    return fairseq_models._plain(made | {"criterion": {"_name": "cross_entropy", "sentence_avg": True}})
+    return _plain(made | {"criterion": {"_name": "cross_entropy", "sentence_avg": True}})
 
 
 def build(variant: Variant | str, seed: int = 0) -> torch.nn.Module:
@@ -88,28 +89,24 @@ def build(variant: Variant | str, seed: int = 0) -> torch.nn.Module:
     configuration = OmegaConf.create(settings(variant)).model
     labels = dictionary(variant.labels)
     if configuration.pooling == "mean":
-        task = fairseq_models._Task(labels)
-        model = reference.Wav2VecClassification.build_model(configuration, task)
+        model = reference.Wav2VecClassification.build_model(configuration, _Task(labels))
     else:
         pooling, width = POOLINGS[configuration.pooling], variant.encoder["encoder_embed_dim"]
         layers = (variant.encoder["encoder_layers"],) if configuration.pooling == "elmo" else ()
         encoder = Wav2VecEncoder(configuration, None)
-        model = reference.Wav2VecClassification(configuration, encoder, pooling(configuration, width, len(labels), *layers))
+        model = reference.Wav2VecClassification(
+            configuration, encoder, pooling(configuration, width, len(labels), *layers)
+        )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
     return model.eval()
 
 
-def save(variant: Variant | str, path: Path, *, seed: int = 0, model: torch.nn.Module | None = None) -> Path:
-    """Write a checkpoint, with its labels in `task_state`."""
+def save(
+    variant: Variant | str, path: Path, *, seed: int = 0, model: torch.nn.Module | None = None, **how: Any
+) -> Path:
+    """Write a checkpoint, with its labels in `task_state`; `how` as for `fairseq_models.write`."""
     variant = VARIANTS[variant] if isinstance(variant, str) else variant
     model = build(variant, seed) if model is None else model
-    weights = OrderedDict((key, value.detach().clone()) for key, value in model.state_dict().items())
-    state: dict[str, Any] = {"args": None, "cfg": settings(variant), "model": weights, "criterion": OrderedDict()}
-    state["task_state"] = {"target_dictionary": dictionary(variant.labels)}
-    state["optimizer_history"] = [{"criterion_name": "CrossEntropyCriterion", "optimizer_name": "FairseqAdam"}]
-    state["optimizer_history"][0] |= {"lr_scheduler_state": {}, "num_updates": 7}
-    state |= {"extra_state": {"metrics": [], "previous_training_time": 1.5}, "last_optimizer_state": None}
-    torch.save(state, path)
-    return path
+    return write(path, model, settings(variant), {"target_dictionary": dictionary(variant.labels)}, **how)
