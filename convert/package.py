@@ -255,7 +255,7 @@ def _record(
 
 
 def _symbols(dictionary: Dictionary) -> dict[str, Any]:
-    return {"symbols": list(dictionary.symbols), "counts": list(dictionary.counts)}
+    return {name: list(getattr(dictionary, name)) for name in ("symbols", "counts", "special")}
 
 
 def _row(opened: Checkpoint, model: Model, target: str, row: int) -> str:

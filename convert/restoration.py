@@ -276,6 +276,7 @@ def _table(config: Mapping[str, Any], head: str, directory: ModelDirectory, name
         conv_pos=config.get("num_conv_pos_embeddings", 128),
         pos_group=config["hidden_size"] // config.get("num_conv_pos_embedding_groups", 16),
         vocab=lm_head.spec.shape[0] if lm_head else 0,
+        latent=0,
         codes=groups * per_group,
         code_width=config.get("codevector_dim", 256) // groups,
         codevector=config.get("codevector_dim", 256),

@@ -40,9 +40,7 @@ VARIANTS: dict[str, Variant] = {
 }
 # What transformers cannot represent: the setting that is refused -> the models
 REFUSED: dict[str, tuple[Variant, ...]] = {
-    "activation_fn": tuple(
-        Variant(BASE, {"pooling": "mean", "activation_fn": name}) for name in ("gelu", "relu", "tanh", "swish")
-    ),
+    "activation_fn": tuple(Variant(BASE, {"pooling": "mean", "activation_fn": name}) for name in ("gelu", "relu")),
     "pooling": tuple(
         Variant(BASE, LINEAR | {"pooling": name}) for name in ("first_token", "max", "mean_amsoftmax", "elmo")
     ),

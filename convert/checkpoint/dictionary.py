@@ -27,6 +27,11 @@ class Dictionary:
     counts: tuple[int, ...]
     special: tuple[str, ...] = SPECIAL
 
+    @property
+    def labels(self) -> Dictionary:
+        """What a file holds beside the special symbols, which come with every file: a classification dictionary."""
+        return Dictionary(self.symbols[len(self.special) :], self.counts[len(self.special) :], ())
+
     def __len__(self) -> int:
         return len(self.symbols)
 
@@ -49,7 +54,7 @@ def from_pickle(value: Any, name: str) -> Dictionary | None:
         raise _corrupted(name, "its symbols are no list of texts")
     if not isinstance(counts, list) or len(counts) != len(symbols) or not all(isinstance(n, int) for n in counts):
         counts = [1] * len(symbols)
-    words = [state.get(f"{word}_word") for word in ("bos", "pad", "eos", "unk")]
+    words = [state.get(f"{word}_word") for word in ("bos", "pad", "eos", "unk") if f"{word}_index" in state]
     special = tuple(word for word in words if isinstance(word, str) and word in symbols[:4])
     return _checked(symbols, counts, special, name)
 

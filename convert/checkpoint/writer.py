@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.checkpoint.container import DTYPES
-from convert.checkpoint.dictionary import Dictionary
+from convert.checkpoint.dictionary import SPECIAL, Dictionary
 from convert.transfer import product
 
 _STORAGE = {dtype: (name, width) for name, (dtype, width) in DTYPES.items()}
@@ -121,10 +121,13 @@ class _Emitter:
 
     def dictionary(self, dictionary: Dictionary) -> None:
         """An instance of `fairseq.data.dictionary.Dictionary`, built without calling its constructor."""
-        names = dict(zip(("bos", "pad", "eos", "unk"), dictionary.special, strict=False))
-        state: dict[str, Any] = {f"{key}_word": name for key, name in names.items()}
+        keys = ("bos", "pad", "eos", "unk")
+        names = dict(zip(keys, dictionary.special, strict=False))
+        words = names or dict(zip(keys, SPECIAL, strict=True))  # one of labels knows the words, and gives them no ids
+        state: dict[str, Any] = {f"{key}_word": name for key, name in words.items()}
         state |= {f"{key}_index": dictionary.symbols.index(name) for key, name in names.items()}
-        state |= {"symbols": list(dictionary.symbols), "count": list(dictionary.counts), "nspecial": len(names)}
+        state |= {"symbols": list(dictionary.symbols), "count": list(dictionary.counts)}
+        state |= {"nspecial": len(names)} if names else {}
         state["indices"] = {symbol: index for index, symbol in enumerate(dictionary.symbols)}
         self.named("fairseq.data.dictionary", "Dictionary")
         self.out += b")\x81"

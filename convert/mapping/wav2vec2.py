@@ -67,6 +67,12 @@ CTC_HEAD = (
     Rename("w2v_encoder.proj.weight",                              "lm_head.weight",                                               "vocab hidden"),
     Rename("w2v_encoder.proj.bias",                                "lm_head.bias",                                                 "vocab"),
 )
+CLASSIFICATION_HEAD = (  # MeanPoolingFast
+    Rename("pooling_layer.linear.weight",                          "projector.weight",                                             "latent hidden"),
+    Rename("pooling_layer.linear.bias",                            "projector.bias",                                               "latent"),
+    Rename("pooling_layer.projection.weight",                      "classifier.weight",                                            "vocab latent"),
+    Rename("pooling_layer.projection.bias",                        "classifier.bias",                                              "vocab"),
+)
 QUANTIZER_HEAD = (
     Rename("quantizer.vars",                                       "quantizer.codevectors",                                        "1 codes code_width"),
     Rename("quantizer.weight_proj.weight",                         "quantizer.weight_proj.weight",                                 "codes features"),
@@ -86,11 +92,18 @@ PRETRAINING_DROPS = (
     Drop("final_proj.{p}",                          _NO_HEAD, optional=True),
     Drop("target_glu.0.{p}",                        _NO_HEAD, optional=True),
 )
+CLASSIFICATION_DROPS = (
+    Drop("pooling_layer.linear.{p}",                _NO_HEAD, optional=True),
+    Drop("pooling_layer.projection.{p}",            _NO_HEAD, optional=True),
+    Drop("pooling_layer.weights",                   _NO_HEAD, optional=True),  # LayerWeightedMeanPooling
+)
 # fmt: on
-HEADS = {"ctc": CTC_HEAD, "pretraining": QUANTIZER_HEAD}
-DROPS = {"pretraining": PRETRAINING_DROPS}
+HEADS = {"ctc": CTC_HEAD, "classification": CLASSIFICATION_HEAD, "pretraining": QUANTIZER_HEAD}
+DROPS = {"classification": CLASSIFICATION_DROPS, "pretraining": PRETRAINING_DROPS}
 # what stands before the encoder's keys in each kind of checkpoint
-PREFIXES = {"ctc": "w2v_encoder.w2v_model.", "pretraining": ""}
+PREFIXES = {"ctc": "w2v_encoder.w2v_model.", "classification": "w2v_encoder.w2v_model.", "pretraining": ""}
+# the tensor with one row for each symbol of the dictionary
+SYMBOLS = {"ctc": "w2v_encoder.proj.bias", "classification": "pooling_layer.projection.weight"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +120,8 @@ class Layout:
         weight_norm: whether the positional convolution still has its weight norm.
         hidden, ffn, layers: `encoder_embed_dim`, `encoder_ffn_embed_dim`, `encoder_layers`.
         conv_pos, pos_group: kernel of the positional convolution, and its input channels a group.
-        vocab: rows of the CTC projection, 0 without one.
+        vocab: rows of the CTC projection, or of the classifier; 0 without one.
+        latent: width between the two layers of a classifier, 0 without one.
         codes, code_width, codevector, final: rows of the codebook (groups x variables), width of one code, width of a
             quantized vector, width of the contrastive space; all 0 without a quantizer.
     """
@@ -125,6 +139,7 @@ class Layout:
     conv_pos: int
     pos_group: int
     vocab: int
+    latent: int
     codes: int
     code_width: int
     codevector: int
@@ -181,8 +196,8 @@ def table(layout: Layout, head: str = "", edits: Iterable[Edit] = ()) -> Table:
 
     Args:
         layout: the model's geometry.
-        head: `ctc` (target `Wav2Vec2ForCTC`), `pretraining` (`Wav2Vec2ForPreTraining`) or `encoder` (`Wav2Vec2Model`);
-            by default what the checkpoint is.
+        head: `ctc` (target `Wav2Vec2ForCTC`), `classification` (`Wav2Vec2ForSequenceClassification`), `pretraining`
+            (`Wav2Vec2ForPreTraining`) or `encoder` (`Wav2Vec2Model`); by default what the checkpoint is.
         edits: changes of single rows, see `Edit`.
 
     Raises:
@@ -233,7 +248,12 @@ def dims(layout: Layout) -> dict[str, int]:
     """Return the size of every dimension that the rules name."""
     channels = [1, *(channel for channel, _ in layout.convolutions)]
     sizes = {"features": channels[-1], "hidden": layout.hidden, "ffn": layout.ffn, "vocab": layout.vocab}
-    sizes |= {"conv_pos": layout.conv_pos, "pos_group": layout.pos_group, "codes": layout.codes}
+    sizes |= {
+        "latent": layout.latent,
+        "conv_pos": layout.conv_pos,
+        "pos_group": layout.pos_group,
+        "codes": layout.codes,
+    }
     sizes |= {"code_width": layout.code_width, "codevector": layout.codevector, "final": layout.final}
     for index, (channel, kernel) in enumerate(layout.convolutions):
         sizes |= {f"conv_in.{index}": channels[index], f"conv_dim.{index}": channel, f"conv_kernel.{index}": kernel}
@@ -242,7 +262,8 @@ def dims(layout: Layout) -> dict[str, int]:
 
 def kind_of(shapes: Shapes) -> str:
     """Name the kind of checkpoint that these keys are from."""
-    return "ctc" if any(key.startswith("w2v_encoder.") for key in shapes) else "pretraining"
+    marks = {"pooling_layer.": "classification", "w2v_encoder.": "ctc"}
+    return next((kind for mark, kind in marks.items() if any(key.startswith(mark) for key in shapes)), "pretraining")
 
 
 def infer_layout(shapes: Shapes, family: str = "wav2vec2", inner: str = "fc1") -> Layout:
@@ -276,6 +297,7 @@ def infer_layout(shapes: Shapes, family: str = "wav2vec2", inner: str = "fc1") -
     ranks = {needed[0]: 3, needed[1]: 2, needed[2]: 3, needed[3]: 1}
     ranks |= {key: 3 for key in encoder if re.fullmatch(r"feature_extractor\.conv_layers\.\d+\.0\.weight", key)}
     ranks |= {"quantizer.vars": 3, "project_q.weight": 2, "final_proj.bias": 1, "w2v_encoder.proj.bias": 1}
+    ranks |= {"pooling_layer.linear.weight": 2, "pooling_layer.projection.weight": 2}
     wrong = [
         Problem("shape", key if key in shapes else prefix + key, f"{rank} axes expected, source {shape}")
         for key, rank in ranks.items()
@@ -301,7 +323,8 @@ def infer_layout(shapes: Shapes, family: str = "wav2vec2", inner: str = "fc1") -
         layers=_count(encoder, rf"encoder\.layers\.(\d{{1,3}})\.{re.escape(inner)}\.weight"),
         conv_pos=encoder[positions][2],
         pos_group=encoder[positions][1],
-        vocab=shapes.get("w2v_encoder.proj.bias", (0,))[0],
+        vocab=shapes.get(SYMBOLS.get(kind, ""), (0,))[0],
+        latent=shapes.get("pooling_layer.linear.weight", (0,))[0],
         codes=codes[1],
         code_width=codes[2],
         codevector=encoder.get("project_q.weight", (0, 0))[1],

@@ -7,6 +7,7 @@ from functools import partial
 
 from convert.checkpoint import Checkpoint
 from convert.model import conformer, fields, hubert
+from convert.model.classification import CLASSIFICATION
 from convert.model.encoder import (
     Family,
     Kind,
@@ -25,7 +26,12 @@ __all__ = ["ARCHITECTURES", "Model", "Request", "Value", "describe", "encoder_se
 WAV2VEC2 = Family(
     name="wav2vec2",
     model_type="wav2vec2",
-    classes={"ctc": "Wav2Vec2ForCTC", "pretraining": "Wav2Vec2ForPreTraining", "encoder": "Wav2Vec2Model"},
+    classes={
+        "ctc": "Wav2Vec2ForCTC",
+        "classification": "Wav2Vec2ForSequenceClassification",
+        "pretraining": "Wav2Vec2ForPreTraining",
+        "encoder": "Wav2Vec2Model",
+    },
     fields=fields.WAV2VEC2,
     layout=plain_layout,
     values=quantizer_values,
@@ -62,15 +68,16 @@ PRETRAINING = Kind("pretraining", nested=False)
 CTC = Kind("ctc", True, fields.READ_CTC, "w2v_encoder.proj.bias", ctc_values, blank_edits)
 HUBERT_CTC = Kind("ctc", True, fields.READ_CTC - {"blank_mode", "blank_weight"}, CTC.symbols, ctc_values)
 
+KINDS = {
+    "wav2vec2": PRETRAINING,
+    "wav2vec_ctc": CTC,
+    "wav2vec_classification": CLASSIFICATION,
+    "hubert": PRETRAINING,
+    "hubert_ctc": HUBERT_CTC,
+}
 # fairseq's name of the architecture -> what decides its conversion
 ARCHITECTURES: dict[str, Callable[[Checkpoint, Request], Model]] = {
-    name: partial(describe_encoder, name=name, kind=kind, families=FAMILIES)
-    for name, kind in {
-        "wav2vec2": PRETRAINING,
-        "wav2vec_ctc": CTC,
-        "hubert": PRETRAINING,
-        "hubert_ctc": HUBERT_CTC,
-    }.items()
+    name: partial(describe_encoder, name=name, kind=kind, families=FAMILIES) for name, kind in KINDS.items()
 }
 
 
@@ -96,6 +103,8 @@ def architecture_of(checkpoint: Checkpoint) -> str:
     if named:
         return named
     hubert_like = any(key.endswith("label_embs_concat") for key in checkpoint.tensors)
+    if any(key.startswith("pooling_layer.") for key in checkpoint.tensors):
+        return "wav2vec_classification"
     if any(key.startswith("w2v_encoder.proj.") for key in checkpoint.tensors):
         return "hubert_ctc" if hubert_like else "wav2vec_ctc"
     if hubert_like:

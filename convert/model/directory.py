@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.checkpoint import Checkpoint
-from convert.checkpoint.dictionary import Dictionary
+from convert.checkpoint.dictionary import SPECIAL, Dictionary
 from convert.errors import ConvertError, Problem
 from convert.mapping.rules import TensorSpec
 from convert.transfer import WIDTHS, Piece, product, tensor_bytes
@@ -175,4 +175,4 @@ class ModelDirectory:
 
 
 def _dictionary(kept: Mapping[str, Any]) -> Dictionary:
-    return Dictionary(tuple(kept["symbols"]), tuple(kept["counts"]))
+    return Dictionary(tuple(kept["symbols"]), tuple(kept["counts"]), tuple(kept.get("special", SPECIAL)))

@@ -102,6 +102,7 @@ class Kind:
         symbols: the tensor with one row for each symbol of the dictionary; empty without one.
         values: the values of `config.json` that only this kind has.
         edits: changes of single rows of its head.
+        text: whether the symbols spell text; otherwise they are labels, and none of them is special.
     """
 
     name: str
@@ -110,6 +111,7 @@ class Kind:
     symbols: str = ""
     values: Callable[[Sources], list[Value]] = _nothing
     edits: Callable[[Sources], list[Edit]] = _nothing
+    text: bool = True
 
 
 def describe_encoder(
@@ -144,11 +146,11 @@ def describe_encoder(
     sources = Sources(checkpoint, request, name, kind.name, head, reader, outer, task)
     training_only = classify(sources, kind, family.fields)
     if kind.symbols:
-        sources.dictionary = read_dictionary(sources, kind.symbols)
+        sources.dictionary = read_dictionary(sources, kind.symbols, text=kind.text)
     config = _config(sources, family.fields) + family.values(sources) + kind.values(sources)
     layout = None if any(p.code == "missing-setting" for p in sources.problems) else _layout(sources, family)
     processor = make_processor(
-        sources.dictionary if head != "encoder" else None, sources.criterion, task, sources.problems
+        sources.dictionary if head != "encoder" and kind.text else None, sources.criterion, task, sources.problems
     )
     if head == "ctc":
         config += [Value(key, value, "dictionary") for key, value in processor.ids.items()]
@@ -420,6 +422,7 @@ def _layout(sources: Sources, family: Family) -> Any:
         "conv_pos": reader.get("conv_pos", int),
         "pos_group": hidden // groups,
         "vocab": seen.vocab,
+        "latent": seen.latent,
     }
     return family.layout(sources, seen, stated)
 
@@ -457,21 +460,23 @@ def blank_edits(sources: Sources) -> list[Edit]:
     return [bias] if mode == "add" else [Edit("lm_head.weight", 0, "set", 0.0, reason), bias]
 
 
-def read_dictionary(sources: Sources, rows_of: str) -> Dictionary | None:
+def read_dictionary(sources: Sources, rows_of: str, *, text: bool = True) -> Dictionary | None:
     """Choose the target dictionary: the checkpoint's own, or the one that was given; both must be the same.
 
     Args:
         sources: where they are.
         rows_of: the tensor that has one row for each symbol.
+        text: as for `Kind`.
     """
     inside, given = sources.checkpoint.dictionary, sources.request.dictionary
+    given = given.labels if given and not text else given
     if inside and given and inside.symbols != given.symbols:
         detail = f"the checkpoint's has {len(inside)} symbols, the file's {len(given)}"
         first = next((i for i, (a, b) in enumerate(zip(inside.symbols, given.symbols, strict=False)) if a != b), None)
         detail += f"; they first differ at {first}" if first is not None else ""
         sources.refuse("dictionary-conflict", "--dict", detail)
     dictionary = inside or given
-    rows = sources.checkpoint.inventory.get(rows_of)
+    rows = sources.checkpoint.inventory.get(kind.symbols)
     if dictionary is None and sources.head != "encoder":
         sources.refuse("no-dictionary", "--dict", "the checkpoint carries no dictionary (before February 2021)")
     elif dictionary and rows and rows.shape[:1] != (len(dictionary),):

@@ -56,6 +56,7 @@ def make_processor(
         "sampling_rate": task.count("sample_rate", 16000),
     }
     if dictionary is None:
+        features["processor_class"] = "Wav2Vec2FeatureExtractor"  # or AutoProcessor looks for a tokenizer, and fails
         return Processor({"preprocessor_config.json": features}, {}, "")
     features["processor_class"] = "Wav2Vec2Processor"
     repeated = sorted(symbol for symbol, count in Counter(dictionary.symbols).items() if count > 1)
