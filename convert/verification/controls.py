@@ -16,7 +16,7 @@ from convert.verification.expected import differences
 from convert.verification.judge import Judged, compared
 from convert.verification.reference import Subject
 from convert.verification.target import Target
-from convert.verification.vocabulary import check_tokens
+from convert.verification.vocabulary import check_labels, check_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +31,7 @@ class Control:
     Args:
         name: what was done to the model.
         caught: whether the check said `different`.
-        by: which check: `outputs` (`outputs, in float64` where float32 rounds the mistake away), `bytes`, `vocabulary`, `files`.
+        by: which check: `outputs` (`outputs, in float64` where float32 rounds the mistake away), `bytes`, `vocabulary`, `labels`, `files`.
         device: where it ran; empty for checks that compute nothing.
         stage, max_abs_difference, allowed: the first stage beyond its floor.
         curve: (stage, greatest difference, what is allowed there) along the model.
@@ -191,6 +191,10 @@ def _damages(target: Target) -> dict[str, Damage | str]:
             "quantizer.codevectors", lambda value: value.copy_(value.roll(1, dims=1))
         )
         made["a bias of project_hid changed"] = _setting("project_hid.bias", lambda value: value.add_(1.0))
+    if hasattr(target.model, "projector"):
+        made["a bias of the projector changed"] = _setting("projector.bias", lambda value: value.add_(1.0))
+        moved = _setting("classifier.weight", lambda value: value.copy_(value.roll(1, dims=0)))
+        made["the classes moved by one"] = moved if config.num_labels > 1 else "the model has one class"
     return made
 
 
@@ -290,6 +294,12 @@ def blank_and_pad(tokens: list[str], subject: Subject) -> Control:
     other = 1 if subject.blank == 0 else 0
     wrong[subject.blank], wrong[other] = wrong[other], wrong[subject.blank]
     return Control("blank and pad exchanged", bool(check_tokens(wrong, subject)), "vocabulary")
+
+
+def exchanged_labels(labels: list[str], subject: Subject, spelling: str) -> Control:
+    """Exchange the names of the first and the last class, and run the labels' comparison."""
+    wrong = [labels[-1], *labels[1:-1], labels[0]]
+    return Control("two labels exchanged", bool(check_labels(wrong, subject, spelling)), "labels")
 
 
 def wrong_setting(meant: Mapping[str, Any]) -> Control:

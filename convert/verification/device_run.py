@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 CLIP = "speech-even"  # the input that controls run on, and whose floors are always measured
 LONG = "30-seconds"
+Spell = Callable[[Sequence[int]], str]  # from the best symbol of every frame, or the best label, to text
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,24 +72,38 @@ def on_device(work: Work, reference: Reference, device: str, findings: Findings,
         ConvertError: `load`, status 1: transformers cannot load the directory.
     """
     target = load(work.directory.path, device)
-    processor = _vocabulary(work, reference, findings) if first else None
+    spell = _vocabulary(work, reference, target, findings) if first else None
     if work.half:
         _half_precision(work, reference, target, device, findings)
     else:
         _runs(work, reference, target, device, "float32", "float32", findings)
     if first:
-        _end_to_end(work, reference, target, processor, findings)
+        _end_to_end(work, reference, target, spell, findings)
 
 
-def _vocabulary(work: Work, reference: Reference, findings: Findings) -> Any:
+def _vocabulary(work: Work, reference: Reference, target: Target, findings: Findings) -> Spell | None:
+    """Check what the classes mean, and return what turns them into text."""
     if not work.subject.symbols or work.record["architecture"]["head"] == "encoder":
         return None
+    if "id2label" in work.directory.config:
+        return _labels(work, reference, target, findings)
     folder: Path = work.directory.path
     processor = vocabulary.load_processor(folder)
     findings.problems += vocabulary.check(processor, work.directory.config, work.subject, reference.spell())
     tokens = vocabulary.tokens_of(processor.tokenizer, len(work.subject.symbols))
     findings.controls.append(controls.blank_and_pad(tokens, work.subject))
-    return processor
+    return partial(vocabulary.transcribe, processor, subject=work.subject)
+
+
+def _labels(work: Work, reference: Reference, target: Target, findings: Findings) -> Spell:
+    config, spelling = target.model.config, reference.spell()
+    labels = [str(config.id2label.get(index)) for index in range(config.num_labels)]
+    findings.problems += vocabulary.check_labels(labels, work.subject, spelling)
+    if len(labels) > 1:
+        findings.controls.append(controls.exchanged_labels(labels, work.subject, spelling))
+    else:
+        findings.absent["two labels exchanged"] = "the model has one class"
+    return lambda path: " ".join(labels[index] for index in path)
 
 
 def _runs(
@@ -262,7 +278,7 @@ def _last(answer: Answer) -> dict[str, Any]:
     return {name: answer.stages[name]}
 
 
-def _end_to_end(work: Work, reference: Reference, target: Target, processor: Any, findings: Findings) -> None:
+def _end_to_end(work: Work, reference: Reference, target: Target, spell: Spell | None, findings: Findings) -> None:
     extractor = vocabulary.load_extractor(work.directory.path)
     if extractor.sampling_rate != work.subject.rate:
         detail = f"is {extractor.sampling_rate}, fairseq's task has {work.subject.rate}"
@@ -272,7 +288,7 @@ def _end_to_end(work: Work, reference: Reference, target: Target, processor: Any
     exact = exact and not rounds(work.record) and not work.rounded and not target.rounds
     proved = all(run["verdict"] != "different" for run in findings.runs)
     for name, piece in work.pieces.items():
-        arguments = (reference, target, extractor, processor, work.clips, name, piece, work.subject)
+        arguments = (reference, target, extractor, spell, work.clips, name, piece, work.subject)
         one = endtoend.run(*arguments, exact=exact, proved=proved)
         findings.end_to_end.append(one)
         if one.verdict == "different":

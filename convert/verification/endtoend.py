@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,6 @@ from convert.verification.compare import Stage, Verdict, compare
 from convert.verification.inputs import EPSILON, Cut, Waveform, cut
 from convert.verification.reference import Reference, Subject
 from convert.verification.target import Target
-from convert.verification.vocabulary import transcribe
 
 # transformers' Wav2Vec2FeatureExtractor.zero_mean_unit_var_norm adds another constant to the variance than fairseq
 THEIR_EPSILON = 1e-7
@@ -29,8 +28,8 @@ class EndToEnd:
         fairseq_std, hf_std: the standard deviation of each side's normalised waveform.
         max_abs_difference: of the last stage: logits, projections or hidden states.
         stage: that stage.
-        same_path: the share of frames with the same most likely symbol; `None` without a vocabulary.
-        fairseq_text, hf_text: the transcripts.
+        same_path: the share of frames with the same most likely symbol; `None` where frames have none.
+        fairseq_text, hf_text: the transcripts, or the best labels.
         why: what was found wrong, or what the difference is.
     """
 
@@ -51,7 +50,7 @@ def run(
     reference: Reference,
     target: Target,
     extractor: Any,
-    processor: Any,
+    spell: Callable[[Sequence[int]], str] | None,
     clips: Mapping[str, Waveform],
     name: str,
     piece: Cut,
@@ -64,7 +63,8 @@ def run(
 
     Args:
         reference, target: the models.
-        extractor, processor: transformers' feature extractor, and its processor where there is a vocabulary.
+        extractor: transformers' feature extractor.
+        spell: turns the best symbols into text with transformers; `None` without a vocabulary.
         clips: the waveforms by name.
         name: the input's name in the report.
         piece: the waveform.
@@ -89,11 +89,9 @@ def run(
     spoken = None
     if last == "logits":
         ours = values[last].argmax(-1).tolist()
-        fairseqs = _whole(answer.stages[last]).argmax(-1).tolist()
-        path = (
-            sum(a == b for a, b in zip(ours, fairseqs, strict=True)) / len(ours) if len(ours) == len(fairseqs) else 0.0
-        )
-        spoken = transcribe(processor, ours, subject) if processor else None
+        spoken = spell(ours) if spell else None
+        if "pooled" not in values:
+            path = _agreement(ours, _whole(answer.stages[last]).argmax(-1).tolist())
     if difference.note:
         wrong, why = True, difference.note
     elif not wrong and same_input and exact and not difference.equal:
@@ -117,6 +115,12 @@ def run(
         hf_text=spoken,
         why=why,
     )
+
+
+def _agreement(ours: list[int], theirs: list[int]) -> float:
+    if len(ours) != len(theirs):
+        return 0.0
+    return sum(a == b for a, b in zip(ours, theirs, strict=True)) / len(ours)
 
 
 def _whole(stage: Stage) -> Any:

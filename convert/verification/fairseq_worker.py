@@ -23,7 +23,7 @@ import numpy
 import torch
 
 SAMPLE = 512  # numbers kept of an inner stage in a recording, beside its SHA-256
-WHOLE = ("logits", "quantizer", "codes", "project_q", "project_hid")  # outputs are kept entirely
+WHOLE = ("logits", "pooled", "quantizer", "codes", "project_q", "project_hid")  # outputs are kept entirely
 NAMES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -333,6 +333,15 @@ def build_hubert_ctc(settings: Any, symbols: int, ignored: list[str], patches: l
     return hubert_asr.HubertCtc.build_model(made, task)
 
 
+def build_classifier(settings: Any, symbols: int, ignored: list[str], patches: list[str]) -> Any:
+    """Build `Wav2VecClassification`, which fairseq has since May 2023."""
+    from fairseq.models.wav2vec import wav2vec2_classification as module
+
+    task = types.SimpleNamespace(target_dictionary=range(symbols))
+    configuration = fine_tuned(settings, module.Wav2Vec2ClassificationConfig, ignored)
+    return module.Wav2VecClassification.build_model(configuration, task)
+
+
 def _flat(values: Any, normalize: bool) -> Any:
     """Settings as fairseq 0.10 wants them."""
     from argparse import Namespace
@@ -404,7 +413,8 @@ def _no_random_numbers() -> Any:
 class Reference:
     """fairseq's model as it was pretrained, with every stage of it visible; the base of all other kinds of model.
 
-    Stages have the shape (batch, channels, time) for `conv.*`, and (valid frames of the whole batch, channels) otherwise.
+    Stages have the shape (batch, channels, time) for `conv.*`, (batch, channels) for what is pooled over the frames, and
+    (valid frames of the whole batch, channels) otherwise.
     """
 
     prefix = ""  # of the encoder's tensors
@@ -574,6 +584,10 @@ class Reference:
         dataset = types.SimpleNamespace(sample_rate=rate, normalize=bool(task.get("normalize", False)))
         return RawAudioDataset.postprocess(dataset, torch.as_tensor(waveform).float(), rate)
 
+    def paths(self, stages: Any, frames: list[int]) -> Any:
+        """The best symbol of every frame, for each utterance."""
+        return stages["logits"].float().argmax(-1).split(frames)
+
     def spell(self) -> str:
         """Transcribe a path that holds every symbol of the dictionary that is not special, in order, twice."""
         special, blank = self.request["special"], self.request["blank"]
@@ -702,6 +716,45 @@ class HubertCtcReference(HubertReference, CtcReference):
     """HuBERT with a CTC head."""
 
 
+class ClassificationReference(CtcReference):
+    """fairseq's audio classifier: the class scores of each utterance are its logits."""
+
+    def _hook(self) -> None:
+        super()._hook()
+        pooling = self.model.pooling_layer
+
+        def keep(_: Any, inputs: Any, output: Any) -> None:
+            self.seen["pooled"], self.seen["logits"] = inputs[0].clone(), output.clone()
+
+        def frames(_: Any, __: Any, output: Any) -> None:
+            self.seen["projector"] = output.transpose(0, 1).clone()
+
+        def mask(_: Any, __: Any, output: Any) -> None:
+            self.padding = output["padding_mask"]
+
+        pooling.linear.register_forward_hook(frames)
+        pooling.projection.register_forward_hook(keep)
+        self.model.w2v_encoder.register_forward_hook(mask)
+
+    def compute(self, source: Any, padding: Any) -> Any:
+        """Run the model."""
+        self.model(source=source, padding_mask=padding)
+        return self.padding
+
+    def paths(self, stages: Any, frames: list[int]) -> Any:
+        """The best label of each utterance."""
+        return stages["logits"].float().argmax(-1).split(1)
+
+    def spell(self) -> str:
+        """Name every label, in order."""
+        return self.transcribe(range(len(self.request["symbols"])))
+
+    def transcribe(self, path: Any) -> str:
+        """Name labels, as fairseq's own dictionary does."""
+        symbols = self.request["symbols"] if self.dictionary is None else self.dictionary.symbols
+        return " ".join(symbols[index] for index in path)
+
+
 # fairseq's name of an encoder -> its module, its configuration's class, its model's class
 ENCODERS = {
     "hubert": ("fairseq.models.hubert.hubert", "HubertConfig", "HubertModel"),
@@ -713,13 +766,14 @@ ARCHITECTURES = {
     "hubert": (build_hubert, HubertReference),
     "hubert_ctc": (build_hubert_ctc, HubertCtcReference),
     "wav2vec2": (build_pretrained, Reference),
+    "wav2vec_classification": (build_classifier, ClassificationReference),
     "wav2vec_ctc": (build_ctc, CtcReference),
 }
 
 
 def crop(name: str, value: Any, frames: list[int]) -> Any:
-    """Keep the valid frames of (batch, time, channels), one utterance after the other; convolutions as they are."""
-    if name.startswith("conv."):
+    """Keep the valid frames of (batch, time, channels), one utterance after the other; what has no frames as it is."""
+    if name.startswith("conv.") or value.dim() == 2:  # (batch, channels): pooled over the frames
         return value
     return torch.cat([value[index, :count] for index, count in enumerate(frames)])
 
@@ -857,8 +911,7 @@ def _answer(reference: Any, wanted: Any, arrays: Any, tensors: Any, prefix: str)
         tensors[prefix + name + ".float64"] = exact[name].reshape(-1)[::step].double().cpu().numpy()
     answer: dict[str, Any] = {"frames": frames, "stages": kept}
     if "logits" in stages:
-        paths = stages["logits"].float().argmax(-1).split(frames)
-        answer["texts"] = [reference.transcribe(path.tolist()) for path in paths]
+        answer["texts"] = [reference.transcribe(path.tolist()) for path in reference.paths(stages, frames)]
     return answer
 
 

@@ -217,8 +217,9 @@ def _spoken(one: Mapping[str, Any]) -> str:
         level = one["hf_std"] / max(one["fairseq_std"], 1e-30)
         line += f"{one['stage']} {one['max_abs_difference']:.1e}, input level {level:.4f}  "
     if one["same_path"] is not None:
-        line += f"{one['same_path']:.1%} of frames"
-        line += ", same text" if one["fairseq_text"] == one["hf_text"] else ", OTHER TEXT"
+        line += f"{one['same_path']:.1%} of frames, "
+    if one["hf_text"] is not None:
+        line += "same text" if one["fairseq_text"] == one["hf_text"] else "OTHER TEXT"
     return line.rstrip()
 
 

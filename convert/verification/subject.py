@@ -9,7 +9,7 @@ from typing import Any
 from convert.checkpoint import open_checkpoint
 from convert.checkpoint.dictionary import SPECIAL, Dictionary, from_file
 from convert.errors import ConvertError
-from convert.model.architectures import architecture_of
+from convert.model.architectures import KINDS, architecture_of
 from convert.model.encoder import encoder_settings
 from convert.model.processor import BLANK, labels_of
 from convert.model.settings import Reader
@@ -56,14 +56,17 @@ def read_subject(
                 settings["model"]["w2v_args"] = inner
         else:
             reader = Reader(dict(settings["model"]), {})
+        architecture = architecture_of(opened)
         known = from_file(dictionary) if dictionary else opened.dictionary or kept
+        if known and dictionary and architecture in KINDS and not KINDS[architecture].text:
+            known = known.labels
         symbols = known.symbols if known and fine_tuned else ()
         subject = Subject(
             path=path,
             name=opened.path.name.encode("utf-8", "backslashreplace").decode(),
             size=opened.size,
             sha256=opened.sha256(),
-            architecture=architecture_of(opened),
+            architecture=architecture,
             settings=settings,
             symbols=symbols,
             special=tuple(index for index, symbol in enumerate(symbols) if symbol in (*SPECIAL, BLANK)),

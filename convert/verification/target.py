@@ -163,8 +163,8 @@ class Target:
         Args:
             waveforms: (batch, samples), padded with zeros.
             lengths: the samples of each utterance; `None` for a single one, which then has no attention mask.
-            visit: called with the stage's name and its numbers: (batch, channels, time) for `conv.*`, otherwise
-                (valid frames of the whole batch, channels).
+            visit: called with the stage's name and its numbers: (batch, channels, time) for `conv.*`, (batch, channels) for
+                what is pooled over the frames, otherwise (valid frames of the whole batch, channels).
 
         Returns:
             The valid frames of each utterance.
@@ -248,7 +248,26 @@ class ConformerTarget(Target):
         super().compute(source, mask)
 
 
+class ClassificationTarget(Target):
+    """A converted audio classifier: the class scores of each utterance are its logits."""
+
+    def _hook(self) -> None:
+        self._hook_encoder(self.base)
+        self._watch(self.model.projector, "projector")
+        self._watch(self.model.classifier, "logits")
+
+        def pooled(_: Any, inputs: Any) -> None:
+            if self.visit is not None:
+                self.visit("pooled", inputs[0])
+
+        self.model.classifier.register_forward_pre_hook(pooled)
+        self.stages.append("pooled")
+
+
 # transformers class -> what runs it, where `Target` does not
-TARGETS: dict[str, type[Target]] = dict.fromkeys(
-    ("Wav2Vec2ConformerForCTC", "Wav2Vec2ConformerForPreTraining", "Wav2Vec2ConformerModel"), ConformerTarget
-)
+TARGETS: dict[str, type[Target]] = {
+    "Wav2Vec2ConformerForCTC": ConformerTarget,
+    "Wav2Vec2ConformerForPreTraining": ConformerTarget,
+    "Wav2Vec2ConformerModel": ConformerTarget,
+    "Wav2Vec2ForSequenceClassification": ClassificationTarget,
+}

@@ -81,6 +81,27 @@ def check_tokens(tokens: Sequence[str], subject: Subject) -> list[Problem]:
     return problems
 
 
+def check_labels(labels: Sequence[str], subject: Subject, spelling: str) -> list[Problem]:
+    """Compare a classifier's labels with fairseq's, class by class.
+
+    Args:
+        labels: transformers' labels by class.
+        subject: fairseq's dictionary.
+        spelling: all its labels in order, as fairseq itself names them.
+    """
+    problems = [
+        Problem("labels", f"class {index}", f"{label!r} here, {symbol!r} in fairseq")
+        for index, (label, symbol) in enumerate(zip(labels, subject.symbols, strict=False))
+        if label != symbol
+    ]
+    if len(labels) != len(subject.symbols):
+        detail = f"{len(labels)} labels, fairseq has {len(subject.symbols)}"
+        problems.append(Problem("labels", "config.json's id2label", detail))
+    elif not problems and " ".join(labels) != spelling:
+        problems.append(Problem("labels", "config.json's id2label", f"fairseq's own dictionary says {spelling[:60]!r}"))
+    return problems
+
+
 def check(processor: Any, config: Mapping[str, Any], subject: Subject, spelling: str) -> list[Problem]:
     """Compare a processor with fairseq's dictionary and its way of making text.
 
