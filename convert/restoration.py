@@ -25,6 +25,7 @@ _ALIASES["conv.weight_v"] = "conv.parametrizations.weight.original1"
 _NEVER = -1e4  # the bias of symbols that fairseq's dictionary must have and the model never learned
 # architecture -> the task that today's fairseq has for it, whatever it was called; CTC's was audio_pretraining until June 2021
 _TASKS = {"wav2vec_ctc": "audio_finetuning", "hubert": "hubert_pretraining", "hubert_ctc": "hubert_pretraining"}
+_TASKS |= {"wav2vec_classification": "audio_classification"}
 _HEADS = {"Wav2Vec2ForCTC": "ctc", "Wav2Vec2ForPreTraining": "pretraining"}
 
 

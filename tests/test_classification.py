@@ -11,14 +11,23 @@ import pytest
 import torch
 import transformers
 from classification_models import EMOTIONS, LANGUAGES, LINEAR, REFUSED, VARIANTS, Variant, build, dictionary, save
+from fairseq.checkpoint_utils import load_model_ensemble_and_task
 from fairseq_models import BASE
+from safetensors.numpy import load_file, save_file
 from test_convert import EVEN, ODD, config, edited, load
+from verify_models import edit, short_inputs
 
 import convert
 from convert.errors import PlanError
-from convert.verification import fairseq_worker
+from convert.restoration import restore
+from convert.verification import fairseq_worker, record, verify
 
 LENGTHS = (4160, 3000, 2000)
+
+
+def converted(name: str, folder: Path, **how: Any) -> tuple[Path, Path]:
+    checkpoint = save(name, folder / "m.pt")
+    return checkpoint, convert.convert(checkpoint, folder / "out", **how).path
 
 
 def wave_of(samples: int) -> torch.Tensor:
@@ -167,3 +176,81 @@ def test_plain_transformers_uses_it(tmp_path: Path) -> None:
     processor = transformers.AutoProcessor.from_pretrained(tmp_path / "out")
     assert type(processor).__name__ == "Wav2Vec2FeatureExtractor"
     assert set(processor(np.zeros(800), sampling_rate=16000)) == {"input_values", "attention_mask"}
+
+
+@pytest.mark.parametrize("name", ["classification_base", "classification_latent", "classification_one_label"])
+def test_every_variant_is_proved(name: str, tmp_path: Path) -> None:
+    checkpoint, model = converted(name, tmp_path)
+    with short_inputs():
+        done = verify(checkpoint, model, devices=["cpu"])
+    assert done.problems == ()
+    runs = {run["input"]: run for run in done.report["runs"]}
+    assert {run["verdict"] for run in runs.values() if run["require"] == "identical"} == {"identical"}
+    assert {run["input"] for run in runs.values() if run["require"] == "rounding"} == {
+        "speech-odd-as-built",
+        "padded-batch",
+    }
+    assert len(runs["padded-batch"]["frames"]) == 3 and runs["padded-batch"]["verdict"] in ("identical", "rounding")
+    assert {"layer.0", "encoder", "projector", "pooled", "logits"} <= {row[0] for row in done.stages[0].rows}
+    controls = {control["name"]: control["caught"] for control in done.report["controls"]}
+    many = len(VARIANTS[name].labels) > 1
+    heads = {"a bias of the projector changed"} | (
+        {"the classes moved by one", "two labels exchanged"} if many else set()
+    )
+    assert all(controls.values()) and heads <= controls.keys() and len(controls) == (11 if many else 9)
+    assert set(done.report["controls_without_place"]) == (
+        set() if many else {"the classes moved by one", "two labels exchanged"}
+    )
+    speech = done.report["end_to_end"][0]
+    assert speech["fairseq_text"] == speech["hf_text"] in VARIANTS[name].labels and speech["same_path"] is None
+
+
+def test_other_labels_and_half_types(tmp_path: Path) -> None:
+    checkpoint, model = converted("classification_latent", tmp_path, dtype="bfloat16")
+    with short_inputs():
+        assert verify(checkpoint, model, devices=["cpu"], long=False).problems == ()
+        names = {"0": "fear", "1": "anger", "2": "joy"}
+        edit(model / "config.json", id2label=names, label2id={name: int(index) for index, name in names.items()})
+        done = verify(checkpoint, model, devices=["cpu"], long=False)
+    assert {problem.key for problem in done.problems if problem.code == "labels"} == {"class 0", "class 1"}
+
+
+def test_a_recording_answers_later(tmp_path: Path) -> None:
+    checkpoint, model = converted("classification_latent", tmp_path)
+    with short_inputs():
+        record(checkpoint, tmp_path / "recording", long=False)
+        assert verify(checkpoint, model, reference=tmp_path / "recording", devices=["cpu"]).problems == ()
+        tensors = load_file(model / "model.safetensors")
+        tensors["projector.bias"][3] += 1e-4
+        save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+        done = verify(checkpoint, model, reference=tmp_path / "recording", devices=["cpu"], write=False)
+    assert {run["stage"] for run in done.report["runs"]} == {"projector"}
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_back_to_fairseq_and_into_its_own_loader(given: bool, tmp_path: Path) -> None:
+    """The same bytes and settings; fairseq's task wants the labels as a file too, whatever the checkpoint holds."""
+    model = build("classification_latent")
+    checkpoint = save("classification_latent", tmp_path / "m.pt", model=model)
+    labels = tmp_path / "dict.lang.txt"
+    labels.write_text("".join(f"{label} 1\n" for label in EMOTIONS))
+    if given:
+        edited(checkpoint, lambda state: state.pop("task_state"))
+    convert.convert(checkpoint, tmp_path / "out", dictionary=labels if given else None)
+    restored = restore(tmp_path / "out", tmp_path / "back.pt").path
+    assert convert.compare_weights(restored, tmp_path / "out") == []
+    original = torch.load
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "load", lambda *a, **k: original(*a, **(k | {"weights_only": False})))
+        (loaded,), _, task = load_model_ensemble_and_task(
+            [str(restored)], arg_overrides={"task": {"data": str(tmp_path)}}
+        )
+    assert task.target_dictionary.symbols == list(EMOTIONS) and task.target_dictionary[9] == "<unk>"
+    assert not hasattr(task.target_dictionary, "bos_index")
+    state = loaded.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+    wave = wave_of(4120)
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(source=wave, padding_mask=None), model(source=wave, padding_mask=None))
+    again = convert.convert(restored, tmp_path / "again").path
+    assert (again / "config.json").read_bytes() == (tmp_path / "out" / "config.json").read_bytes()

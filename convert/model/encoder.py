@@ -476,7 +476,7 @@ def read_dictionary(sources: Sources, rows_of: str, *, text: bool = True) -> Dic
         detail += f"; they first differ at {first}" if first is not None else ""
         sources.refuse("dictionary-conflict", "--dict", detail)
     dictionary = inside or given
-    rows = sources.checkpoint.inventory.get(kind.symbols)
+    rows = sources.checkpoint.inventory.get(rows_of)
     if dictionary is None and sources.head != "encoder":
         sources.refuse("no-dictionary", "--dict", "the checkpoint carries no dictionary (before February 2021)")
     elif dictionary and rows and rows.shape[:1] != (len(dictionary),):
