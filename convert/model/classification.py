@@ -21,6 +21,10 @@ def classification_values(sources: Sources) -> list[Value]:
     outer = sources.outer
     values = [Value("final_dropout", outer.get("final_dropout", float, 0.0), outer.origin("final_dropout"))]
     if sources.head == "encoder":
+        if sources.request.head != "encoder":  # the family has no such class: never lose the classifier unasked
+            name = str(sources.reader.values.get("_name"))
+            detail = f"no classifier on an encoder of {name} is supported; --head encoder leaves the classifier out"
+            sources.refuse("unsupported-architecture", name, detail)
         return values
     for name, (default, twin, why) in POOLING.items():
         if outer.get(name, str, default) != twin:
