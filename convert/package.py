@@ -167,7 +167,7 @@ def _write(
     allow_non_finite: bool,
     progress: Progress | None,
 ) -> tuple[dict[str, dict[str, Any]], str]:
-    listed = pieces(opened.container, model.plan, opened.tensors, dtype)
+    listed = pieces(opened.container, model.plan, opened.over(model.group), dtype)
     beside_them = {
         sidecar.file: pieces(opened.container, sidecar.plan, opened.tensors_of(sidecar.group), dtype)
         for sidecar in model.sidecars
@@ -212,9 +212,6 @@ def _record(
     opened: Checkpoint, model: Model, request: Request, digest: str, dtype: str, files: dict[str, Any]
 ) -> dict[str, Any]:
     """The content of conversion.json: what the result was made from and how, with nothing private or volatile."""
-    kept: dict[str, Any] = {}
-    for edit in model.plan.table.edits:
-        kept.setdefault(edit.target, {})[str(edit.row)] = _row(opened, model, edit.target, edit.row)
     return {
         "schema": 1,
         "tool": {"name": "fairseq-to-hf", "version": tool_version()},
@@ -232,6 +229,8 @@ def _record(
         "config": {value.name: value.origin for value in model.config},
         "dictionary": None if model.dictionary is None else _symbols(model.dictionary),
         "dictionaries": [_symbols(dictionary) for dictionary in opened.dictionaries],
+        "language": model.language,
+        "languages": {name: _symbols(dictionary) for name, dictionary in model.languages.items()},
         "decoding": model.processor.decoding,
         "table": {"name": model.plan.table.name, "digest": model.plan.table.digest},
         "tensors": {target: source for source, target in model.plan.renames.items()},
@@ -241,7 +240,7 @@ def _record(
             {"key": edit.target, "row": edit.row, "rule": edit.rule, "value": edit.value, "reason": edit.reason}
             for edit in model.plan.table.edits
         ],
-        "edited_rows": kept,
+        "edited_rows": _kept_rows(opened, model),
         "sidecars": {
             sidecar.file: {
                 "group": sidecar.group,
@@ -258,13 +257,17 @@ def _symbols(dictionary: Dictionary) -> dict[str, Any]:
     return {name: list(getattr(dictionary, name)) for name in ("symbols", "counts", "special")}
 
 
-def _row(opened: Checkpoint, model: Model, target: str, row: int) -> str:
-    """The bytes of a row before an edit, in hexadecimal, for the way back."""
+def _kept_rows(opened: Checkpoint, model: Model) -> dict[str, dict[str, str]]:
+    """The bytes of every row that is edited as they were before, in hexadecimal, for the way back."""
     from convert.transfer import read_array
 
-    sources = {name: source for source, name in model.plan.renames.items()}
-    data: bytes = read_array(opened.container, opened.tensors[sources[target]])[row].tobytes()
-    return data.hex()
+    sources = {target: source for source, target in model.plan.renames.items()}
+    tensors = opened.over(model.group)
+    kept: dict[str, dict[str, str]] = {}
+    for edit in model.plan.table.edits:
+        before: bytes = read_array(opened.container, tensors[sources[edit.target]])[edit.row].tobytes()
+        kept.setdefault(edit.target, {})[str(edit.row)] = before.hex()
+    return kept
 
 
 def without_paths(value: Any) -> Any:
@@ -325,7 +328,7 @@ def compare_opened(
     dtype = DTYPES[record["dtype"]]
     asked = request_again(record, opened, directory.dictionary, dictionary=dictionary, base=base)
     model = describe(opened, asked)
-    problems = directory.compare(opened, pieces(opened.container, model.plan, opened.tensors, dtype))
+    problems = directory.compare(opened, pieces(opened.container, model.plan, opened.over(model.group), dtype))
     for sidecar in model.sidecars:
         listed = pieces(opened.container, sidecar.plan, opened.tensors_of(sidecar.group), dtype)
         problems += directory.compare(opened, listed, sidecar.file)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -12,6 +12,7 @@ from convert.checkpoint import open_checkpoint
 from convert.checkpoint.dictionary import SPECIAL, Dictionary
 from convert.checkpoint.writer import NewTensor, write_checkpoint
 from convert.errors import MismatchError, PlanError, Problem, check_place
+from convert.mapping import adapters
 from convert.mapping.rules import Table, TensorSpec
 from convert.mapping.wav2vec2 import Layout, table
 from convert.model.directory import ModelDirectory, Place
@@ -46,7 +47,7 @@ class Restored:
 
 @dataclass(slots=True)
 class _Draft:
-    """What will be written: each tensor with the function that yields its bytes."""
+    """What will be written: each tensor with the function that yields its bytes; the adapters of each language likewise."""
 
     specs: dict[str, TensorSpec]
     bytes: dict[str, Callable[[], Iterator[bytes]]]
@@ -54,6 +55,20 @@ class _Draft:
     dictionary: Dictionary | None
     notes: list[str]
     dictionaries: tuple[Dictionary, ...] = ()
+    languages: dict[str, _Draft] = field(default_factory=dict)
+
+    def new(self) -> dict[str, NewTensor]:
+        """The tensors to write, under fairseq's names: adapters that it stacks are joined."""
+        return {
+            key: self._stacked(rows) if rows else self._new(key) for key, rows in adapters.stack(self.specs).items()
+        }
+
+    def _new(self, key: str) -> NewTensor:
+        return NewTensor(self.specs[key].dtype, self.specs[key].shape, self.bytes[key]())
+
+    def _stacked(self, rows: Sequence[str]) -> NewTensor:
+        spec = self.specs[rows[0]]
+        return NewTensor(spec.dtype, (len(rows), *spec.shape), (part for row in rows for part in self.bytes[row]()))
 
 
 def restore(model_dir: str | Path, out: str | Path, *, overwrite: bool = False) -> Restored:
@@ -77,12 +92,17 @@ def restore(model_dir: str | Path, out: str | Path, *, overwrite: bool = False) 
     check_place(out, overwrite)
     ours = (directory.path / "conversion.json").is_file()
     draft = _from_conversion(directory) if ours else _from_config(directory)
-    model = {key: NewTensor(spec.dtype, spec.shape, draft.bytes[key]()) for key, spec in draft.specs.items()}
+    model = draft.new()
     history = {"criterion_name": "", "optimizer_name": "", "num_updates": 0, "best_loss": None}
     state: dict[str, Any] = {"args": None, "cfg": draft.settings, "criterion": None, "optimizer_history": [history]}
     state["task_state"] = {} if draft.dictionary is None else {"target_dictionary": draft.dictionary}
     state["task_state"] |= {"dictionaries": list(draft.dictionaries)} if draft.dictionaries else {}
     state |= {"extra_state": {}, "last_optimizer_state": None}
+    if draft.languages:
+        state["adapter"] = {
+            name: {"model": part.new(), "task_state": {"target_dictionary": part.dictionary}}
+            for name, part in draft.languages.items()
+        }
     with beside(out) as work:
         path = work / out.name
         write_checkpoint(path, model, state)
@@ -96,11 +116,12 @@ def _prove(path: Path, draft: _Draft) -> None:
     from convert.transfer import read_array
 
     with open_checkpoint(path) as opened:
-        if opened.inventory != draft.specs:
-            raise MismatchError(f"{path.name} read back with other tensors; nothing was kept", code="read-back")
-        for key, tensor in opened.tensors.items():
-            if read_array(opened.container, tensor).tobytes() != b"".join(draft.bytes[key]()):
-                raise MismatchError(f"{key} read back differently; nothing was kept", code="read-back", key=key)
+        for name, part in {"": draft, **draft.languages}.items():
+            if opened.inventory_of(name) != part.specs:
+                raise MismatchError(f"{path.name} read back with other tensors; nothing was kept", code="read-back")
+            for key, tensor in opened.tensors_of(name).items():
+                if read_array(opened.container, tensor).tobytes() != b"".join(part.bytes[key]()):
+                    raise MismatchError(f"{key} read back differently; nothing was kept", code="read-back", key=key)
 
 
 def _reader(directory: ModelDirectory, place: Place) -> Callable[[], Iterator[bytes]]:
@@ -134,26 +155,30 @@ def _from_conversion(directory: ModelDirectory) -> _Draft:
     if lost:
         problems = [Problem("changed", key, "conversion.json and the weights disagree about it") for key in lost]
         raise PlanError(f"{directory.path} was changed since its conversion", code="changed", problems=problems)
-    for target, source in record["tensors"].items():
-        spec = directory.tensors[target].spec
-        draft.specs[source] = TensorSpec(source, spec.shape, spec.dtype)
-        draft.bytes[source] = _reader(directory, directory.tensors[target])
-        if target in record["edited_rows"]:
-            draft.bytes[source] = _with_rows(directory, target, record["edited_rows"][target])
-    for file, sidecar in directory.sidecars.items():
-        places = directory.places(file)
-        for target, source in sidecar["tensors"].items():
-            spec = places[target].spec
-            draft.specs[source] = TensorSpec(source, spec.shape, spec.dtype)
-            draft.bytes[source] = _reader(directory, places[target])
+    _take(draft, directory, directory.tensors, record)
+    for file, sidecar in directory.sidecars.items():  # what stands in one is as the checkpoint had it
+        part = draft
+        if sidecar["group"]:
+            own = _Draft({}, {}, {}, directory.languages.get(sidecar["group"]), notes)
+            part = draft.languages.setdefault(sidecar["group"], own)
+        _take(part, directory, directory.places(file), sidecar)
     for source, other in repeated.items():
         draft.specs[source], draft.bytes[source] = replace(draft.specs[other], name=source), draft.bytes[other]
     return draft
 
 
+def _take(draft: _Draft, directory: ModelDirectory, places: Mapping[str, Place], record: Mapping[str, Any]) -> None:
+    """Add the tensors of one file, or of the weights, as their record says."""
+    for target, source in record["tensors"].items():
+        spec, read = places[target].spec, _reader(directory, places[target])
+        rows = record.get("edited_rows", {}).get(target)
+        draft.specs[source] = TensorSpec(source, spec.shape, spec.dtype)
+        draft.bytes[source] = read if rows is None else _with_rows(read, rows)
+
+
 def _changed(directory: ModelDirectory, files: Mapping[str, Any]) -> list[str]:
     """Hold the files against conversion.json: other weights are noted, other settings would be lost and are refused."""
-    weights = set(directory.weight_files())
+    weights = {*directory.weight_files(), *directory.sidecars}
     notes, problems = [], []
     for name, kept in files.items():
         path = directory.path / name
@@ -181,11 +206,11 @@ def _sha256(file: BinaryIO) -> str:
     return digest.hexdigest()
 
 
-def _with_rows(directory: ModelDirectory, name: str, rows: Mapping[str, str]) -> Callable[[], Iterator[bytes]]:
+def _with_rows(whole: Callable[[], Iterator[bytes]], rows: Mapping[str, str]) -> Callable[[], Iterator[bytes]]:
     """Put back the rows that the conversion edited."""
 
     def read() -> Iterator[bytes]:
-        data = bytearray(directory.read(name))
+        data = bytearray(b"".join(whole()))
         for row, text in rows.items():
             old = bytes.fromhex(text)
             data[int(row) * len(old) : (int(row) + 1) * len(old)] = old
@@ -251,7 +276,13 @@ def _unsupported(config: Mapping[str, Any], head: str) -> list[Problem]:
         found = f"{config.get('model_type')}, {config.get('architectures')}"
         problems.append(Problem("unsupported-architecture", "architectures", f"{classes} expected, {found} found"))
     if config.get("add_adapter") or config.get("adapter_attn_dim"):
-        problems.append(Problem("unsupported-setting", "adapter", "fairseq's wav2vec 2.0 has no such adapter"))
+        problems.append(
+            Problem(
+                "unsupported-setting",
+                "adapter",
+                "adapters are restored from a directory of this tool, not from config.json",
+            )
+        )
     if config.get("hidden_act", "gelu") not in ACTIVATIONS.values():
         problems.append(Problem("unsupported-setting", "hidden_act", f"{config.get('hidden_act')!r} has no twin"))
     if config.get("feat_extract_activation", "gelu") != "gelu" or config.get("layer_norm_eps", 1e-5) != 1e-5:

@@ -94,7 +94,6 @@ REFUSED: dict[str, Variant] = {
     "quantize_input": Variant("ctc", BASE | {"quantize_input": True}),
     "crop_seq_to_multiple": Variant("ctc", BASE | {"crop_seq_to_multiple": 2}),
     "quantize_targets": Variant("pretraining", BASE | {"quantize_targets": False}),
-    "layer_type": Variant("ctc", BASE, {"layer_type": "trf_adp", "adp_num": 1, "adp_dim": 8, "adp_trf_idx": "all"}),
 }
 
 

@@ -63,10 +63,10 @@ class Remembering(Live):
         answer = self.given[probe, name]
         return Answer(answer.frames, dict(answer.stages))  # the judge drops the stages that it needs no more
 
-    def spell(self) -> str:
-        if "spelling" not in self.given:
-            self.given["spelling"] = super().spell()
-        return str(self.given["spelling"])
+    def spell(self, language: str = "") -> str:
+        if ("spelling", language) not in self.given:
+            self.given["spelling", language] = super().spell(language)
+        return str(self.given["spelling", language])
 
     def end_to_end(self, piece: Cut) -> tuple[Any, Answer, str]:
         if piece not in self.given:

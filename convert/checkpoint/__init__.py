@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from convert.checkpoint.dictionary import Dictionary, from_pickle
 from convert.checkpoint.settings import read_settings
 from convert.checkpoint.unpickle import StoredTensor
 from convert.errors import CheckpointError
+from convert.mapping.adapters import unstack
 from convert.mapping.rules import TensorSpec
 
 __all__ = ["Checkpoint", "is_harmful", "is_harmless", "open_checkpoint"]
@@ -176,6 +177,10 @@ class Checkpoint:
         """Return where the tensors of a group are; of the model, if the name is empty."""
         return self.groups[group].tensors if group else self.tensors
 
+    def over(self, group: str) -> dict[str, StoredTensor]:
+        """Return where the model's tensors are once those of a group have replaced their namesakes."""
+        return self.tensors | self.groups[group].tensors if group else self.tensors
+
     def inventory_of(self, group: str) -> dict[str, TensorSpec]:
         """Name, shape and dtype of every tensor of a group."""
         return {
@@ -273,7 +278,7 @@ def _read(path: Path, container: Container) -> Checkpoint:
         settings=settings,
         dictionary=_dictionary(top, path.name),
         tensors=tensors,
-        others=tuple(name for name in model if name not in tensors),
+        others=tuple(name for name, value in model.items() if not isinstance(value, StoredTensor)),
         parts={key: count for key, count in parts.items() if count},
         groups=groups,
         dictionaries=_dictionaries(top, path.name),
@@ -281,7 +286,14 @@ def _read(path: Path, container: Container) -> Checkpoint:
 
 
 def _tensors(model: dict[Any, Any]) -> dict[str, StoredTensor]:
-    return {name: value for name, value in model.items() if isinstance(value, StoredTensor)}
+    """Take the tensors; adapters that are stacked for several languages one by one."""
+    found = {name: value for name, value in model.items() if isinstance(value, StoredTensor)}
+    return unstack(found, lambda tensor: tensor.shape, _row)
+
+
+def _row(tensor: StoredTensor, index: int) -> StoredTensor:
+    offset = tensor.offset + index * tensor.stride[0]
+    return replace(tensor, offset=offset, shape=tensor.shape[1:], stride=tensor.stride[1:])
 
 
 def _groups(top: dict[str, Any], name: str) -> dict[str, Group]:

@@ -186,6 +186,11 @@ class _Machine:
         self.position += count
         return piece
 
+    def byte(self) -> int:
+        value = self.data[self.position]  # an IndexError behind the last one is told as any other damage
+        self.position += 1
+        return value
+
     def number(self, count: int) -> int:
         return int.from_bytes(self.take(count), "little")
 
@@ -491,21 +496,21 @@ _TABLE: dict[int, Callable[[_Machine], None]] = {
     ord("I"): _push(_text_number),
     ord("L"): _push(_text_number),
     ord("J"): _push(lambda m: m.signed(4)),
-    ord("K"): _push(lambda m: m.number(1)),
+    ord("K"): _push(lambda m: m.byte()),
     ord("M"): _push(lambda m: m.number(2)),
-    0x8A: _push(lambda m: m.signed(m.number(1))),
+    0x8A: _push(lambda m: m.signed(m.byte())),
     0x8B: _push(lambda m: m.signed(m.number(4))),
     ord("F"): _push(lambda m: float(m.line())),
     ord("G"): _push(lambda m: struct.unpack(">d", m.take(8))[0]),
     ord("S"): _push(_quoted),
     ord("T"): _push(lambda m: m.old_text(m.number(4))),
-    ord("U"): _push(lambda m: m.old_text(m.number(1))),
+    ord("U"): _push(lambda m: m.old_text(m.byte())),
     ord("V"): _push(lambda m: m.line().decode("raw-unicode-escape")),
     ord("X"): _push(lambda m: m.text(m.number(4))),
-    0x8C: _push(lambda m: m.text(m.number(1))),
+    0x8C: _push(lambda m: m.text(m.byte())),
     0x8D: _push(lambda m: m.text(m.number(8))),
     ord("B"): _push(lambda m: m.take(m.number(4))),
-    ord("C"): _push(lambda m: m.take(m.number(1))),
+    ord("C"): _push(lambda m: m.take(m.byte())),
     0x8E: _push(lambda m: m.take(m.number(8))),
     0x96: _push(lambda m: m.take(m.number(8))),                     # BYTEARRAY8
     ord(")"): _push(lambda m: ()),
@@ -525,11 +530,11 @@ _TABLE: dict[int, Callable[[_Machine], None]] = {
     ord("s"): _one_item,
     ord("u"): lambda m: m.setitems(m.to_mark()),
     ord("p"): lambda m: m.remember(_text_number(m)),
-    ord("q"): lambda m: m.remember(m.number(1)),
-    ord("r"): lambda m: m.remember(m.number(4)),
+    ord("q"): lambda m: m.memo.__setitem__(m.byte(), m.top()),      # these two are half of all steps
+    ord("r"): lambda m: m.memo.__setitem__(m.number(4), m.top()),
     0x94: lambda m: m.remember(len(m.memo)),                        # MEMOIZE
     ord("g"): lambda m: m.recall(_text_number(m)),
-    ord("h"): lambda m: m.recall(m.number(1)),
+    ord("h"): lambda m: m.recall(m.byte()),
     ord("j"): lambda m: m.recall(m.number(4)),
     ord("c"): _push(lambda m: m.named(m.line().decode(), m.line().decode())),
     0x93: _push(_name_from_stack),                                  # STACK_GLOBAL

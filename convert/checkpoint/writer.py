@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,11 +35,12 @@ def write_checkpoint(path: Path, model: Mapping[str, NewTensor], state: Mapping[
     Args:
         path: the file to make; it must not exist.
         model: the tensors of `model`.
-        state: the other entries of the top level: plain data, `Dictionary` included.
+        state: the other entries of the top level: plain data, `Dictionary` and further tensors included.
     """
-    tensors = list(model.values())
+    whole = {**state, "model": dict(model)}
+    tensors = list(_tensors(whole))
     keys = {id(tensor): str(index) for index, tensor in enumerate(tensors)}
-    pickle = _Emitter(keys).dump({**state, "model": dict(model)})
+    pickle = _Emitter(keys).dump(whole)
     prefix = path.name.partition(".")[0] or "archive"
     with path.open("xb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         _entry(archive, f"{prefix}/data.pkl", [pickle])
@@ -47,6 +48,14 @@ def write_checkpoint(path: Path, model: Mapping[str, NewTensor], state: Mapping[
         for index, tensor in enumerate(tensors):
             _entry(archive, f"{prefix}/data/{index}", tensor.pieces)
         _entry(archive, f"{prefix}/version", [b"3\n"])
+
+
+def _tensors(value: Any) -> Iterator[NewTensor]:
+    if isinstance(value, NewTensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for child in value.values():
+            yield from _tensors(child)
 
 
 def _entry(archive: zipfile.ZipFile, name: str, pieces: Iterable[bytes]) -> None:

@@ -26,6 +26,9 @@ from convert.report import size
     "--dtype", default="", type=click.Choice(["", "float16", "bfloat16"]), help="Answer for rounded weights too."
 )
 @click.option("--long/--no-long", default=True, show_default=True, help="30 seconds of speech among the inputs.")
+@click.option(
+    "--lang", "language", metavar="LANG", help="As for convert. Default: all languages are among the answers."
+)
 @click.option("--overwrite", is_flag=True, help="Replace an existing recording, once the new one is made.")
 @click.option("--dict", "dictionary", type=click.Path(path_type=Path), help="As for convert.")
 @click.option("--base", type=click.Path(path_type=Path), help="As for convert.")

@@ -29,6 +29,9 @@ from convert.cli import command as make
     help="Of every input. Default: identical where both sides do the same arithmetic on this CPU, else rounding.",
 )
 @click.option("--long/--no-long", default=True, show_default=True, help="30 seconds of speech among the inputs.")
+@click.option(
+    "--lang", "languages", multiple=True, help="A language to run, of several; several times. Default: all of them."
+)
 @click.option("--dict", "dictionary", type=click.Path(path_type=Path), help="As for convert.")
 @click.option("--base", type=click.Path(path_type=Path), help="As for convert.")
 @click.option(

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from convert.errors import PlanError
-from convert.mapping import conformer, hubert, wav2vec2
+from convert.mapping import adapters, conformer, hubert, wav2vec2
 from convert.mapping.family import Family
 from convert.mapping.rules import Drop, Edit, Fill, Plan, Rename, Table, TensorSpec, plan, under
 from convert.mapping.wav2vec2 import Layout
@@ -22,7 +22,8 @@ T = TypeVar("T")
 __all__ = ["Drop", "Edit", "Family", "Fill", "Layout", "Plan", "Rename", "Table", "TensorSpec", "infer_layout"]
 __all__ += ["map_state_dict", "plan", "rename_key", "table", "under"]
 # in the order in which a state_dict is tried; wav2vec 2.0 has no mark of its own and comes last
-FAMILIES: dict[str, Family] = {family.name: family for family in (hubert.FAMILY, conformer.FAMILY, wav2vec2.FAMILY)}
+_ORDER = (adapters.FAMILY, hubert.FAMILY, conformer.FAMILY, wav2vec2.FAMILY)
+FAMILIES: dict[str, Family] = {family.name: family for family in _ORDER}
 
 
 def infer_layout(source: Mapping[str, TensorSpec] | Mapping[str, tuple[int, ...]], family: str = "") -> Any:
@@ -79,8 +80,10 @@ def map_state_dict(state_dict: Mapping[str, T], head: str = "", family: str = ""
     Raises:
         PlanError: every key that is unknown or missing, and every tensor that a rule would have to make.
     """
-    shapes: dict[str, Any] = {key: getattr(value, "shape", value) for key, value in state_dict.items()}
-    return table(infer_layout(shapes, family), head).map_state_dict(state_dict)
+    single = adapters.unstack(state_dict, _shape, lambda stacked, row: stacked[row])  # type: ignore[index]
+    return table(infer_layout({key: _shape(value) for key, value in single.items()}, family), head).map_state_dict(
+        single
+    )
 
 
 def rename_key(key: str, shapes: Mapping[str, tuple[int, ...]], head: str = "", family: str = "") -> str | None:
@@ -98,4 +101,9 @@ def rename_key(key: str, shapes: Mapping[str, tuple[int, ...]], head: str = "", 
     Raises:
         PlanError: `unmapped-source`.
     """
-    return table(infer_layout(shapes, family), head).rename_key(key)
+    single = adapters.stack(adapters.unstack({key: shapes.get(key, ())}, tuple, lambda shape, _: shape))[key]
+    return table(infer_layout(shapes, family), head).rename_key(single[0] if single else key)
+
+
+def _shape(value: Any) -> Any:
+    return getattr(value, "shape", value)

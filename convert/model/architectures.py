@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from convert.checkpoint import Checkpoint
@@ -19,6 +20,7 @@ from convert.model.encoder import (
     quantizer_values,
     unsupported,
 )
+from convert.model.languages import adapted_layout, adapter_values, choose, describe_languages
 from convert.model.types import Model, Request, Value
 
 __all__ = ["ARCHITECTURES", "Model", "Request", "Value", "describe", "encoder_settings"]
@@ -57,10 +59,18 @@ CONFORMER = Family(
     layout=conformer.layout,
     values=conformer.values,
 )
+ADAPTED = replace(
+    WAV2VEC2,
+    name="wav2vec2_adapter",
+    fields=fields.ADAPTED,
+    layout=adapted_layout,
+    values=adapter_values,
+)
 # (fairseq's name of the encoder, its layer_type) -> what its settings mean
 FAMILIES = {
     ("wav2vec2", "transformer"): WAV2VEC2,
     ("wav2vec2", "conformer"): CONFORMER,
+    ("wav2vec2", "trf_adp"): ADAPTED,
     ("hubert", "transformer"): HUBERT,
 }
 
@@ -79,6 +89,7 @@ KINDS = {
 ARCHITECTURES: dict[str, Callable[[Checkpoint, Request], Model]] = {
     name: partial(describe_encoder, name=name, kind=kind, families=FAMILIES) for name, kind in KINDS.items()
 }
+ARCHITECTURES["wav2vec_ctc"] = partial(describe_languages, name="wav2vec_ctc", kind=CTC, families=FAMILIES)
 
 
 def describe(checkpoint: Checkpoint, request: Request) -> Model:
@@ -94,7 +105,10 @@ def describe(checkpoint: Checkpoint, request: Request) -> Model:
     name = architecture_of(checkpoint)
     if name not in ARCHITECTURES:
         raise unsupported(checkpoint.path.name, name, ARCHITECTURES)
-    return ARCHITECTURES[name](checkpoint, request)
+    model = ARCHITECTURES[name](checkpoint, request)
+    if request.language and not model.language:
+        choose({}, request.language, checkpoint.path.name)
+    return model
 
 
 def architecture_of(checkpoint: Checkpoint) -> str:

@@ -59,6 +59,11 @@ class ModelDirectory:
         """The dictionaries of HuBERT's pretraining, as conversion.json keeps them."""
         return tuple(map(_dictionary, self.conversion.get("dictionaries") or ()))
 
+    @property
+    def languages(self) -> dict[str, Dictionary]:
+        """The dictionaries of its languages, where it has several."""
+        return {name: _dictionary(kept) for name, kept in (self.conversion.get("languages") or {}).items()}
+
     def json(self, name: str) -> dict[str, Any]:
         """Read one of its JSON files."""
         try:

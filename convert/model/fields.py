@@ -203,3 +203,17 @@ class Fields:
 
 
 WAV2VEC2 = Fields(SAME | QUANTIZER, CHOICES, LIMITS, READ | READ_QUANTIZER)
+
+# fmt: off
+ADAPTED = Fields(
+    SAME | QUANTIZER,
+    CHOICES,
+    (
+        *(limit for limit in LIMITS if limit.field != "layer_type"),
+        Limit("layer_norm_first", lambda value: value is True, "transformers has adapters only where the norm comes first", required=True),
+        Limit("adp_act_fn",       only("relu"),                "the adapters of transformers have a ReLU"),
+    ),
+    READ | READ_QUANTIZER | {"adp_num", "adp_dim", "adp_trf_idx"},
+    frozenset(TRAINING_ONLY) - {"adp_num", "adp_dim", "adp_act_fn", "adp_trf_idx"},
+)
+# fmt: on

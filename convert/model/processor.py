@@ -84,7 +84,7 @@ def make_processor(
             "phonemizer_lang": "en-us",
         }
         tokenizer |= {"phone_delimiter_token": " ", "word_delimiter_token": None}
-    elif decoding == "letter" and _plain(dictionary):
+    elif decoding == "letter" and is_plain(dictionary):
         tokenizer |= {"tokenizer_class": "Wav2Vec2CTCTokenizer", "replace_word_delimiter_char": " "}
         tokenizer["word_delimiter_token"] = "|" if "|" in names else None
     else:
@@ -134,7 +134,7 @@ def labels_of(task: Mapping[str, Any]) -> str:
     return str(task.get("labels")).strip("[]'\" ")
 
 
-def _plain(dictionary: Dictionary) -> bool:
+def is_plain(dictionary: Dictionary) -> bool:
     """Whether joining symbols and replacing the symbol `|` gives what replacing characters of the joined text gives."""
     symbols = dictionary.symbols[len(dictionary.special) :]
     return not any(" " in symbol or ("|" in symbol and symbol != "|") for symbol in symbols)

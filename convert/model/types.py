@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,9 @@ class Model:
         processor: the vocabulary and the feature extractor.
         dictionary: fairseq's target dictionary, where there is one.
         sidecars: files of further tensors.
+        language: the language that the weights speak, where the checkpoint names it.
+        group: where that language's tensors are, a key of `Checkpoint.groups`; empty for those of the model.
+        languages: the dictionaries of all languages that the model directory has, where there are several.
     """
 
     fairseq: str
@@ -64,6 +67,9 @@ class Model:
     processor: Processor
     dictionary: Dictionary | None
     sidecars: tuple[Sidecar, ...] = ()
+    language: str = ""
+    group: str = ""
+    languages: Mapping[str, Dictionary] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

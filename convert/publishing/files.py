@@ -18,7 +18,7 @@ SMALL = 10 << 20  # the Hub stores larger files with LFS, whatever they hold
 
 # What `from_pretrained` may read: these have to be the verified bytes.
 MODEL = re.compile(
-    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|(adapter\.[\w-]+|final_proj)\.safetensors"
+    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|(adapter\.[\w-]+|own_adapter|final_proj)\.safetensors"
     r"|(generation_|preprocessor_|processor_|tokenizer_)?config\.json|vocab\.json|tokenizer\.json"
     r"|special_tokens_map\.json|added_tokens\.json|alphabet\.json|sentencepiece\.bpe\.model"
     r"|language_model/(attrs\.json|unigrams\.txt|[\w-][\w.-]*\.(bin|binary|arpa))"

@@ -136,8 +136,10 @@ def _usage(facts: Facts) -> str:
         )
     if facts.languages:
         several = f"{len(facts.languages)} languages, each with an adapter and a vocabulary of its own"
+        spoken = facts.conversion.get("language")
         text += (
-            f"\n\nThe model knows {several}: {', '.join(f'`{name}`' for name in facts.languages)}. To change the language of "
+            f"\n\nThe model knows {several}: {', '.join(f'`{name}`' for name in facts.languages)}. "
+            f"Without being asked it speaks `{spoken}`. To change the language of "
             "a loaded model: `processor.tokenizer.set_target_lang(name)` and `model.load_adapter(name)`."
         )
     return text

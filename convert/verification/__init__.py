@@ -35,6 +35,7 @@ def verify(
     base: str | Path | None = None,
     trust_checkpoint: bool = False,
     long: bool = True,
+    languages: Sequence[str] = (),
     write: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Verification:
@@ -52,6 +53,8 @@ def verify(
         dictionary, base: as for `convert`.
         trust_checkpoint: let fairseq unpickle a file that names what no trainer of fairseq writes. It can run any program.
         long: whether 30 seconds of speech are among the inputs.
+        languages: of a model with several, those to run beside the one that its weights speak; by default all. The bytes of
+            all are compared.
         write: whether `verification.json` is written into the directory.
         progress: called with (steps done, steps in all).
 
@@ -80,6 +83,7 @@ def verify(
         base=_path(base),
         trust_checkpoint=trust_checkpoint,
         long=long,
+        languages=tuple(languages),
         write_report=write,
         progress=progress,
     )
@@ -135,6 +139,7 @@ def record(
     base: str | Path | None = None,
     trust_checkpoint: bool = False,
     long: bool = True,
+    language: str | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Run fairseq once and keep its answers, to verify later where fairseq is not installed.
@@ -148,6 +153,7 @@ def record(
         dictionary, base: as for `convert`.
         trust_checkpoint: as for `verify`.
         long: whether 30 seconds of speech are among the inputs.
+        language: as for `convert`; by default all languages are among the answers.
         overwrite: whether an existing file is replaced, once the new one is made.
 
     Returns:
@@ -171,6 +177,7 @@ def record(
         base=_path(base),
         trusted=trust_checkpoint,
         long=long,
+        language=language or "",
         overwrite=overwrite,
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,7 +48,11 @@ class Control:
 
 
 def on_outputs(
-    target: Target, clip: Judged, batch: tuple[torch.Tensor, list[int] | None], device: str
+    target: Target,
+    clip: Judged,
+    batch: tuple[torch.Tensor, list[int] | None],
+    device: str,
+    others: Sequence[str] = (),
 ) -> tuple[list[Control], dict[str, str]]:
     """Damage copies of the model and run the same comparison.
 
@@ -57,13 +61,14 @@ def on_outputs(
         clip: the undamaged model's result on one input, with its floors measured and its reference kept.
         batch: that input.
         device: the device's name, for the report.
+        others: the languages that the clip was not judged in.
 
     Returns:
         The controls, and those that this model has no place for, with the reason.
     """
     floors = {difference.stage: difference for difference in clip.differences}
     controls, absent = [], {}
-    damages = _damages(target)
+    damages = _damages(target, others)
     for name, damage in damages.items():
         if isinstance(damage, str):
             absent[name] = damage
@@ -134,7 +139,7 @@ def _finite(value: float) -> float | None:
     return value if value < float("inf") else None
 
 
-def _damages(target: Target) -> dict[str, Damage | str]:
+def _damages(target: Target, others: Sequence[str]) -> dict[str, Damage | str]:
     config, weights = target.model.config, target.weights
     prefix = "" if target.base is target.model else f"{target.model.base_model_prefix}."
     layers = config.num_hidden_layers
@@ -175,9 +180,12 @@ def _damages(target: Target) -> dict[str, Damage | str]:
     made[zeroed] = _setting(bias, lambda value: value.zero_()) if bias else "these biases are zero already"
     made[placement] = (
         _configured(do_stable_layer_norm=not config.do_stable_layer_norm)
-        if hasattr(config, "do_stable_layer_norm")
+        if hasattr(config, "do_stable_layer_norm") and getattr(config, "adapter_attn_dim", None) is None
         else f"{type(target.base).__name__} has one"
+        + (" with adapters" if hasattr(config, "do_stable_layer_norm") else "")
     )
+    if others:
+        made[f"the adapters of {others[0]}"] = _speaking(others[0])
     heads = config.num_attention_heads
     wrong = heads // 2 if heads % 2 == 0 else 2 * heads
     absent = "" if config.hidden_size % wrong == 0 else f"{wrong} does not divide {config.hidden_size}"
@@ -245,6 +253,18 @@ def _exchanging(pairs: list[tuple[str, str]]) -> Damage:
             yield target
         finally:
             exchange()
+
+    return damaged
+
+
+def _speaking(language: str) -> Damage:
+    @contextlib.contextmanager
+    def damaged(target: Target) -> Iterator[Target]:
+        target.speak(language)
+        try:
+            yield target
+        finally:
+            target.speak("")
 
     return damaged
 

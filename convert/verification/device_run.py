@@ -90,6 +90,11 @@ def _vocabulary(work: Work, reference: Reference, target: Target, findings: Find
     folder: Path = work.directory.path
     processor = vocabulary.load_processor(folder)
     findings.problems += vocabulary.check(processor, work.directory.config, work.subject, reference.spell())
+    for language in dict.fromkeys(probe.language for probe in work.probes if probe.language):
+        speaking, subject = vocabulary.load_processor(folder, language), work.subject.speaking(language)
+        config = work.directory.config | {"vocab_size": len(subject.symbols)}  # load_adapter sets it likewise
+        found = vocabulary.check(speaking, config, subject, reference.spell(language))
+        findings.problems += [replace(problem, key=f"{language}: {problem.key}") for problem in found]
     tokens = vocabulary.tokens_of(processor.tokenizer, len(work.subject.symbols))
     findings.controls.append(controls.blank_and_pad(tokens, work.subject))
     return partial(vocabulary.transcribe, processor, subject=work.subject)
@@ -132,7 +137,8 @@ def _runs(
     made: list[controls.Control] = []
     if clip is not None and arithmetic == "float32" and clip.verdict != "different":
         batch = tensor(work.clips, clip.probe, work.subject.normalize)
-        made, absent = controls.on_outputs(target, clip, batch, device)
+        others = [name for name in work.directory.languages if name != work.subject.language]
+        made, absent = controls.on_outputs(target, clip, batch, device, others)
         findings.controls += made
         findings.absent |= absent
     findings.curves += curves_of(judged, made, device, dtype)
@@ -215,7 +221,8 @@ def _demand(one: Judged, device: str, dtype: str, require: str) -> list[Problem]
 
 def _half_precision(work: Work, reference: Reference, target: Target, device: str, findings: Findings) -> None:
     """Check float16 and bfloat16: rounded weights in float32, then the type itself, then against the unrounded model."""
-    kept = [probe for probe in reference.offered(work.probes, "") if probe.name != LONG]
+    offered = reference.offered(work.probes, "")
+    kept = [probe for probe in offered if probe.name != LONG and not probe.language]
     plain = {probe.name: _last(reference.run(probe, "float32")) for probe in kept}
     if work.rounded:
         reference.round_weights(work.rounded)

@@ -280,6 +280,11 @@ def fine_tuned(settings: Any, cls: Any, ignored: list[str]) -> Any:
 
     pretrained = settings["model"]["w2v_args"]["model"]
     name = pretrained.get("_name") or "wav2vec2"
+    if "adp_num" not in {field.name for field in dataclasses.fields(cls)} and "trf_adp" in (
+        settings["model"].get("layer_type"),
+        pretrained.get("layer_type"),
+    ):
+        raise CannotBuildError("this fairseq has no adapters (layer_type trf_adp came in May 2023)")
     normalize = bool(settings["task"].get("normalize", False))
     made = _complete(_classes(name)[0], pretrained, ignored)
     own = _complete(cls, _outer(settings), [] if "flat" in settings["model"] else ignored)
@@ -358,7 +363,8 @@ def open_reference(request: Any) -> Reference:
 
     Args:
         request: `checkpoint` (a path), `architecture` (fairseq's name), `settings` (see `build`; used when fairseq cannot
-            read its own), `symbols` (the dictionary, or an empty list), `post_process`, `device`.
+            read its own), `symbols` (the dictionary, or an empty list), `post_process`, `device`; of a model with adapters
+            `languages` (name -> index among them) and `language` (the one it speaks unless told otherwise).
 
     Raises:
         CannotBuildError: fairseq is absent, or cannot build this model.
@@ -368,16 +374,19 @@ def open_reference(request: Any) -> Reference:
     known["model"] = dict(known["model"], _name=request["architecture"])
     state, settings, reader = read_checkpoint(request["checkpoint"], known)
     ignored: list[str] = []
+    symbols = len(request["symbols"])
+    if state.get("adapter"):  # MMS: the model has a head of its own, that the language's replaces
+        symbols = len(state["model"]["w2v_encoder.proj.bias"])
     try:
         with _no_random_numbers():
-            model = build(settings, len(request["symbols"]), ignored, patches)
+            model = build(settings, symbols, ignored, patches)
     except Exception as error:
         if settings is known:
             raise CannotBuildError("fairseq cannot build the model: %s: %s" % (type(error).__name__, error))  # noqa: B904
         settings, ignored = known, []
         reader = "fairseq-to-hf's reader, because fairseq could not use its own (%s)" % type(error).__name__
         with _no_random_numbers():
-            model = build(settings, len(request["symbols"]), ignored, patches)
+            model = build(settings, symbols, ignored, patches)
     reference: Reference = ARCHITECTURES[settings["model"]["_name"]][1](model, fairseq, request, settings)
     reference.info = {
         "fairseq": getattr(fairseq, "__version__", "unknown"),
@@ -390,6 +399,8 @@ def open_reference(request: Any) -> Reference:
     reference.fill(state["model"])
     task_state = state.get("task_state")
     reference.dictionary = (task_state or {}).get("target_dictionary") if isinstance(task_state, dict) else None
+    reference.adapters = state.get("adapter") or {}
+    reference.speak("")
     return reference
 
 
@@ -433,6 +444,8 @@ class Reference:
         self.masks_like_main = hasattr(self.w2v, "_get_feat_extract_output_lengths")
         self.magnitude: Any = None  # what a conversion makes of a positional convolution without weight norm
         self.exact_blank: Any = None  # blank_weight, once its sum with the head's bias has been rounded
+        self.adapters: Any = {}  # language -> its tensors and its dictionary, in files of MMS
+        self.rounded = ""  # the type that the weights were rounded to
 
     def encoder(self) -> Any:
         """The encoder that was pretrained, inside the model."""
@@ -460,9 +473,12 @@ class Reference:
     def _filled(self, weights: Any) -> None:
         """What is to be done once the tensors are in their places."""
 
+    def speak(self, language: str) -> None:
+        """Turn to a language; to the one that the request names, if it is empty. Most models have none."""
+
     def round_weights(self, name: str) -> None:
         """Round every weight to float16 or bfloat16, and keep it as float32, as a converted model of that type has it."""
-        kind = NAMES[name]
+        kind, self.rounded = NAMES[name], name
         if self.magnitude is not None:
             self.magnitude = self.magnitude.to(kind).float()
         self.model.to(kind).float()
@@ -588,8 +604,9 @@ class Reference:
         """The best symbol of every frame, for each utterance."""
         return stages["logits"].float().argmax(-1).split(frames)
 
-    def spell(self) -> str:
+    def spell(self, language: str = "") -> str:
         """Transcribe a path that holds every symbol of the dictionary that is not special, in order, twice."""
+        self.speak(language)
         special, blank = self.request["special"], self.request["blank"]
         ids = [i for i in range(len(self.request["symbols"])) if i not in special]
         return self.transcribe([part for i in ids * 2 for part in (i, blank)]) if ids else ""
@@ -643,9 +660,38 @@ class CtcReference(Reference):
         """The encoder that was pretrained, inside the model."""
         return self.model.w2v_encoder.w2v_model
 
+    spoken, row = "", 0
+
+    def speak(self, language: str) -> None:
+        """Take another of the stacked adapters; or, in files of MMS, the tensors of the language instead of the model's own.
+
+        The latter is what `examples/speech_recognition/new/infer.py` does.
+        """
+        language = language or self.request.get("language", "")
+        if language == self.spoken:
+            return
+        self.spoken = language
+        if language not in self.adapters:
+            self.row = self.request["languages"].get(language, 0)
+            return
+        weights = self.adapters[language]["model"]
+        self.dictionary = self.adapters[language]["task_state"]["target_dictionary"]
+        self.request = dict(self.request, symbols=list(self.dictionary.symbols))
+        parameter = next(self.model.parameters())
+        rows, width = weights["w2v_encoder.proj.weight"].shape
+        head = torch.nn.Linear(width, rows).to(parameter.device, parameter.dtype)
+        self.model.w2v_encoder.proj = head.requires_grad_(False)
+        for name, parameter in self.model.named_parameters():
+            if name in weights:
+                value = weights[name]
+                parameter.copy_(value.to(NAMES[self.rounded]) if self.rounded else value)
+        self._filled(weights)
+
     def compute(self, source: Any, padding: Any) -> Any:
         """Run the model; the logits with the blank's weight."""
-        output = self.model(source=source, padding_mask=padding)
+        adapted = any(hasattr(layer, "adapter_layer") for layer in self.w2v.encoder.layers)
+        chosen = {"corpus_key": [self.row] * len(source)} if adapted else {}
+        output = self.model(source=source, padding_mask=padding, **chosen)
         logits = self.model.get_logits(output) if hasattr(self.model, "get_logits") else output["encoder_out"]
         self.seen["logits"] = logits.transpose(0, 1)
         return output["padding_mask"]
@@ -745,7 +791,7 @@ class ClassificationReference(CtcReference):
         """The best label of each utterance."""
         return stages["logits"].float().argmax(-1).split(1)
 
-    def spell(self) -> str:
+    def spell(self, language: str = "") -> str:
         """Name every label, in order."""
         return self.transcribe(range(len(self.request["symbols"])))
 
@@ -868,7 +914,8 @@ def record(request: Any, arrays: Any, reference: Any = None) -> None:
         request: what `open_reference` takes, and `threads`, `rate`, `special` and `blank` (ids), `out` (the file to write),
             `description` (kept as it is), and `runs`: a list of `{"arrays": [names], "multiple": number or None,
             "padded": whether the arrays are a padded batch with a mask, "weights": "" or the type they are rounded to,
-            "arithmetic": a type, "raw": whether fairseq is to normalise them}`, whatever else they hold is kept.
+            "arithmetic": a type, "language": what the model is to speak, empty for its own, "raw": whether fairseq is to
+            normalise them}`, whatever else they hold is kept.
         arrays: the waveforms by name, float32, one dimension each.
         reference: an opened reference; by default one is opened.
     """
@@ -885,6 +932,9 @@ def record(request: Any, arrays: Any, reference: Any = None) -> None:
     about = dict(reference.info, environment=environment(), multiple=reference.multiple, schema=1)
     about["padded_batches"] = reference.masks_like_main
     about["spelling"] = reference.spell()
+    about["spellings"] = {}
+    for language in sorted({wanted["language"] for wanted in request["runs"] if wanted["language"]}):
+        about["spellings"][language] = reference.spell(language)
     about = dict(about, description=request["description"], runs=sorted(runs, key=lambda run: run["number"]))
     write(request["out"], tensors, json.dumps(about, sort_keys=True))
 
@@ -894,6 +944,7 @@ def _answer(reference: Any, wanted: Any, arrays: Any, tensors: Any, prefix: str)
     if wanted["raw"]:
         signals = [reference.normalise(signal, reference.request["rate"]) for signal in signals]
     batch = torch.nn.utils.rnn.pad_sequence(signals, batch_first=True)
+    reference.speak(wanted["language"])
     lengths = [len(signal) for signal in signals] if wanted["padded"] else None
     with reference.arithmetic(wanted["arithmetic"]):
         frames, stages = reference.run(batch, lengths, wanted["multiple"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -103,6 +103,7 @@ class Probe:
         exact: whether both sides do the same arithmetic, so that their bits can be the same.
         why: why they cannot be.
         follows: whether transformers is given an attention mask of as many frames as fairseq counts.
+        language: what the models speak, of those with several; their own, if it is empty.
     """
 
     name: str
@@ -111,6 +112,7 @@ class Probe:
     exact: bool = True
     why: str = ""
     follows: bool = False
+    language: str = ""
 
     @property
     def padded(self) -> bool:
@@ -166,6 +168,12 @@ def probes(geometry: Geometry, clips: dict[str, Waveform], *, rate: int, masks: 
         if name != SPEECH:
             made.append(_single(name, Cut(name, len(waveform)), geometry.frames(len(waveform)), step))
     return made
+
+
+def in_languages(made: Iterable[Probe], languages: Iterable[str]) -> list[Probe]:
+    """Add the first input in further languages, each of which has adapters of its own in one and the same model."""
+    made = list(made)
+    return made + [replace(made[0], name=f"{made[0].name} in {name}", language=name) for name in languages]
 
 
 def _single(name: str, cut: Cut, frames: int, step: int) -> Probe:

@@ -105,6 +105,7 @@ def judge(
             for one, sure, floor in zip(pending, exact, floors, strict=True):
                 _measure(one, target, clips, normalize, arithmetic, sure, floor)
                 one.exact = sure if one.probe.name == measured else one.exact
+    target.speak("")
     greatest: dict[str, float] = {}
     for difference in (difference for one in judged for difference in one.differences):
         greatest[difference.stage] = max(greatest.get(difference.stage, 0.0), difference.exact_allowed or 0.0)
@@ -124,6 +125,7 @@ def _run(
     arithmetic: str,
     keep: bool,
 ) -> Judged:
+    target.speak(probe.language)
     answer = reference.run(probe, arithmetic)
     ours, differences = compared(target, answer, batch_of(target, clips, probe, normalize, answer.frames), keep)
     if not keep:  # what is the same on both sides is not needed again
@@ -192,6 +194,7 @@ def _measure(
         if name in exact.stages:
             ours[name] = Stage(tuple(values.shape), values.detach().clone())
 
+    target.speak(one.probe.language)
     target.run(*batch_of(target, clips, one.probe, normalize, exact.frames), visit)
     mine = distances(one.target.stages, ours)
     apart = distances(exact.stages, ours)

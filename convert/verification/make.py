@@ -10,7 +10,7 @@ from pathlib import Path
 from convert.errors import ConvertError, check_place
 from convert.verification import fairseq_worker
 from convert.verification.devices import quiet, steady
-from convert.verification.inputs import Waveform, collect, probes
+from convert.verification.inputs import Waveform, collect, in_languages, probes
 from convert.verification.recording import Recorded, ask, pack
 from convert.verification.reference import HINT, run_worker
 from convert.verification.run import pieces_of
@@ -28,15 +28,18 @@ def make_recording(
     base: Path | None,
     trusted: bool,
     long: bool,
+    language: str,
     overwrite: bool,
 ) -> Path:
     """Run fairseq and write its answers; the arguments are those of `convert.verification.record`."""
     check_place(out, overwrite)
     if dtype and dtype not in HALVES:
         raise ConvertError(f"{dtype!r} is neither float16 nor bfloat16", code="usage", key="--dtype")
-    subject, geometry = read_subject(checkpoint, dictionary=dictionary, base=base, trusted=trusted)
+    subject, geometry = read_subject(checkpoint, dictionary=dictionary, base=base, trusted=trusted, language=language)
     clips = collect(audio, subject.rate, geometry)
     wanted = [one for one in probes(geometry, clips, rate=subject.rate) if long or one.name != "30-seconds"]
+    if not language:
+        wanted = in_languages(wanted, (name for name in subject.languages if name != subject.language))
     pieces = list(pieces_of(geometry, clips, wanted).values())
     request, arrays = ask(subject, clips, wanted, pieces, dtype)
     if fairseq_python is not None:

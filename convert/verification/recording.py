@@ -59,12 +59,14 @@ def ask(
     for rounded, arithmetic in wanted:
         for probe in probes:
             described = {"weights": rounded, "arithmetic": arithmetic, "raw": False, "multiple": probe.multiple}
+            described["language"] = probe.language
             add(waves_of(clips, probe, subject.normalize), **described, padded=probe.padded, probe=asdict(probe))
     for rounded in dict.fromkeys(("", weights)):
         for piece in pieces:
-            described = {"weights": rounded, "arithmetic": "float32", "raw": True, "multiple": None}
+            described = {"weights": rounded, "arithmetic": "float32", "raw": True, "multiple": None, "language": ""}
             add([cut(dict(clips), piece)], **described, padded=False, probe=asdict(piece))
-    description = {"checkpoint": {"name": subject.name, "size": subject.size, "sha256": subject.sha256}}
+    description: dict[str, Any] = {"checkpoint": {"name": subject.name, "size": subject.size, "sha256": subject.sha256}}
+    description |= {"language": subject.language} if subject.language else {}
     return subject.request() | {"runs": runs, "threads": torch.get_num_threads(), "description": description}, arrays
 
 
@@ -113,6 +115,7 @@ class Recorded:
             if self.about["schema"] != SCHEMA:
                 raise ValueError(f"its schema is {self.about['schema']}, expected {SCHEMA}")
             self.checkpoint: dict[str, Any] = self.about["description"]["checkpoint"]
+            self.language = str(self.about["description"].get("language", ""))
             self.runs: list[dict[str, Any]] = self.about["runs"]
         except OSError as error:
             raise _bad(path, f"cannot be read: {error.strerror or error}") from None
@@ -200,9 +203,9 @@ class Recorded:
 
     last = "float32"
 
-    def spell(self) -> str:
-        """Look up how fairseq spells its dictionary."""
-        return str(self.about["spelling"])
+    def spell(self, language: str = "") -> str:
+        """Look up how fairseq spells its dictionary, or that of a language."""
+        return str(self.about["spellings"].get(language, "") if language else self.about["spelling"])
 
     def floors(self, probe: Probe, name: str, answer: Answer, exact: Answer) -> dict[str, float]:
         """Look the measured floors up."""

@@ -7,7 +7,7 @@ import json
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -39,6 +39,9 @@ class Subject:
         post_process: how fairseq makes text of symbols.
         rate: samples a second.
         normalize: whether waveforms are normalised.
+        language: what a model with adapters speaks, if it has a name.
+        languages: all that the model directory speaks, where there are several: their symbols, and their index among the
+            stacked adapters.
     """
 
     path: Path
@@ -53,6 +56,12 @@ class Subject:
     post_process: str
     rate: int
     normalize: bool
+    language: str = ""
+    languages: Mapping[str, tuple[tuple[str, ...], int]] = field(default_factory=dict)
+
+    def speaking(self, language: str) -> Subject:
+        """Return the same with another language."""
+        return replace(self, symbols=self.languages[language][0], language=language)
 
     def request(self) -> dict[str, Any]:
         """The request of `fairseq_worker.open_reference`."""
@@ -65,6 +74,8 @@ class Subject:
             "blank": self.blank,
             "post_process": self.post_process,
             "rate": self.rate,
+            "language": self.language,
+            "languages": {name: row for name, (_, row) in self.languages.items()},
         }
 
 
@@ -105,8 +116,8 @@ class Reference(Protocol):
     def floors(self, probe: Probe, name: str, answer: Answer, exact: Answer) -> dict[str, float]:
         """Measure how far its arithmetic is from its own in float64, by stage."""
 
-    def spell(self) -> str:
-        """Transcribe every symbol of the dictionary, in order."""
+    def spell(self, language: str = "") -> str:
+        """Transcribe every symbol of the dictionary, in order; of a language's, where one is named."""
 
     def end_to_end(self, piece: Cut) -> tuple[Waveform | None, Answer, str]:
         """Go from a raw waveform to text: what fairseq made of the waveform, the answer, the transcript."""
@@ -168,6 +179,7 @@ class Live:
     def run(self, probe: Probe, name: str) -> Answer:
         """Compute every stage."""
         batch, lengths = tensor(self.clips, probe, self.subject.normalize)
+        self.inner.speak(probe.language)
         frames, stages = self.inner.run(batch, lengths, probe.multiple)
         return Answer(frames, {key: Stage(tuple(value.shape), value) for key, value in stages.items()})
 
@@ -175,12 +187,13 @@ class Live:
         """Measure how far its arithmetic is from its own in float64."""
         return distances(answer.stages, exact.stages)
 
-    def spell(self) -> str:
+    def spell(self, language: str = "") -> str:
         """Transcribe every symbol of the dictionary, in order."""
-        return str(self.inner.spell())
+        return str(self.inner.spell(language))
 
     def end_to_end(self, piece: Cut) -> tuple[Waveform | None, Answer, str]:
         """Go from a raw waveform to text."""
+        self.inner.speak("")
         signal = self.inner.normalise(cut(self.clips, piece), self.subject.rate)
         frames, stages = self.inner.run(signal[None])
         answer = Answer(frames, {key: Stage(tuple(value.shape), value) for key, value in stages.items()})

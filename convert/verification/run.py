@@ -14,7 +14,7 @@ from convert.package import compare_opened
 from convert.verification import controls, expected
 from convert.verification.device_run import LONG, Work, on_device
 from convert.verification.devices import choose, describe, steady
-from convert.verification.inputs import QUIET, SPEECH, Cut, Geometry, Probe, Waveform, collect, probes
+from convert.verification.inputs import QUIET, SPEECH, Cut, Geometry, Probe, Waveform, collect, in_languages, probes
 from convert.verification.recording import Recorded, answers
 from convert.verification.reference import Description, Live, Reference, Subject
 from convert.verification.report import Findings, Verification, write
@@ -36,6 +36,7 @@ def verify(
     base: Path | None,
     trust_checkpoint: bool,
     long: bool,
+    languages: Sequence[str],
     write_report: bool,
     progress: Progress | None,
 ) -> Verification:
@@ -44,20 +45,27 @@ def verify(
     directory = ModelDirectory(model_dir)
     # with a recording, fairseq does not open the file: then there is nothing to trust
     trusted = trust_checkpoint or reference is not None
+    asked = str((directory.conversion.get("request") or {}).get("language") or "")
     subject, geometry = read_subject(
-        checkpoint, dictionary=dictionary, base=base, kept=directory.dictionary, trusted=trusted
+        checkpoint, dictionary=dictionary, base=base, kept=directory.dictionary, trusted=trusted, language=asked
     )
     check_source(directory, subject)
+    others = _others(subject, asked, languages)
     chosen, absent = choose(devices)
     recorded = _recording(reference, subject) if reference is not None else None
     clips = recorded.clips if recorded else collect(audio, subject.rate, geometry)
-    wanted = recorded.probes() if recorded else probes(geometry, clips, rate=subject.rate)
+    wanted = recorded.probes() if recorded else in_languages(probes(geometry, clips, rate=subject.rate), others)
     wanted = [probe for probe in wanted if long or probe.name != LONG]
+    wanted = [probe for probe in wanted if not probe.language or probe.language in others]
     pieces = pieces_of(geometry, clips, wanted)
     half, rounded = half_type(directory)
     findings = Findings()
     if not long:
         findings.skipped[LONG] = "left out, as asked"
+    run = {subject.language, *(probe.language for probe in wanted)}
+    findings.skipped |= {
+        f"language {name}": "its bytes only, as asked" for name in subject.languages if name not in run
+    }
     if fairseq_python is not None:
         recorded = answers(subject, clips, wanted, list(pieces.values()), rounded, fairseq_python)
     total = len(chosen) * len(wanted) * (2 if half else 1) + 2
@@ -100,6 +108,20 @@ def verify(
     return done
 
 
+def _others(subject: Subject, asked: str, languages: Sequence[str]) -> list[str]:
+    """List the languages to run beside the one that the weights speak: those that were named, or all."""
+    unknown = [name for name in languages if name not in subject.languages and name != subject.language]
+    if unknown:
+        raise ConvertError(
+            f"{subject.name} has no language {unknown[0]!r}",
+            code="unknown-language",
+            key="--lang",
+            hint=f"it has: {', '.join(sorted(subject.languages)) or 'none'}",
+        )
+    found = [] if asked else [name for name in subject.languages if name != subject.language]
+    return [name for name in found if not languages or name in languages]
+
+
 def _usage(require: str | None, reference: Path | None, python: str | None, audio: Sequence[str | Path]) -> None:
     if require not in (None, "identical", "rounding"):
         raise ConvertError(f"{require!r} is neither identical nor rounding", code="usage", key="--require")
@@ -119,6 +141,13 @@ def _recording(path: Path, subject: Subject) -> Recorded:
             code="other-checkpoint",
             key=path.name,
             hint=f"record this one: fairseq-to-hf record {subject.name} FILE",
+        )
+    if recorded.language != subject.language:
+        raise ConvertError(
+            f"{path.name} was recorded in the language {recorded.language!r}, the model speaks {subject.language!r}",
+            code="other-language",
+            key=path.name,
+            hint=f"record it: fairseq-to-hf record {subject.name} FILE --lang {subject.language}",
         )
     return recorded
 

@@ -11,6 +11,7 @@ from convert.checkpoint.dictionary import SPECIAL, Dictionary, from_file
 from convert.errors import ConvertError
 from convert.model.architectures import KINDS, architecture_of
 from convert.model.encoder import encoder_settings
+from convert.model.languages import choose, languages_of
 from convert.model.processor import BLANK, labels_of
 from convert.model.settings import Reader
 from convert.model.types import Request
@@ -28,6 +29,7 @@ def read_subject(
     base: Path | None = None,
     kept: Dictionary | None = None,
     trusted: bool = False,
+    language: str = "",
 ) -> tuple[Subject, Geometry]:
     """Read what a reference has to know of a checkpoint.
 
@@ -36,11 +38,12 @@ def read_subject(
         dictionary, base: as for `convert.package.plan`.
         kept: the dictionary that a model directory keeps, for checkpoints that carry none.
         trusted: whether its pickle may name what no trainer writes.
+        language: the one language that a conversion was asked for, of a checkpoint with several.
 
     Raises:
         CheckpointError: it cannot be read.
         ConvertError: `unsafe-pickle`.
-        PlanError: it was fine-tuned, and its pretrained model's settings are missing.
+        PlanError: it was fine-tuned, and its pretrained model's settings are missing; it has no such language.
     """
     with open_checkpoint(path) as opened:
         check_pickle(opened, trusted)
@@ -60,6 +63,9 @@ def read_subject(
         known = from_file(dictionary) if dictionary else opened.dictionary or kept
         if known and dictionary and architecture in KINDS and not KINDS[architecture].text:
             known = known.labels
+        found = languages_of(opened, reader.values, [])
+        spoken = choose(found, language, opened.path.name) if found or language else None
+        known = (spoken and spoken.dictionary) or known
         symbols = known.symbols if known and fine_tuned else ()
         subject = Subject(
             path=path,
@@ -74,6 +80,10 @@ def read_subject(
             post_process=_post_process(settings),
             rate=int(settings["task"].get("sample_rate") or 16000),
             normalize=bool(settings["task"].get("normalize", False)),
+            language=spoken.name if spoken else "",
+            languages={one.name: (one.dictionary.symbols, one.row) for one in found.values() if one.dictionary}
+            if len(found) > 1
+            else {},
         )
         convolutions = tuple((kernel, stride) for _, kernel, stride in reader.convolutions("conv_feature_layers"))
     conformer = reader.values.get("layer_type") == "conformer"  # its encoder pads nothing

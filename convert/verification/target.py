@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,7 +68,18 @@ def load(model_dir: Path, device: str) -> Target:
             problems=problems,
             hint="convert the checkpoint again",
         )
-    return TARGETS.get(name, Target)(model, device)
+    target = TARGETS.get(name, Target)(model, device)
+    target.spoken = target.native = language_of(model_dir)
+    return target
+
+
+def language_of(model_dir: Path) -> str:
+    """Say which of several languages the weights speak, by the tokenizer's configuration; nothing where it names none."""
+    try:
+        found = json.loads((model_dir / "tokenizer_config.json").read_text("utf-8")).get("target_lang")
+    except (OSError, ValueError, AttributeError):
+        return ""
+    return str(found or "")
 
 
 class Target:
@@ -83,6 +95,7 @@ class Target:
         self.device = device
         self.visit: Visit | None = None
         self.frames: list[int] = []
+        self.spoken = self.native = ""  # the language that is loaded, and the one that the weights speak
         self.stages: list[str] = []  # what it is compared at, in no order
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
@@ -144,7 +157,7 @@ class Target:
                 self.visit("codes", value.reshape(*value.shape[:-1], groups, -1).argmax(-1))
 
         module.register_forward_hook(hook)
-        self.stages.append(name)
+        self.stages += [name] if name not in self.stages else []
 
     @contextlib.contextmanager
     def arithmetic(self, name: str) -> Iterator[None]:
@@ -185,6 +198,28 @@ class Target:
         finally:
             self.visit = None
         return self.frames
+
+    def speak(self, language: str) -> None:
+        """Load the adapters and the head of a language as users do; of the one that the weights speak, if it is empty."""
+        language = language or self.native
+        if language == self.spoken:
+            return
+        before = self.model.lm_head
+        try:
+            self.model.load_adapter(language, local_files_only=True)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".split("\n")[0]
+            raise ConvertError(
+                f"transformers cannot load the adapters of {language} ({reason})",
+                code="load",
+                key=f"adapter.{language}.safetensors",
+                status=1,
+                hint="convert the checkpoint again",
+            ) from error
+        self.spoken = language
+        if self.model.lm_head is not before:
+            self._watch(self.model.lm_head, "logits")
+            self.model.lm_head.requires_grad_(False)
 
     def compute(self, source: torch.Tensor, mask: torch.Tensor | None) -> None:
         """Run the model on (batch, samples), with its attention mask; what no hook sees is shown to `visit`."""

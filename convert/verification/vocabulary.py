@@ -12,8 +12,8 @@ from convert.verification.reference import Subject
 BLANK, PAD = "<s>", "<pad>"  # the two names that a conversion exchanges
 
 
-def load_processor(model_dir: Path) -> Any:
-    """Load the processor of a model with a vocabulary with plain transformers.
+def load_processor(model_dir: Path, language: str = "") -> Any:
+    """Load the processor of a model with a vocabulary with plain transformers; in a language, where one is named.
 
     Raises:
         ConvertError: `load`, status 1: transformers cannot load it.
@@ -21,7 +21,8 @@ def load_processor(model_dir: Path) -> Any:
     from transformers import AutoProcessor
 
     try:
-        return AutoProcessor.from_pretrained(model_dir, local_files_only=True)
+        chosen = {"target_lang": language} if language else {}
+        return AutoProcessor.from_pretrained(model_dir, local_files_only=True, **chosen)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".split("\n")[0]
         raise _unloadable(model_dir, "processor", reason) from error
