@@ -226,6 +226,7 @@ def outcome(data: bytes, folder: Path) -> str:
 def main(name: str, checkpoint: str, folder: str) -> None:
     mutation, original = MUTATIONS[name][1], Path(checkpoint).read_bytes()
     os.fsync = lambda descriptor: None  # the disk need not be waited for
+    threading.stack_size(8 << 20)  # whatever this machine's limit is
     signal.signal(signal.SIGALRM, _hang)
     assert outcome(original, Path(folder)) == "converted"
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
