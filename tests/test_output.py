@@ -116,10 +116,9 @@ def test_directory_that_holds_the_checkpoint_is_not_replaced(two: tuple[Path, Pa
     assert (out / "new.pt").exists()
 
 
-def command(two: tuple[Path, Path], *options: str, program: str = "") -> list[str]:
-    """The command line that makes `model` of the new checkpoint, after a program that arms something."""
-    start = f"{program}\nfrom convert.cli import main\nmain(prog_name='fairseq-to-hf')"
-    return [sys.executable, "-c", start, "convert", str(two[1]), "model", *options]
+def command(two: tuple[Path, Path], *options: str) -> list[str]:
+    """The command line that makes `model` of the new checkpoint."""
+    return [sys.executable, "-m", "convert", "convert", str(two[1]), "model", *options]
 
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
@@ -144,19 +143,30 @@ def test_disk_full(limit: int, old: bool, two: tuple[Path, Path], tmp_path: Path
     assert len(list(tmp_path.iterdir())) == int(old)
 
 
+# Imports once; for each number that it reads, a fork converts and is killed at that call.
 KILLED = """
-import os, signal
-calls, last = [], {last}
-def stop(name):
-    call = getattr(os, name)
-    def stopped(*arguments, **named):
-        calls.append(name)
-        if len(calls) == last:
-            os.kill(os.getpid(), signal.{signal})
-        return call(*arguments, **named)
-    setattr(os, name, stopped)
-for name in ("fsync", "posix_fallocate", "rename", "mkdir", "rmdir", "chmod", "unlink"):
-    stop(name)
+import os, signal, sys
+from convert import package, transfer
+from convert.cli import main
+import numpy
+def arm(last):
+    calls = []
+    def stop(name):
+        call = getattr(os, name)
+        def stopped(*arguments, **named):
+            calls.append(name)
+            if len(calls) == last:
+                os.kill(os.getpid(), signal.{signal})
+            return call(*arguments, **named)
+        setattr(os, name, stopped)
+    for name in ("fsync", "posix_fallocate", "rename", "mkdir", "rmdir", "chmod", "unlink"):
+        stop(name)
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        arm(int(line))
+        main({line!r}, prog_name="fairseq-to-hf")
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
@@ -164,29 +174,35 @@ for name in ("fsync", "posix_fallocate", "rename", "mkdir", "rmdir", "chmod", "u
 @pytest.mark.parametrize("kind", ["SIGKILL", "SIGINT"])
 def test_killed_at_every_step(kind: str, old: bool, two: tuple[Path, Path], tmp_path: Path) -> None:
     out = tmp_path / "model"
+    line = ["convert", str(two[1]), "model", "-q", *(["--overwrite"] if old else [])]
+    program = [sys.executable, "-c", KILLED.format(signal=kind, line=line)]
+    pipe = subprocess.PIPE
     seen = []
-    for last in itertools.count(1):
-        if old:
-            convert(two[0], out, overwrite=True)
-        program = KILLED.format(last=last, signal=kind)
-        options = ["--overwrite"] if old else []
-        done = subprocess.run(
-            command(two, *options, program=program), cwd=tmp_path, env=ENVIRONMENT, capture_output=True
-        )
-        assert b"Traceback" not in done.stderr
-        seen.append((done.returncode, state(out, two)))
-        if kind == "SIGINT":  # time to clean up
-            assert {entry.name for entry in tmp_path.iterdir()} <= {"model"}
-        if done.returncode == 0:
-            break
-        convert(two[1], out, overwrite=True)  # a second run cleans up what the killed one left
-        assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
-        assert state(out, two) == "new"
-        if not old:
-            for path in sorted(out.iterdir()):
-                path.unlink()
-            out.rmdir()
+    with subprocess.Popen(
+        program, cwd=tmp_path, env=ENVIRONMENT, stdin=pipe, stdout=pipe, stderr=pipe, text=True
+    ) as process:
+        assert process.stdin and process.stdout and process.stderr
+        for last in itertools.count(1):
+            if old:
+                convert(two[0], out, overwrite=True)
+            print(last, file=process.stdin, flush=True)
+            status = int(process.stdout.readline())
+            seen.append((status, state(out, two)))
+            if kind == "SIGINT":  # time to clean up
+                assert {entry.name for entry in tmp_path.iterdir()} <= {"model"}
+            if status == 0:
+                break
+            convert(two[1], out, overwrite=True)  # a second run cleans up what the killed one left
+            assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+            assert state(out, two) == "new"
+            if not old:
+                for path in sorted(out.iterdir()):
+                    path.unlink()
+                out.rmdir()
+        process.stdin.close()
+        assert "Traceback" not in process.stderr.read()
     assert len(seen) > 5
+    assert {status for status, _ in seen[:-1]} == {-9 if kind == "SIGKILL" else 1}
     assert seen[0][1] == ("old" if old else "nothing")
     assert seen[-1] == (0, "new")
     assert {where for _, where in seen} == {"old" if old else "nothing", "new"}
