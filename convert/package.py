@@ -18,6 +18,7 @@ from convert.checkpoint import Checkpoint, open_checkpoint
 from convert.checkpoint.dictionary import Dictionary
 from convert.errors import ConvertError, MismatchError, Problem
 from convert.model.architectures import describe
+from convert.model.directory import SUBWORDS
 from convert.model.types import Model, Request, make_request, request_again
 from convert.report import json_bytes
 from convert.transfer import Transfer, Written, pieces, split
@@ -32,7 +33,7 @@ _USUAL = {
     "README.md",
     "tokenizer.json",
 }
-_USUAL |= {"tokenizer_config.json", "verification.json", "vocab.json"}
+_USUAL |= {"generation_config.json", SUBWORDS, "tokenizer_config.json", "verification.json", "vocab.json"}
 Progress = Callable[[int, int], None]
 
 
@@ -62,6 +63,7 @@ def plan(
     training_only: Sequence[str] = (),
     keep_final_proj: bool = False,
     language: str | None = None,
+    data_config: str | Path | None = None,
 ) -> Model:
     """Decide what a conversion of a checkpoint would do. Reads no tensor bytes, but of buffers that must repeat each other.
 
@@ -72,7 +74,8 @@ def plan(
         base: the pretrained checkpoint, for a fine-tuned one that does not carry its settings.
         training_only: settings unknown to this version that act while training only.
         keep_final_proj: keep the pretraining head of a model whose class has no place for it, in `final_proj.safetensors`.
-        language: the one language to take of an MMS checkpoint that has adapters for several.
+        language: the one language to take of an MMS checkpoint that has adapters for several, or to translate into.
+        data_config: the config.yaml of a speech-to-text task; its dictionary and its sentencepiece model lie beside it.
 
     Raises:
         CheckpointError: the file cannot be read.
@@ -85,6 +88,7 @@ def plan(
         training_only=training_only,
         keep_final_proj=keep_final_proj,
         language=language,
+        data_config=data_config,
     )
     with open_checkpoint(checkpoint) as opened:
         return describe(opened, request)
@@ -100,6 +104,7 @@ def convert(
     training_only: Sequence[str] = (),
     keep_final_proj: bool = False,
     language: str | None = None,
+    data_config: str | Path | None = None,
     dtype: str = "keep",
     max_shard_size: int = MAX_SHARD_SIZE,
     overwrite: bool = False,
@@ -111,7 +116,7 @@ def convert(
     Args:
         checkpoint: the file that fairseq's trainer wrote.
         out: the directory to make.
-        head, dictionary, base, training_only, keep_final_proj, language: as for `plan`.
+        head, dictionary, base, training_only, keep_final_proj, language, data_config: as for `plan`.
         dtype: `keep`, `float32`, `float16` or `bfloat16`.
         max_shard_size: the largest safetensors file, in bytes.
         overwrite: whether an existing model directory is replaced, once the new one is proved.
@@ -146,6 +151,7 @@ def convert(
         training_only=training_only,
         keep_final_proj=keep_final_proj,
         language=language,
+        data_config=data_config,
     )
     with open_checkpoint(checkpoint) as opened:
         model = describe(opened, request)
@@ -223,7 +229,7 @@ def _record(
             "layout": opened.layout,
         },
         "architecture": {"fairseq": model.fairseq, "class": model.target, "head": model.head},
-        "request": request.record,
+        "request": without_paths(request.record),
         "settings": without_paths(opened.settings),
         "training_only": without_paths(dict(model.training_only)),
         "config": {value.name: value.origin for value in model.config},
@@ -326,7 +332,7 @@ def compare_opened(
     directory = ModelDirectory(Path(model_dir))
     record = directory.conversion
     dtype = DTYPES[record["dtype"]]
-    asked = request_again(record, opened, directory.dictionary, dictionary=dictionary, base=base)
+    asked = request_again(directory, opened, dictionary=dictionary, base=base)
     model = describe(opened, asked)
     problems = directory.compare(opened, pieces(opened.container, model.plan, opened.over(model.group), dtype))
     for sidecar in model.sidecars:

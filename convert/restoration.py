@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,13 +11,14 @@ from typing import Any, BinaryIO
 
 from convert.checkpoint import open_checkpoint
 from convert.checkpoint.dictionary import SPECIAL, Dictionary
-from convert.checkpoint.writer import NewTensor, write_checkpoint
+from convert.checkpoint.writer import NewNamespace, NewTensor, write_checkpoint
 from convert.errors import MismatchError, PlanError, Problem, check_place
 from convert.mapping import adapters
 from convert.mapping.rules import Table, TensorSpec
 from convert.mapping.wav2vec2 import Layout, table
 from convert.model.directory import ModelDirectory, Place
 from convert.model.fields import ACTIVATIONS, LAYER_SETTINGS, WAV2VEC2
+from convert.model.speech_to_text import ARCHITECTURES as SPEECH_TO_TEXT
 from convert.package import beside, into_place
 from convert.transfer import CHUNK, WIDTHS
 
@@ -51,7 +53,7 @@ class _Draft:
 
     specs: dict[str, TensorSpec]
     bytes: dict[str, Callable[[], Iterator[bytes]]]
-    settings: dict[str, Any]
+    settings: dict[str, Any] | NewNamespace
     dictionary: Dictionary | None
     notes: list[str]
     dictionaries: tuple[Dictionary, ...] = ()
@@ -94,7 +96,9 @@ def restore(model_dir: str | Path, out: str | Path, *, overwrite: bool = False) 
     draft = _from_conversion(directory) if ours else _from_config(directory)
     model = draft.new()
     history = {"criterion_name": "", "optimizer_name": "", "num_updates": 0, "best_loss": None}
-    state: dict[str, Any] = {"args": None, "cfg": draft.settings, "criterion": None, "optimizer_history": [history]}
+    layout = "args" if isinstance(draft.settings, NewNamespace) else "cfg"
+    state: dict[str, Any] = {"args": None, "cfg": None, "criterion": None, "optimizer_history": [history]}
+    state[layout] = draft.settings
     state["task_state"] = {} if draft.dictionary is None else {"target_dictionary": draft.dictionary}
     state["task_state"] |= {"dictionaries": list(draft.dictionaries)} if draft.dictionaries else {}
     state |= {"extra_state": {}, "last_optimizer_state": None}
@@ -136,9 +140,10 @@ def _reader(directory: ModelDirectory, place: Place) -> Callable[[], Iterator[by
 
 def _from_conversion(directory: ModelDirectory) -> _Draft:
     record = directory.conversion
+    constants = {drop["key"]: float(drop["constant"]) for drop in record["drops"] if "constant" in drop}
     kept = {source for sidecar in directory.sidecars.values() for source in sidecar["tensors"].values()}
     repeated = {drop["key"]: drop["repeats"] for drop in record["drops"] if "repeats" in drop}
-    kept |= repeated.keys()
+    kept |= repeated.keys() | constants.keys()
     problems = [Problem("dropped", drop["key"], drop["reason"]) for drop in record["drops"] if drop["key"] not in kept]
     if problems:
         raise PlanError(
@@ -148,7 +153,12 @@ def _from_conversion(directory: ModelDirectory) -> _Draft:
             hint="convert the checkpoint again with all of it, such as --head pretraining or --keep-final-proj",
         )
     notes = _changed(directory, record["files"])
-    draft = _Draft({}, {}, _loadable(record["settings"]), directory.dictionary, notes, directory.dictionaries)
+    settings = record["settings"]
+    if settings["model"].get("_name") in SPEECH_TO_TEXT:
+        notes.append("fairseq also needs the config.yaml of the data, and beside it the files that it names")
+        draft = _Draft({}, {}, _arguments(settings), None, notes)
+    else:
+        draft = _Draft({}, {}, _loadable(settings), directory.dictionary, notes, directory.dictionaries)
     made = {fill["key"] for fill in record["fills"]}
     lost = [target for target in record["tensors"] if target not in directory.tensors]
     lost += [target for target in directory.tensors if target not in record["tensors"] and target not in made]
@@ -164,6 +174,9 @@ def _from_conversion(directory: ModelDirectory) -> _Draft:
         _take(part, directory, directory.places(file), sidecar)
     for source, other in repeated.items():
         draft.specs[source], draft.bytes[source] = replace(draft.specs[other], name=source), draft.bytes[other]
+    for key, number in constants.items():
+        draft.specs[key] = TensorSpec(key, (1,), "F32")
+        draft.bytes[key] = lambda number=number: iter([struct.pack("<f", number)])  # type: ignore[misc]
     return draft
 
 
@@ -240,6 +253,13 @@ def _loadable(settings: Mapping[str, Any]) -> dict[str, Any]:
         return {"model": model, "task": task, "criterion": None if "w2v_args" not in model else values["criterion"]}
 
     return {"_name": None, "common": {}, **section(settings)}
+
+
+def _arguments(settings: Mapping[str, Any]) -> NewNamespace:
+    """Settings as fairseq wants those of a model without a dataclass: one Namespace, with the trainer's options in it."""
+    model = {key: value for key, value in settings["model"].items() if key not in ("_name", "flat")}
+    names = {"arch": "model", "task": "task", "criterion": "criterion"}
+    return NewNamespace(model | {name: settings[section].get("_name") for name, section in names.items()})
 
 
 def _from_config(directory: ModelDirectory) -> _Draft:

@@ -18,8 +18,8 @@ _TRAIL, _TEXT = 16, 4_000_000  # references that lead to one another; characters
 _REFERENCE = re.compile(r"\$\{([A-Za-z_][\w.]*)\}")
 
 
-class _TooLargeError(Exception):
-    pass
+class TooLargeError(Exception):
+    """Settings are deeper or larger than any trainer writes."""
 
 
 def read_settings(checkpoint: dict[str, Any], name: str) -> tuple[str, dict[str, Any]]:
@@ -40,10 +40,10 @@ def read_settings(checkpoint: dict[str, Any], name: str) -> tuple[str, dict[str,
     try:
         if configuration is not None:
             layout = "omegaconf" if isinstance(configuration, Stub) else "cfg"
-            return layout, _sections(_resolved(_plain(configuration)))
+            return layout, _sections(_resolved(plain_data(configuration)))
         if checkpoint.get("args") is not None:
-            return "args", _sections(_plain(checkpoint["args"]))
-    except (_TooLargeError, RecursionError):
+            return "args", _sections(plain_data(checkpoint["args"]))
+    except (TooLargeError, RecursionError):
         raise CheckpointError(
             f"{name}: its settings are deeper or larger than any trainer writes; nothing was written",
             code="corrupted-settings",
@@ -64,6 +64,8 @@ def _sections(plain: Any) -> dict[str, Any]:
     if isinstance(plain.get("model"), dict):
         settings = {section: dict(plain.get(section) or {}) for section in SECTIONS if _is_section(plain.get(section))}
         settings = {section: settings.get(section, {}) for section in SECTIONS}
+        if "arch" in settings["model"]:  # a Namespace inside of `cfg`: a model without a dataclass in fairseq
+            settings["model"]["flat"] = True
     else:
         flat = {key: value for key, value in plain.items() if key not in ("arch", "task", "criterion", "_name")}
         names = {"model": plain.get("arch") or plain.get("_name"), "task": plain.get("task")}
@@ -79,14 +81,19 @@ def _is_section(value: Any) -> bool:
     return value is None or isinstance(value, dict)
 
 
-def _plain(value: Any) -> Any:
+def plain_data(value: Any) -> Any:
+    """Turn what a pickle or a YAML file held into dicts, lists, texts and numbers.
+
+    Raises:
+        TooLargeError: it is deeper or larger than any trainer writes.
+    """
     nodes, letters = [_NODES], [_TEXT]
 
     def walk(item: Any, depth: int) -> Any:
         nodes[0] -= 1
         letters[0] -= len(item) if isinstance(item, (str, bytes)) else 0  # one text may stand there many times
         if depth > _DEPTH or nodes[0] < 0 or letters[0] < 0:
-            raise _TooLargeError
+            raise TooLargeError
         if isinstance(item, dict):
             return {str(walk(key, depth + 1)): walk(child, depth + 1) for key, child in item.items()}
         if isinstance(item, (list, tuple)):
@@ -96,7 +103,7 @@ def _plain(value: Any) -> Any:
         if isinstance(item, str):  # Python keeps a byte that is no UTF-8 as a lone surrogate, which JSON cannot hold
             return item if item.isascii() else item.encode("utf-8", "replace").decode()
         if isinstance(item, int) and not -(2**63) <= item < 2**63:
-            raise _TooLargeError
+            raise TooLargeError
         if item is None or isinstance(item, (bool, int, float)):
             return item
         if isinstance(item, bytes):
@@ -136,7 +143,7 @@ def _resolved(root: Any) -> Any:
     def spend(letters: int) -> None:
         left[0] -= letters
         if left[0] < 0:
-            raise _TooLargeError
+            raise TooLargeError
 
     def find(path: str, trail: tuple[str, ...]) -> Any:
         value: Any = root

@@ -29,13 +29,20 @@ class NewTensor:
     pieces: Iterable[bytes]
 
 
+@dataclass(frozen=True, slots=True)
+class NewNamespace:
+    """An `argparse.Namespace` to write."""
+
+    values: Mapping[str, Any]
+
+
 def write_checkpoint(path: Path, model: Mapping[str, NewTensor], state: Mapping[str, Any]) -> None:
     """Write a checkpoint.
 
     Args:
         path: the file to make; it must not exist.
         model: the tensors of `model`.
-        state: the other entries of the top level: plain data, `Dictionary` and further tensors included.
+        state: the other entries of the top level: plain data, `Dictionary`, `NewNamespace` and further tensors included.
     """
     whole = {**state, "model": dict(model)}
     tensors = list(_tensors(whole))
@@ -103,6 +110,8 @@ class _Emitter:
             self.tensor(value)
         elif isinstance(value, Dictionary):
             self.dictionary(value)
+        elif isinstance(value, NewNamespace):
+            self.instance("argparse", "Namespace", value.values)
         else:
             raise TypeError(f"a checkpoint cannot hold a {type(value).__name__}")
 
@@ -129,7 +138,7 @@ class _Emitter:
         self.out += b")R" + b"tR"
 
     def dictionary(self, dictionary: Dictionary) -> None:
-        """An instance of `fairseq.data.dictionary.Dictionary`, built without calling its constructor."""
+        """An instance of `fairseq.data.dictionary.Dictionary`."""
         keys = ("bos", "pad", "eos", "unk")
         names = dict(zip(keys, dictionary.special, strict=False))
         words = names or dict(zip(keys, SPECIAL, strict=True))  # one of labels knows the words, and gives them no ids
@@ -138,7 +147,11 @@ class _Emitter:
         state |= {"symbols": list(dictionary.symbols), "count": list(dictionary.counts)}
         state |= {"nspecial": len(names)} if names else {}
         state["indices"] = {symbol: index for index, symbol in enumerate(dictionary.symbols)}
-        self.named("fairseq.data.dictionary", "Dictionary")
+        self.instance("fairseq.data.dictionary", "Dictionary", state)
+
+    def instance(self, module: str, name: str, state: Mapping[str, Any]) -> None:
+        """An object, built without calling its constructor."""
+        self.named(module, name)
         self.out += b")\x81"
         self.put(state)
         self.out += b"b"

@@ -36,7 +36,17 @@ def planning(function: F) -> F:
             is_flag=True,
             help="Keep a pretraining head that the class has no place for, in final_proj.safetensors.",
         ),
-        click.option("--lang", "language", metavar="LANG", help="The one language to take of an MMS checkpoint."),
+        click.option(
+            "--lang",
+            "language",
+            metavar="LANG",
+            help="The one language to take of an MMS checkpoint, or to translate into.",
+        ),
+        click.option(
+            "--data-config",
+            type=click.Path(path_type=Path),
+            help="config.yaml of a speech-to-text model, its dictionary and sentencepiece model beside it.",
+        ),
     ]
     for option in reversed(options):
         function = option(function)

@@ -71,6 +71,7 @@ class Drop:
         reason: why the tensor is not needed.
         optional: whether it may be absent, as relics of other versions are.
         repeats: the source tensor whose bytes it repeats. A conversion proves that, and the way back writes it again.
+        constant: the number that it always holds, so that the way back can write it; `None` where it holds more.
     """
 
     source: str
@@ -78,12 +79,14 @@ class Drop:
     shape: str = ""
     optional: bool = False
     repeats: str = ""
+    constant: float | None = None
 
     @property
-    def record(self) -> dict[str, str]:
+    def record(self) -> dict[str, object]:
         """What is told of it."""
-        told = {"key": self.source, "reason": self.reason}
-        return told | {"repeats": self.repeats} if self.repeats else told
+        told: dict[str, object] = {"key": self.source, "reason": self.reason}
+        told |= {"repeats": self.repeats} if self.repeats else {}
+        return told if self.constant is None else told | {"constant": self.constant}
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 from convert.checkpoint import Checkpoint
+from convert.errors import PlanError
 from convert.model import conformer, fields, hubert
 from convert.model.classification import CLASSIFICATION
 from convert.model.encoder import (
@@ -21,6 +22,8 @@ from convert.model.encoder import (
     unsupported,
 )
 from convert.model.languages import adapted_layout, adapter_values, choose, describe_languages
+from convert.model.speech_to_text import ARCHITECTURES as SPEECH_TO_TEXT
+from convert.model.speech_to_text import describe_speech_to_text
 from convert.model.types import Model, Request, Value
 
 __all__ = ["ARCHITECTURES", "Model", "Request", "Value", "describe", "encoder_settings"]
@@ -90,6 +93,7 @@ ARCHITECTURES: dict[str, Callable[[Checkpoint, Request], Model]] = {
     name: partial(describe_encoder, name=name, kind=kind, families=FAMILIES) for name, kind in KINDS.items()
 }
 ARCHITECTURES["wav2vec_ctc"] = partial(describe_languages, name="wav2vec_ctc", kind=CTC, families=FAMILIES)
+ARCHITECTURES |= {name: partial(describe_speech_to_text, name=name) for name in SPEECH_TO_TEXT}
 
 
 def describe(checkpoint: Checkpoint, request: Request) -> Model:
@@ -105,6 +109,8 @@ def describe(checkpoint: Checkpoint, request: Request) -> Model:
     name = architecture_of(checkpoint)
     if name not in ARCHITECTURES:
         raise unsupported(checkpoint.path.name, name, ARCHITECTURES)
+    if request.data_config is not None and name not in SPEECH_TO_TEXT:
+        raise PlanError(f"{name} has no config.yaml: leave --data-config out", code="usage", key="--data-config")
     model = ARCHITECTURES[name](checkpoint, request)
     if request.language and not model.language:
         choose({}, request.language, checkpoint.path.name)

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from convert.checkpoint import Checkpoint
+from convert.checkpoint.data_config import DataConfig
 from convert.checkpoint.dictionary import SPECIAL, Dictionary
 from convert.errors import ConvertError, Problem
 from convert.mapping.rules import TensorSpec
 from convert.transfer import WIDTHS, Piece, product, tensor_bytes
+
+SUBWORDS = "sentencepiece.bpe.model"  # what transformers' Speech2TextTokenizer calls it
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,15 @@ class ModelDirectory:
     def languages(self) -> dict[str, Dictionary]:
         """The dictionaries of its languages, where it has several."""
         return {name: _dictionary(kept) for name, kept in (self.conversion.get("languages") or {}).items()}
+
+    @property
+    def data_config(self) -> DataConfig | None:
+        """The config.yaml of a speech-to-text model's task, as conversion.json keeps it, with the files that it names."""
+        values = (self.conversion.get("request") or {}).get("data_config")
+        if values is None or self.dictionary is None:
+            return None
+        subwords = self.path / SUBWORDS
+        return DataConfig(values, self.dictionary, subwords.read_bytes() if subwords.is_file() else b"")
 
     def json(self, name: str) -> dict[str, Any]:
         """Read one of its JSON files."""

@@ -155,7 +155,7 @@ def describe_encoder(
     if head == "ctc":
         config += [Value(key, value, "dictionary") for key, value in processor.ids.items()]
         config.append(Value("vocab_size", len(sources.dictionary or ()), "dictionary"))
-    proved = _plan(sources, layout, kind.edits(sources) if head != "encoder" else [])
+    proved = prove(sources, layout, kind.edits(sources) if head != "encoder" else [])
     sidecars = family.sidecars(sources)
     target = family.classes.get(head, "")
     return finish(sources, proved, target, family.model_type, config, training_only, processor, sidecars)
@@ -485,7 +485,8 @@ def read_dictionary(sources: Sources, rows_of: str, *, text: bool = True) -> Dic
     return dictionary
 
 
-def _plan(sources: Sources, layout: Any, edits: list[Edit]) -> Plan | None:
+def prove(sources: Sources, layout: Any, edits: Iterable[Edit] = ()) -> Plan | None:
+    """Make the table of a geometry, and prove the plan of the tensors; `None` where there is none, the reasons noted."""
     for name in sources.checkpoint.others:
         if name not in sources.left_out:
             sources.refuse("unmapped-source", name, "is no tensor")
@@ -503,6 +504,8 @@ def _plan(sources: Sources, layout: Any, edits: list[Edit]) -> Plan | None:
 
 def _hint(problems: Sequence[Problem]) -> str:
     codes = {problem.code for problem in problems}
+    if "no-data-config" in codes:
+        return "pass the config.yaml of the model's data, its dictionary and its sentencepiece model beside it: --data-config config.yaml"
     if codes & {"no-dictionary", "dictionary-size", "dictionary-conflict"}:
         return "pass the dictionary the model was trained with: --dict dict.ltr.txt"
     if "unknown-setting" in codes:

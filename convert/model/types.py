@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from convert.checkpoint import Checkpoint, open_checkpoint
+from convert.checkpoint.data_config import DataConfig, read_data_config
 from convert.checkpoint.dictionary import Dictionary, from_file
 from convert.mapping.rules import Plan
+from convert.model.directory import ModelDirectory
 from convert.model.processor import Processor
 
 KEPT_HEAD = "final_proj.safetensors"  # the sidecar of `--keep-final-proj`
@@ -82,7 +84,8 @@ class Request:
         base: the settings of the pretrained checkpoint, for a fine-tuned one without `w2v_args`.
         training_only: settings that the caller knows to act while training only.
         keep_final_proj: whether the pretraining head that transformers has no class for is kept in a sidecar.
-        language: the one language to take of a checkpoint that has adapters for several.
+        language: the one language of several: to take of adapters, or to translate into.
+        data_config: the task's config.yaml with what it names, for a speech-to-text model.
     """
 
     head: str = ""
@@ -91,11 +94,13 @@ class Request:
     training_only: Sequence[str] = ()
     keep_final_proj: bool = False
     language: str = ""
+    data_config: DataConfig | None = None
 
     @property
     def record(self) -> dict[str, Any]:
         """What `conversion.json` keeps of it, so that the same can be asked for again."""
-        return {"head": self.head, "keep_final_proj": self.keep_final_proj, "language": self.language}
+        made = {"head": self.head, "keep_final_proj": self.keep_final_proj, "language": self.language}
+        return made if self.data_config is None else made | {"data_config": dict(self.data_config.values)}
 
 
 def make_request(
@@ -106,6 +111,7 @@ def make_request(
     training_only: Sequence[str] = (),
     keep_final_proj: bool = False,
     language: str | None = None,
+    data_config: str | Path | None = None,
 ) -> Request:
     """Read the files that a request names; the arguments are those of `convert.plan`.
 
@@ -116,14 +122,14 @@ def make_request(
     if base is not None:
         with open_checkpoint(base) as opened:
             settings = opened.settings
-    symbols = from_file(Path(dictionary)) if dictionary else None
-    return Request(head or "", symbols, settings, tuple(training_only), keep_final_proj, language or "")
+    data = read_data_config(Path(data_config)) if data_config else None
+    symbols = from_file(Path(dictionary)) if dictionary else data.dictionary if data else None
+    return Request(head or "", symbols, settings, tuple(training_only), keep_final_proj, language or "", data)
 
 
 def request_again(
-    record: Mapping[str, Any],
+    directory: ModelDirectory,
     opened: Checkpoint,
-    kept: Dictionary | None,
     *,
     dictionary: str | Path | None = None,
     base: str | Path | None = None,
@@ -131,14 +137,15 @@ def request_again(
     """Ask for the same as a conversion did.
 
     Args:
-        record: the content of its `conversion.json`.
+        directory: what it made: its record names no files, and keeps the dictionary of checkpoints that carry none.
         opened: the checkpoint.
-        kept: the dictionary that the record keeps, for checkpoints that carry none.
-        dictionary, base: as for `convert.plan`; the record names no files.
+        dictionary, base: as for `convert.plan`.
     """
+    record = directory.conversion
     asked = dict(record.get("request") or {"head": (record.get("architecture") or {}).get("head")})
+    asked.pop("data_config", None)
     training_only = tuple(record.get("training_only") or ())
     made = make_request(dictionary=dictionary, base=base, training_only=training_only, **asked)
     if made.dictionary is None and opened.dictionary is None:
-        return Request(made.head, kept, made.base, made.training_only, made.keep_final_proj, made.language)
-    return made
+        made = replace(made, dictionary=directory.dictionary)
+    return replace(made, data_config=directory.data_config)

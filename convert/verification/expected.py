@@ -29,7 +29,7 @@ def fresh_plan(opened: Checkpoint, directory: ModelDirectory, **options: Any) ->
         PlanError: the checkpoint cannot be converted.
         ConvertError: `not-a-model`.
     """
-    return describe(opened, request_again(directory.conversion, opened, directory.dictionary, **options))
+    return describe(opened, request_again(directory, opened, **options))
 
 
 def expected_files(model: Model, dtype: str) -> dict[str, Any]:

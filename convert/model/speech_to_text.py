@@ -1,0 +1,341 @@
+"""Speech-to-text transformers: from fairseq's settings, and the task's config.yaml, to a class, a configuration and a processor.
+
+Sources: `fairseq.models.speech_to_text.s2t_transformer`, `fairseq.models.transformer.TransformerDecoderBase`,
+`fairseq.data.audio.data_cfg.S2TDataConfig`, `fairseq.sequence_generator.SequenceGenerator`; and
+`transformers.Speech2TextConfig`, `Speech2TextFeatureExtractor`, `Speech2TextTokenizer`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from convert.checkpoint import Checkpoint
+from convert.checkpoint.data_config import pieces
+from convert.checkpoint.dictionary import SPECIAL, Dictionary
+from convert.mapping.speech_to_text import NAME, Layout
+from convert.model.directory import SUBWORDS
+from convert.model.encoder import Kind, Sources, choice, classify, finish, prove, read_dictionary
+from convert.model.fields import ACTIVATIONS, Fields, Limit, off, only
+from convert.model.processor import Processor
+from convert.model.settings import MISSING, Reader
+from convert.model.types import Model, Request, Value
+
+CLASS = "Speech2TextForConditionalGeneration"
+# arguments of `register_model_architecture("s2t_transformer", ...)`; a Namespace keeps the architecture's name
+ARCHITECTURES = tuple(f"s2t_transformer{size}" for size in ("", "_xs", "_s", "_sp", "_m", "_mp", "_l", "_lp"))
+EMBEDDINGS = "decoder.embed_tokens.weight"
+MAX_LENGTH = 200  # fairseq-generate's max_len_b
+LANGUAGE = re.compile(r"<lang:(.*)>")  # SpeechToTextDataset.LANG_TAG_TEMPLATE
+
+# fmt: off
+SAME = {
+    "encoder_embed_dim":       "d_model",
+    "encoder_layers":          "encoder_layers",
+    "encoder_attention_heads": "encoder_attention_heads",
+    "encoder_ffn_embed_dim":   "encoder_ffn_dim",
+    "decoder_layers":          "decoder_layers",
+    "decoder_attention_heads": "decoder_attention_heads",
+    "decoder_ffn_embed_dim":   "decoder_ffn_dim",
+    "decoder_layerdrop":       "decoder_layerdrop",
+    "dropout":                 "dropout",
+    "attention_dropout":       "attention_dropout",
+    "activation_dropout":      "activation_dropout",
+    "conv_channels":           "conv_channels",
+    "max_source_positions":    "max_source_positions",
+    "max_target_positions":    "max_target_positions",
+}
+LIMITS = (
+    Limit("encoder_normalize_before",       only(True),  "Speech2TextEncoder normalises before each block"),
+    Limit("decoder_normalize_before",       only(True),  "Speech2TextDecoder normalises before each block"),
+    Limit("conv_version",                   only("s2t_transformer"), "Speech2TextEncoder has convolutions over time only"),
+    Limit("decoder_learned_pos",            off,         "Speech2TextDecoder has sinusoidal positions"),
+    Limit("no_token_positional_embeddings", off,         "Speech2TextDecoder always adds positions"),
+    Limit("layernorm_embedding",            off,         "Speech2TextDecoder has no norm on its embeddings"),
+    Limit("no_decoder_final_norm",          off,         "Speech2TextDecoder has a final norm"),
+    Limit("no_cross_attention",             off,         "Speech2TextDecoder attends to the encoder in each layer"),
+    Limit("cross_self_attention",           off,         "Speech2TextDecoder attends to itself and to the encoder apart"),
+    Limit("adaptive_softmax_cutoff",        off,         "Speech2TextForConditionalGeneration has one projection to the vocabulary"),
+    Limit("quant_noise_pq",                 off,         "fairseq's decoder then has one linear layer more, on its embeddings"),
+    Limit("base_layers",                    off,         "Speech2TextDecoder has no expert layers"),
+    Limit("scale_attn",                     off,         "Speech2TextDecoder has no norm after its attention"),
+    Limit("scale_fc",                       off,         "Speech2TextDecoder has no norm inside its feed-forward blocks"),
+    Limit("scale_heads",                    off,         "Speech2TextDecoder does not weigh its heads"),
+    Limit("scale_resids",                   off,         "Speech2TextDecoder does not weigh its residuals"),
+    Limit("encoder_xformers_att_config",    off,         "Speech2TextEncoder has plain attention"),
+    Limit("decoder_xformers_att_config",    off,         "Speech2TextDecoder has plain attention"),
+)
+# config.yaml
+DATA_LIMITS = (
+    Limit("input_channels",                      only(1), "Speech2TextFeatureExtractor makes one channel"),
+    Limit("sample_rate",                         only(16000), "Speech2TextFeatureExtractor has windows for 16000 samples a second"),
+    Limit("use_audio_input",                     off,     "Speech2TextForConditionalGeneration takes features, no waveform"),
+    Limit("prepend_bos_and_append_tgt_lang_tag", off,     "generate() ends with </s>, not with a language's tag"),
+    Limit("eos_token",                           off,     "generate() ends with </s>, not with another symbol"),
+)
+# fmt: on
+READ = frozenset({"_name", "activation_fn", "conv_kernel_sizes", "decoder_embed_dim", "decoder_output_dim"})
+READ |= {"input_channels", "input_feat_per_channel", "no_scale_embedding", "share_decoder_input_output_embed"}
+TRAINING_ONLY = frozenset({"encoder_freezing_updates", "load_pretrained_encoder_from", "relu_dropout"})
+TRAINING_ONLY |= {"adaptive_softmax_dropout", "ctc_weight", "ignore_prefix_size", "label_smoothing"}
+TRAINING_ONLY |= {"conv_out_channels", "decoder_input_dim", "encoder_layerdrop"}  # without effect on this model
+COUNTS = frozenset(name for name in SAME if not name.endswith(("dropout", "layerdrop")))
+CHOICES = {"activation_fn": ("activation_function", ACTIVATIONS)}
+FIELDS = Fields(SAME, CHOICES, LIMITS, READ, TRAINING_ONLY, {"decoder_layerdrop": 0.0}, COUNTS, frozenset())
+KIND = Kind(NAME, nested=False)
+# What config.yaml says for the processor, and what acts while training only
+DATA_READ = {"bpe_tokenizer", "feature_transforms", "hub", "input_feat_per_channel", "pre_tokenizer"}
+DATA_READ |= {"prepend_tgt_lang_tag", "transforms", "utterance_cmvn", "vocab_filename"}
+# config.yaml's lists of transforms -> those that transformers has
+TRANSFORMS = {"transforms": {"utterance_cmvn"}, "feature_transforms": {"utterance_cmvn"}}
+TRANSFORMS |= {"waveform_transforms": set(), "dataset_transforms": set()}
+DATA_TRAINING_ONLY = {"audio_root", "sampling_alpha", "shuffle", "specaugment", "speaker_set_filename"}
+DATA_TRAINING_ONLY |= {"concataugment", "noiseaugment", "musicaugment", "babbleaugment", "sporadicnoiseaugment"}
+DATA_TRAINING_ONLY |= {"noisyoverlapaugment", "backgroundnoiseaugment"}
+DATA_TRAINING_ONLY |= {
+    "delta_deltas",
+    "global_cmvn",
+}  # parameters of transforms, which are refused where they are named
+DATA_TRAINING_ONLY |= {"standardize_audio", "use_sample_rate", "vocoder"}  # of models that take or make waveforms
+
+
+def describe_speech_to_text(checkpoint: Checkpoint, request: Request, *, name: str) -> Model:
+    """Decide everything about the conversion of a speech-to-text transformer.
+
+    Args:
+        checkpoint, request: as for `convert.model.architectures.describe`.
+        name: fairseq's name of the architecture.
+
+    Raises:
+        PlanError: every problem of settings, vocabulary, names and shapes at once.
+    """
+    model, task = checkpoint.settings["model"], checkpoint.settings["task"]
+    reader = Reader(dict(model), dict.fromkeys(model, "model"))
+    tasks = Reader(dict(task), dict.fromkeys(task, "task"), reader.problems)
+    sources = Sources(checkpoint, request, name, NAME, NAME, reader, reader, tasks)
+    training_only = classify(sources, KIND, FIELDS)
+    config = _config(sources)
+    if request.data_config is None:
+        sources.refuse(
+            "no-data-config", "--data-config", "the checkpoint carries no dictionary, and no sentencepiece model"
+        )
+    sources.dictionary = read_dictionary(sources, EMBEDDINGS)
+    processor = _processor(sources)
+    config.append(Value("vocab_size", len(sources.dictionary or ()), "dictionary"))
+    layout = None if any(p.code == "missing-setting" for p in sources.problems) else _layout(sources)
+    made = finish(sources, prove(sources, layout), CLASS, NAME, config, training_only, processor)
+    tagged = "forced_bos_token_id" in processor.files["generation_config.json"]
+    return replace(made, language=request.language if tagged else "")
+
+
+def _config(sources: Sources) -> list[Value]:
+    """The values of `config.json`."""
+    reader = sources.reader
+    values = []
+    for name, target in SAME.items():
+        read: Callable[..., Any] = reader.count if name in COUNTS else lambda *a: reader.get(a[0], float, a[1])
+        values.append(Value(target, read(name, FIELDS.defaults.get(name, MISSING)), reader.origin(name)))
+    values += [choice(reader, name, target, words) for name, (target, words) in CHOICES.items()]
+    kernels, unscaled = _kernels(sources), reader.get("no_scale_embedding", bool, False)
+    tied = reader.get("share_decoder_input_output_embed", bool, False)
+    values += [
+        Value("conv_kernel_sizes", kernels, reader.origin("conv_kernel_sizes")),
+        Value("num_conv_layers", len(kernels), reader.origin("conv_kernel_sizes")),
+        Value("input_feat_per_channel", _bins(sources), reader.origin("input_feat_per_channel")),
+        Value("input_channels", 1, reader.origin("input_channels")),
+        Value("scale_embedding", not unscaled, reader.origin("no_scale_embedding")),
+        Value("tie_word_embeddings", tied, reader.origin("share_decoder_input_output_embed")),
+        Value("encoder_layerdrop", 0.0, "S2TTransformerEncoder drops no layer"),
+        Value("is_encoder_decoder", True, "the class"),
+        Value("bos_token_id", 0, "Dictionary.bos()"),
+        Value("pad_token_id", 1, "Dictionary.pad()"),
+        Value("eos_token_id", 2, "Dictionary.eos()"),
+        Value("decoder_start_token_id", 2, "SequenceGenerator starts with Dictionary.eos()"),
+    ]
+    width = reader.get("encoder_embed_dim", int)
+    for name in ("decoder_embed_dim", "decoder_output_dim"):
+        if reader.get(name, int, width) != width:
+            detail = f"is {reader.values[name]!r}, encoder_embed_dim {width}: all of Speech2TextModel has one width"
+            sources.refuse("unsupported-setting", name, detail)
+    for name in ("encoder_attention_heads", "decoder_attention_heads"):
+        heads = reader.get(name, int)
+        if heads > 0 and width % heads:
+            sources.refuse("bad-setting", name, f"{heads} does not divide {width}")
+    return values
+
+
+def _kernels(sources: Sources) -> list[int]:
+    text = sources.reader.get("conv_kernel_sizes", str)
+    numbers = text.split(",")
+    if not all(number.strip().isdecimal() and len(number) < 4 for number in numbers) or len(numbers) > 16:
+        sources.refuse("bad-setting", "conv_kernel_sizes", f"numbers between commas expected, {text[:60]!r} found")
+        return []
+    kernels = [int(number) for number in numbers]
+    if not all(kernel % 2 for kernel in kernels):
+        detail = f"is {text!r}: Conv1dSubsampler counts its frames for odd kernels only, and fails on even ones"
+        sources.refuse("unsupported-setting", "conv_kernel_sizes", detail)
+    return kernels
+
+
+def _bins(sources: Sources) -> int:
+    """The numbers of a frame: the task writes what its config.yaml says into the model's settings."""
+    bins = sources.reader.count("input_feat_per_channel")
+    data = sources.request.data_config
+    stated = data.values.get("input_feat_per_channel", 80) if data else bins
+    if stated != bins:
+        sources.refuse("conflict", "input_feat_per_channel", f"the checkpoint says {bins}, config.yaml {stated!r}")
+    return bins
+
+
+def _layout(sources: Sources) -> Layout | None:
+    """State the geometry from the settings; whether there is a CTC projection only the tensors tell."""
+    reader, tensors = sources.reader, sources.checkpoint.tensors
+    embeddings = tensors.get(EMBEDDINGS)
+    for name in ("encoder_layers", "decoder_layers"):  # or the table would be as long as it says
+        if reader.get(name, int) > len(tensors):
+            sources.refuse("bad-setting", name, f"{reader.get(name, int)} layers of {len(tensors)} tensors")
+            return None
+    kernels = _kernels(sources)
+    if not kernels:
+        return None
+    return Layout(
+        family=NAME,
+        features=_bins(sources),
+        channels=reader.get("conv_channels", int),
+        kernels=tuple(kernels),
+        hidden=reader.get("encoder_embed_dim", int),
+        ffn=reader.get("encoder_ffn_embed_dim", int),
+        layers=reader.get("encoder_layers", int),
+        decoder_ffn=reader.get("decoder_ffn_embed_dim", int),
+        decoder_layers=reader.get("decoder_layers", int),
+        vocab=embeddings.shape[0] if embeddings and embeddings.shape else 0,  # read_dictionary counted them
+        ctc="encoder.ctc_proj.weight" in tensors,
+    )
+
+
+def _processor(sources: Sources) -> Processor:
+    """The feature extractor, the tokenizer, and how to generate: what fairseq's config.yaml says."""
+    config, dictionary = sources.request.data_config, sources.dictionary
+    if config is None or dictionary is None:
+        return Processor({}, {}, "")
+    data = Reader(dict(config.values), dict.fromkeys(config.values, "config.yaml"), sources.problems)
+    known = DATA_READ | DATA_TRAINING_ONLY | TRANSFORMS.keys() | {limit.field for limit in DATA_LIMITS}
+    for name in sorted(data.values.keys() - known):
+        if data.values[name]:
+            detail = f"config.yaml: {str(data.values[name])[:60]!r}: no rule says what it does"
+            sources.refuse("unknown-setting", name, detail)
+    for limit in DATA_LIMITS:
+        if not limit.neutral(data.values.get(limit.field)):
+            sources.refuse("unsupported-setting", limit.field, f"is {data.values[limit.field]!r}: {limit.why}")
+    _check_tokenizer(sources, data, dictionary, config.subwords)
+    languages = [symbol for symbol in dictionary.symbols if LANGUAGE.fullmatch(symbol)]
+    files = {
+        "preprocessor_config.json": _features(sources, data),
+        "vocab.json": {symbol: index for index, symbol in enumerate(dictionary.symbols)},
+        SUBWORDS: config.subwords,
+        "tokenizer_config.json": _tokenizer(languages),
+        "generation_config.json": _generation(sources, data, dictionary, languages),
+    }
+    return Processor(files, {}, "sentencepiece")
+
+
+def _features(sources: Sources, data: Reader) -> dict[str, Any]:
+    normalised = "utterance_cmvn" in _transforms(sources, data)
+    cmvn = data.get("utterance_cmvn", dict, {})
+    return {
+        "dither": 0.0,
+        "do_ceptral_normalize": normalised,
+        "feature_extractor_type": "Speech2TextFeatureExtractor",
+        "feature_size": _bins(sources),
+        "normalize_means": bool(cmvn.get("norm_means", True)),
+        "normalize_vars": bool(cmvn.get("norm_vars", True)),
+        "num_mel_bins": _bins(sources),
+        "padding_side": "right",
+        "padding_value": 0.0,
+        "processor_class": "Speech2TextProcessor",
+        "return_attention_mask": True,
+        "sampling_rate": 16000,
+    }
+
+
+def _transforms(sources: Sources, data: Reader) -> list[str]:
+    """What is done to features when no model is trained (`S2TDataConfig.get_transforms`)."""
+    found: list[str] = []
+    for name, known in TRANSFORMS.items():
+        splits = data.get(name, dict, {})
+        own = [split for split in splits if split not in ("*", "_eval", "_train") and not split.startswith("train")]
+        if own:
+            sources.refuse("unsupported-setting", name, f"config.yaml has transforms of its own for {', '.join(own)}")
+        chosen = splits.get("_eval") or splits.get("*") or []
+        for other in [transform for transform in chosen if transform not in known]:
+            detail = (
+                f"config.yaml asks for {other}; Speech2TextFeatureExtractor normalises each utterance, nothing else"
+            )
+            sources.refuse("unsupported-setting", name, detail)
+        found += chosen
+    return found
+
+
+def _check_tokenizer(sources: Sources, data: Reader, dictionary: Dictionary, subwords: bytes) -> None:
+    bpe = data.get("bpe_tokenizer", dict, {}).get("bpe")
+    if bpe != "sentencepiece":
+        detail = f"config.yaml says {bpe!r}; Speech2TextTokenizer needs a sentencepiece model"
+        sources.refuse("unsupported-setting", "bpe_tokenizer", detail)
+    first = data.get("pre_tokenizer", dict, {}).get("tokenizer")
+    if first:
+        detail = f"config.yaml says {first!r}; Speech2TextTokenizer has none before sentencepiece"
+        sources.refuse("unsupported-setting", "pre_tokenizer", detail)
+    if dictionary.symbols[: len(SPECIAL)] != SPECIAL or len(set(dictionary.symbols)) != len(dictionary):
+        detail = f"{', '.join(SPECIAL)} must come first, and no symbol twice"
+        sources.refuse("bad-dictionary", "dictionary", detail)
+    made_up = re.compile(rf"{LANGUAGE.pattern}|madeupword\d+")  # symbols that need no piece
+    pieces_of_it = set(pieces(subwords)) if subwords else set(dictionary.symbols)
+    strange = [s for s in dictionary.symbols[len(SPECIAL) :] if s not in pieces_of_it and not made_up.fullmatch(s)]
+    if strange:
+        detail = f"is of another model: it lacks {len(strange)} symbols of the dictionary, such as {strange[0]!r}"
+        sources.refuse("conflict", "sentencepiece_model", detail)
+
+
+def _tokenizer(languages: list[str]) -> dict[str, Any]:
+    """fairseq strips the languages' tags from what it generates, as transformers does with special tokens."""
+    return {
+        "additional_special_tokens": languages,
+        "bos_token": "<s>",
+        "clean_up_tokenization_spaces": False,
+        "do_lower_case": False,
+        "do_upper_case": False,
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+        "processor_class": "Speech2TextProcessor",
+        "sp_model_kwargs": {},
+        "tokenizer_class": "Speech2TextTokenizer",
+        "unk_token": "<unk>",
+    }
+
+
+def _generation(sources: Sources, data: Reader, dictionary: Dictionary, languages: list[str]) -> dict[str, Any]:
+    """What `SequenceGenerator` does beside choosing the best: with it, `generate()` gives the same tokens."""
+    longest = min(MAX_LENGTH, sources.reader.get("max_target_positions", int) - 1)
+    made = {
+        "bos_token_id": 0,
+        "decoder_start_token_id": 2,
+        "eos_token_id": 2,
+        "forced_eos_token_id": 2,  # at the greatest length
+        "max_length": longest + 2,  # fairseq counts neither the start nor the end
+        "min_new_tokens": 1,  # min_len
+        "pad_token_id": 1,
+        "suppress_tokens": [1],  # never <pad>
+    }
+    if data.get("prepend_tgt_lang_tag", bool, False):
+        language = sources.request.language or data.get("hub", dict, {}).get("tgt_lang")
+        tag = f"<lang:{language}>" if language else languages[0] if len(languages) == 1 else ""
+        if tag in languages:
+            made["forced_bos_token_id"] = dictionary.symbols.index(tag)
+        else:
+            found = ", ".join(LANGUAGE.sub(r"\1", symbol) for symbol in languages) or "none"
+            said = f"{language!r} was asked for" if language else "none was named"
+            detail = f"each text starts with its language's tag: {said}, there are {found}"
+            sources.refuse("no-language", "--lang", detail)
+    return made
