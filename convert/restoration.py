@@ -14,6 +14,7 @@ from convert.checkpoint.dictionary import SPECIAL, Dictionary
 from convert.checkpoint.writer import NewNamespace, NewTensor, write_checkpoint
 from convert.errors import MismatchError, PlanError, Problem, check_place
 from convert.mapping import adapters
+from convert.mapping.data2vec import TEACHER
 from convert.mapping.rules import Table, TensorSpec
 from convert.mapping.wav2vec2 import Layout, table
 from convert.model.directory import ModelDirectory, Place
@@ -49,7 +50,10 @@ class Restored:
 
 @dataclass(slots=True)
 class _Draft:
-    """What will be written: each tensor with the function that yields its bytes; the adapters of each language likewise."""
+    """What will be written: each tensor with the function that yields its bytes; the adapters of each language likewise.
+
+    `teacher`: for data2vec, the teacher's name of each tensor that it shares with the model -> the model's name.
+    """
 
     specs: dict[str, TensorSpec]
     bytes: dict[str, Callable[[], Iterator[bytes]]]
@@ -58,6 +62,7 @@ class _Draft:
     notes: list[str]
     dictionaries: tuple[Dictionary, ...] = ()
     languages: dict[str, _Draft] = field(default_factory=dict)
+    teacher: dict[str, str] = field(default_factory=dict)
 
     def new(self) -> dict[str, NewTensor]:
         """The tensors to write, under fairseq's names: adapters that it stacks are joined."""
@@ -95,6 +100,7 @@ def restore(model_dir: str | Path, out: str | Path, *, overwrite: bool = False) 
     ours = (directory.path / "conversion.json").is_file()
     draft = _from_conversion(directory) if ours else _from_config(directory)
     model = draft.new()
+    teacher = {TEACHER: {name: model[key] for name, key in draft.teacher.items()}} if draft.teacher else {}
     history = {"criterion_name": "", "optimizer_name": "", "num_updates": 0, "best_loss": None}
     layout = "args" if isinstance(draft.settings, NewNamespace) else "cfg"
     state: dict[str, Any] = {"args": None, "cfg": None, "criterion": None, "optimizer_history": [history]}
@@ -109,7 +115,7 @@ def restore(model_dir: str | Path, out: str | Path, *, overwrite: bool = False) 
         }
     with beside(out) as work:
         path = work / out.name
-        write_checkpoint(path, model, state)
+        write_checkpoint(path, {**model, **teacher}, state)
         _prove(path, draft)
         into_place(path, out)
     return Restored(out, len(model), tuple(draft.notes))
@@ -143,7 +149,7 @@ def _from_conversion(directory: ModelDirectory) -> _Draft:
     constants = {drop["key"]: float(drop["constant"]) for drop in record["drops"] if "constant" in drop}
     kept = {source for sidecar in directory.sidecars.values() for source in sidecar["tensors"].values()}
     repeated = {drop["key"]: drop["repeats"] for drop in record["drops"] if "repeats" in drop}
-    kept |= repeated.keys() | constants.keys()
+    kept |= repeated.keys() | constants.keys() | {TEACHER}
     problems = [Problem("dropped", drop["key"], drop["reason"]) for drop in record["drops"] if drop["key"] not in kept]
     if problems:
         raise PlanError(
@@ -177,7 +183,23 @@ def _from_conversion(directory: ModelDirectory) -> _Draft:
     for key, number in constants.items():
         draft.specs[key] = TensorSpec(key, (1,), "F32")
         draft.bytes[key] = lambda number=number: iter([struct.pack("<f", number)])  # type: ignore[misc]
+    if record["architecture"]["fairseq"] == "data2vec_audio":
+        _as_data2vec(draft, record["settings"]["model"])
     return draft
+
+
+def _as_data2vec(draft: _Draft, model: Mapping[str, Any]) -> None:
+    """Give the pretraining head its name, and the model a teacher: both as fairseq's loader insists on.
+
+    The teacher is the model itself, as `Data2VecAudioModel.make_ema_teacher` starts it.
+    """
+    for old in [key for key in draft.specs if key.startswith("final_proj.0.")]:  # in the files that were released
+        new = old.replace("final_proj.0.", "final_proj.")
+        draft.specs[new], draft.bytes[new] = replace(draft.specs.pop(old), name=new), draft.bytes.pop(old)
+    whole = not model.get("ema_transformer_only", True) and not model.get("ema_layers_only", True)
+    start = "" if whole else "encoder."
+    draft.teacher = {key.removeprefix(start): key for key in draft.specs if key.startswith(start)}
+    draft.notes.append(f"{TEACHER}: the teacher of the pretraining starts anew, as the model itself")
 
 
 def _take(draft: _Draft, directory: ModelDirectory, places: Mapping[str, Place], record: Mapping[str, Any]) -> None:

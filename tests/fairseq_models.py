@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from argparse import Namespace
 from collections import OrderedDict
@@ -201,7 +202,7 @@ def write(
     `layout`: `cfg` (plain dict, today), `omegaconf` (a DictConfig), `interpolated` (a DictConfig with `${task.normalize}`
     left in it), `namespace` (2020: flat `args`, the dictionary not in the file).
     """
-    weights = OrderedDict((key, value.detach().clone()) for key, value in model.state_dict().items())
+    weights = OrderedDict(copy.deepcopy(model.state_dict()))  # data2vec keeps a dict among its tensors
     state: dict[str, Any] = {"args": None, "cfg": None, "model": weights, "criterion": OrderedDict()}
     state["optimizer_history"] = [
         {"criterion_name": "CtcCriterion", "optimizer_name": "FairseqAdam", "lr_scheduler_state": {}, "num_updates": 7}

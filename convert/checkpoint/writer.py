@@ -36,16 +36,16 @@ class NewNamespace:
     values: Mapping[str, Any]
 
 
-def write_checkpoint(path: Path, model: Mapping[str, NewTensor], state: Mapping[str, Any]) -> None:
+def write_checkpoint(path: Path, model: Mapping[str, Any], state: Mapping[str, Any]) -> None:
     """Write a checkpoint.
 
     Args:
         path: the file to make; it must not exist.
-        model: the tensors of `model`.
+        model: the tensors of `model`, some perhaps once more in a dict among them.
         state: the other entries of the top level: plain data, `Dictionary`, `NewNamespace` and further tensors included.
     """
     whole = {**state, "model": dict(model)}
-    tensors = list(_tensors(whole))
+    tensors = list({id(tensor): tensor for tensor in _tensors(whole)}.values())
     keys = {id(tensor): str(index) for index, tensor in enumerate(tensors)}
     pickle = _Emitter(keys).dump(whole)
     prefix = path.name.partition(".")[0] or "archive"

@@ -8,7 +8,7 @@ from functools import partial
 
 from convert.checkpoint import Checkpoint
 from convert.errors import PlanError
-from convert.model import conformer, fields, hubert
+from convert.model import conformer, data2vec, fields, hubert
 from convert.model.classification import CLASSIFICATION
 from convert.model.encoder import (
     Family,
@@ -69,12 +69,22 @@ ADAPTED = replace(
     layout=adapted_layout,
     values=adapter_values,
 )
+DATA2VEC = Family(
+    name="data2vec_audio",
+    model_type="data2vec-audio",
+    classes={"ctc": "Data2VecAudioForCTC", "encoder": "Data2VecAudioModel"},
+    fields=data2vec.FIELDS,
+    layout=data2vec.layout,
+    values=data2vec.values,
+    sidecars=data2vec.sidecars,
+)
 # (fairseq's name of the encoder, its layer_type) -> what its settings mean
 FAMILIES = {
     ("wav2vec2", "transformer"): WAV2VEC2,
     ("wav2vec2", "conformer"): CONFORMER,
     ("wav2vec2", "trf_adp"): ADAPTED,
     ("hubert", "transformer"): HUBERT,
+    ("data2vec_audio", "transformer"): DATA2VEC,
 }
 
 PRETRAINING = Kind("pretraining", nested=False)
@@ -87,6 +97,7 @@ KINDS = {
     "wav2vec_classification": CLASSIFICATION,
     "hubert": PRETRAINING,
     "hubert_ctc": HUBERT_CTC,
+    "data2vec_audio": PRETRAINING,
 }
 # fairseq's name of the architecture -> what decides its conversion
 ARCHITECTURES: dict[str, Callable[[Checkpoint, Request], Model]] = {

@@ -11,7 +11,7 @@ from convert.checkpoint import Checkpoint
 from convert.checkpoint.dictionary import Dictionary
 from convert.errors import PlanError, Problem
 from convert.mapping import infer_layout, plan, table
-from convert.mapping.rules import Edit, Plan
+from convert.mapping.rules import Edit, Plan, TensorSpec
 from convert.mapping.wav2vec2 import Layout
 from convert.model.fields import DEFAULTS, FINE_TUNING, LAYER_SETTINGS, Fields
 from convert.model.processor import Processor, make_processor
@@ -34,7 +34,6 @@ class Sources:
         outer: the settings of the model as they stand; those of the encoder too, unless it was fine-tuned.
         task: the settings of the task.
         dictionary: the target dictionary, once it was read.
-        left_out: entries of the checkpoint's `model` that are no tensors, and that a family knows to be without effect.
     """
 
     checkpoint: Checkpoint
@@ -46,7 +45,6 @@ class Sources:
     outer: Reader
     task: Reader
     dictionary: Dictionary | None = None
-    left_out: tuple[str, ...] = ()
 
     @property
     def criterion(self) -> Mapping[str, Any]:
@@ -223,10 +221,15 @@ def _family(checkpoint: Checkpoint, reader: Reader, families: Mapping[tuple[str,
     return found
 
 
+# fairseq's name of an architecture -> why it is not supported, where there is more to say than that
+REASONS = {"data2vec_multi": "data2vec 2.0, for which transformers has no class"}
+
+
 def unsupported(file: str, name: str, known: Iterable[str]) -> PlanError:
     """Refuse an architecture by its name, with the list of those that are supported."""
+    reason = f" ({REASONS[name]})" if name in REASONS else ""
     return PlanError(
-        f"{file}: architecture {name!r} is not supported; nothing was written",
+        f"{file}: architecture {name!r} is not supported{reason}; nothing was written",
         code="unsupported-architecture",
         key=name,
         hint=f"supported: {', '.join(known)}",
@@ -322,8 +325,8 @@ def _config(sources: Sources, fields: Fields) -> list[Value]:
     values += [
         Value("feat_extract_activation", "gelu", "ConvFeatureExtractionModel always uses GELU"),
         Value("layer_norm_eps", 1e-5, "fairseq.modules.LayerNorm's default"),
-        Value("mask_time_min_masks", 2, "Wav2Vec2Model.apply_mask always asks for 2"),
-        Value("mask_feature_min_masks", 0, "Wav2Vec2Model.apply_mask asks for none"),
+        Value("mask_time_min_masks", fields.min_masks, f"apply_mask always asks for {fields.min_masks}"),
+        Value("mask_feature_min_masks", 0, "apply_mask asks for none"),
     ]
     values += _masking(sources, fields)
     hidden, heads = reader.get("encoder_embed_dim", int), reader.count("encoder_attention_heads")
@@ -342,9 +345,12 @@ def quantizer_values(sources: Sources) -> list[Value]:
         Value("proj_codevector_dim", final or hidden, f"{reader.origin('final_dim')}, else encoder_embed_dim"),
     ]
     weights = sources.criterion.get("loss_weights")
-    first = weights[0] if isinstance(weights, list) and weights else None
-    if sources.kind == "pretraining" and isinstance(first, (int, float)):
-        values.append(Value("diversity_loss_weight", float(first), "criterion.loss_weights[0]"))
+    if isinstance(weights, str):  # argparse kept the text of the list, until 2020
+        weights = [part for part in weights.strip("[]() ").split(",") if part.strip()]
+    if sources.kind == "pretraining" and isinstance(weights, list) and weights:
+        first = Reader({"loss_weights": weights[0]}, {"loss_weights": "criterion"}, sources.problems)
+        weight = first.get("loss_weights", float)
+        values.append(Value("diversity_loss_weight", weight, "criterion.loss_weights[0]"))
     return values
 
 
@@ -487,18 +493,21 @@ def read_dictionary(sources: Sources, rows_of: str, *, text: bool = True) -> Dic
 
 def prove(sources: Sources, layout: Any, edits: Iterable[Edit] = ()) -> Plan | None:
     """Make the table of a geometry, and prove the plan of the tensors; `None` where there is none, the reasons noted."""
-    for name in sources.checkpoint.others:
-        if name not in sources.left_out:
-            sources.refuse("unmapped-source", name, "is no tensor")
-    if layout is None:
-        return None
     checkpoint = sources.checkpoint
+    made, inventory = None, checkpoint.inventory
     try:
-        proved = plan(table(layout, sources.head, edits), checkpoint.inventory)
+        made = None if layout is None else table(layout, sources.head, edits)
+        for name in checkpoint.others:
+            if made is None or name not in made.drops:
+                sources.refuse("unmapped-source", name, "is no tensor")
+            else:
+                inventory[name] = TensorSpec(name, ())
+        proved = None if made is None else plan(made, inventory)
     except PlanError as error:
         sources.problems.extend(error.problems)
         return None
-    sources.problems.extend(not_repeated(checkpoint.container, proved, checkpoint.tensors))
+    if proved is not None:
+        sources.problems.extend(not_repeated(checkpoint.container, proved, checkpoint.tensors))
     return proved
 
 

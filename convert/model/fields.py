@@ -190,6 +190,7 @@ class Fields:
         training_only: settings that act while training only, or not at all.
         defaults: what fairseq's dataclass says where a checkpoint is silent.
         counts, flags: the names in `same` that are whole numbers above zero, and true or false.
+        min_masks: how many masks of time `apply_mask` asks for at least.
     """
 
     same: Mapping[str, str]
@@ -200,6 +201,7 @@ class Fields:
     defaults: Mapping[str, Any] = field(default_factory=lambda: DEFAULTS)
     counts: AbstractSet[str] = frozenset(COUNTS)
     flags: AbstractSet[str] = frozenset(FLAGS)
+    min_masks: int = 2
 
 
 WAV2VEC2 = Fields(SAME | QUANTIZER, CHOICES, LIMITS, READ | READ_QUANTIZER)

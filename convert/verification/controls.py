@@ -171,6 +171,11 @@ def _damages(target: Target, others: Sequence[str]) -> dict[str, Damage | str]:
     variance = f"{prefix}encoder.pos_conv_embed.batch_norm.running_var"
     if variance in weights:
         made["running_var of the positional convolution lost"] = _setting(variance, lambda value: value.fill_(1.0))
+    if f"{prefix}encoder.pos_conv_embed.layers.1.conv.weight" in weights:
+        one, other = (f"{prefix}encoder.pos_conv_embed.layers.{index}.conv." for index in (0, 1))
+        made["two positional convolutions exchanged"] = _exchanging(
+            [(one + part, other + part) for part in ("weight", "bias")]
+        )
     exchanged = f"layers 0 and {last} exchanged"
     names = [name for name in weights if name.startswith(f"{prefix}encoder.layers.0.")]
     other = f"{prefix}encoder.layers.{last}."

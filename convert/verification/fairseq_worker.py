@@ -739,18 +739,16 @@ class CtcReference(Reference):
                 self.model.blank_weight = blank
 
 
-class HubertReference(Reference):
-    """HuBERT as it was pretrained."""
+class HeadlessReference(Reference):
+    """A model without the head of its pretraining, as in fine-tuning: no output depends on it."""
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.masks_like_main = True  # in every version it splits the mask evenly, and is asked where that agrees
+    head: tuple[str, ...] = ()  # how the names of its entries start
 
     def fill(self, weights: Any) -> None:
-        """Load the checkpoint's tensors but for the pretraining head, which no output depends on."""
+        """Load the checkpoint's tensors but for the pretraining head."""
         self.w2v.remove_pretraining_modules()
-        head = ("final_proj.", "label_embs_concat", "target_glu.")
-        left_out = [key for key in weights if key[len(self.prefix) :].startswith(head) and key.startswith(self.prefix)]
+        head = tuple(self.prefix + start for start in self.head)
+        left_out = [key for key in weights if key.startswith(head)]
         for key in left_out:
             del weights[key]
         if left_out:
@@ -758,8 +756,24 @@ class HubertReference(Reference):
         super().fill(weights)
 
 
+class HubertReference(HeadlessReference):
+    """HuBERT as it was pretrained."""
+
+    head = ("final_proj.", "label_embs_concat", "target_glu.")
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.masks_like_main = True  # in every version it splits the mask evenly, and is asked where that agrees
+
+
 class HubertCtcReference(HubertReference, CtcReference):
     """HuBERT with a CTC head."""
+
+
+class Data2VecReference(HeadlessReference):
+    """data2vec audio as it was pretrained; its teacher is a dict of tensors."""
+
+    head = ("final_proj.", "_ema")
 
 
 class ClassificationReference(CtcReference):
@@ -804,6 +818,7 @@ class ClassificationReference(CtcReference):
 # fairseq's name of an encoder -> its module, its configuration's class, its model's class
 ENCODERS = {
     "hubert": ("fairseq.models.hubert.hubert", "HubertConfig", "HubertModel"),
+    "data2vec_audio": ("fairseq.examples.data2vec.models.data2vec_audio", "Data2VecAudioConfig", "Data2VecAudioModel"),
     "wav2vec2": ("fairseq.models.wav2vec.wav2vec2", "Wav2Vec2Config", "Wav2Vec2Model"),
 }
 
@@ -811,6 +826,7 @@ ENCODERS = {
 ARCHITECTURES = {
     "hubert": (build_hubert, HubertReference),
     "hubert_ctc": (build_hubert_ctc, HubertCtcReference),
+    "data2vec_audio": (build_pretrained, Data2VecReference),
     "wav2vec2": (build_pretrained, Reference),
     "wav2vec_classification": (build_classifier, ClassificationReference),
     "wav2vec_ctc": (build_ctc, CtcReference),
