@@ -169,6 +169,12 @@ def test_blank_weight_is_not_hubert_s(tmp_path: Path) -> None:
     assert [(p.code, p.key) for p in raised.value.problems] == [("unknown-setting", "blank_weight")]
 
 
+def test_inspect_tells_of_the_dictionaries(command: Any, tmp_path: Path) -> None:
+    done = command("inspect", save("hubert_two_dictionaries", tmp_path / "m.pt"))
+    assert "dictionary    20 symbols of the pretraining and 12 symbols of the pretraining" in done.text
+    assert [len(symbols) for symbols in done.data["pretraining_dictionaries"]] == [20, 12]
+
+
 # --- the pretraining head -------------------------------------------------------------------------------------------
 
 

@@ -39,7 +39,7 @@ def in_weights(change: Callable[[dict[str, Any]], None]) -> Fault:
     def fault(model: Path) -> None:
         tensors = load_file(model / "model.safetensors")
         change(tensors)
-        made = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+        made = {name: np.array(value, order="C") for name, value in tensors.items()}
         save_file(made, model / "model.safetensors", metadata={"format": "pt"})
 
     return fault

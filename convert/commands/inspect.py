@@ -39,6 +39,7 @@ def command(checkpoint: Path) -> Outcome:
             "parameters": count,
             "dtypes": dtypes,
             "dictionary": list(opened.dictionary.symbols) if opened.dictionary else None,
+            "pretraining_dictionaries": [list(dictionary.symbols) for dictionary in opened.dictionaries],
             "training_state": opened.parts,
             "globals": [{"name": name, "known_harmless": is_harmless(name)} for name in opened.globals],
             "settings": opened.settings,
@@ -62,7 +63,8 @@ def _text(data: dict[str, Any]) -> str:
         "parameters": f"{data['parameters']:,} in {len(data['tensors'])} tensors, {', '.join(data['dtypes'])}",
         "dictionary": f"{len(symbols)} symbols: {' '.join(symbols[:12])}{' ...' if len(symbols) > 12 else ''}"
         if symbols
-        else "none in the file",
+        else " and ".join(f"{len(one)} symbols of the pretraining" for one in data["pretraining_dictionaries"])
+        or "none in the file",
         "beside it": ", ".join(f"{key} {size(count)}" for key, count in data["training_state"].items()) or "nothing",
         "globals": f"{len(data['globals'])}, "
         + (f"unknown: {', '.join(unknown)}" if unknown else "all known to be harmless"),
