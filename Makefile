@@ -18,9 +18,12 @@ demo: $(VENV)/.demo ## set up, convert the bundled checkpoint, prove it, transcr
 	$(BIN)/fairseq-to-hf verify $(CHECKPOINT) demo-model --reference $(RECORDING)
 	$(BIN)/python checkpoints/transcribe.py demo-model
 
-test: $(VENV)/.test ## set up with fairseq, then lint, types, and all tests
+test: $(VENV)/.test ## set up with fairseq, then lint, types, and all tests: two processes, minutes before the first words
 	$(MAKE) --no-print-directory lint types
-	$(BIN)/python -m pytest
+	$(MAKE) --no-print-directory -j2 --output-sync --keep-going part-1 part-2
+
+part-%: $(VENV)/.test
+	$(BIN)/python -m pytest --part $*/2
 
 check: $(VENV)/.test ## lint, types, and the tests that take seconds
 	$(MAKE) --no-print-directory lint types
