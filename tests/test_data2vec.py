@@ -7,13 +7,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import classification_models
 import pytest
 import torch
 import transformers
 from data2vec_models import BASE, REFUSED, RELEASED, VARIANTS, build, save
+from data2vec_models import settings as settings_of
 from fairseq import checkpoint_utils
 from fairseq.data import Dictionary
-from fairseq_models import Variant
+from fairseq.models.wav2vec.wav2vec2_classification import Wav2VecClassification
+from fairseq_models import Variant, _Task, write
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from test_mutations import SILENT, check, reported, settings, weight_faults
 from verify_models import few_inputs, one_reference, short_inputs
@@ -184,6 +188,22 @@ def test_data2vec_2_is_refused_by_name(kind: str, tmp_path: Path) -> None:
         convert.plan(path)
     assert raised.value.code == "unsupported-architecture"
     assert "data2vec 2.0" in str(raised.value)
+
+
+def test_a_classifier_is_refused_and_its_encoder_is_not(tmp_path: Path) -> None:
+    pretrained = settings_of(VARIANTS["ctc"])["model"]["w2v_args"]
+    classifier = classification_models.settings(classification_models.VARIANTS["classification_base"])
+    classifier["model"] |= {"w2v_args": pretrained, "normalize": True}
+    classifier["task"]["normalize"] = True
+    labels = classification_models.dictionary()
+    model = Wav2VecClassification.build_model(OmegaConf.create(classifier["model"]), _Task(labels))
+    path = write(tmp_path / "m.pt", model, classifier, {"target_dictionary": labels})
+    with pytest.raises(PlanError) as raised:
+        convert.plan(path)
+    assert [(problem.code, problem.key) for problem in raised.value.problems] == [
+        ("unsupported-architecture", "data2vec_audio")
+    ]
+    assert convert.plan(path, head="encoder").target == "Data2VecAudioModel"
 
 
 def test_a_positional_convolution_more_than_there_is(tmp_path: Path) -> None:

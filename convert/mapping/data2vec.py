@@ -32,6 +32,7 @@ PRETRAINING_HEAD_OLD = (  # in the released files it is a Sequential of one
 _NO_CLASS = "predicts the teacher in pretraining, and transformers has no class for that"
 TEACHER = "_ema"  # a dict of tensors among the tensors
 DROPS = {
+    "classification": wav2vec2.CLASSIFICATION_DROPS,
     "pretraining": (
         *(Drop(rule.source, _NO_CLASS, rule.shape, True) for rule in (*PRETRAINING_HEAD, *PRETRAINING_HEAD_OLD)),
         Drop(TEACHER, "the running mean of the encoder, which is the teacher in pretraining", optional=True),
