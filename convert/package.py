@@ -201,7 +201,7 @@ def _write(
             _json(work, "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": names})
         )
     names_of_dtypes = {value: key for key, value in DTYPES.items()}
-    config = {value.name: value.value for value in model.config}
+    config = model.configuration
     if dtype != "keep":
         config["torch_dtype"] = names_of_dtypes[dtype]
     written.append(_json(work, "config.json", config))
@@ -247,6 +247,7 @@ def _record(
             for edit in model.plan.table.edits
         ],
         "edited_rows": _kept_rows(opened, model),
+        "left_rows": _left_rows(opened, model, dtype),
         "sidecars": {
             sidecar.file: {
                 "group": sidecar.group,
@@ -274,6 +275,19 @@ def _kept_rows(opened: Checkpoint, model: Model) -> dict[str, dict[str, str]]:
         before: bytes = read_array(opened.container, tensors[sources[edit.target]])[edit.row].tobytes()
         kept.setdefault(edit.target, {})[str(edit.row)] = before.hex()
     return kept
+
+
+def _left_rows(opened: Checkpoint, model: Model, dtype: str) -> dict[str, str]:
+    """The bytes of the rows before those that a tensor takes, of the same type as it, in hexadecimal, for the way back."""
+    from convert.transfer import cast, read_array
+
+    sources = {target: source for source, target in model.plan.renames.items()}
+    left: dict[str, str] = {}
+    for target, count in model.plan.table.skips.items():
+        rows = read_array(opened.container, opened.over(model.group)[sources[target]])[:count]
+        kind = model.plan.target[target].dtype
+        left[target] = cast(rows, kind, kind if dtype == "keep" else DTYPES[dtype]).hex()
+    return left
 
 
 def without_paths(value: Any) -> Any:

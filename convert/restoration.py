@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import math
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,6 +32,7 @@ _NEVER = -1e4  # the bias of symbols that fairseq's dictionary must have and the
 # architecture -> the task that today's fairseq has for it, whatever it was called; CTC's was audio_pretraining until June 2021
 _TASKS = {"wav2vec_ctc": "audio_finetuning", "hubert": "hubert_pretraining", "hubert_ctc": "hubert_pretraining"}
 _TASKS |= {"wav2vec_classification": "audio_classification"}
+_TASKS |= {"wav2vec_seq2seq": "audio_finetuning", "hubert_seq2seq": "audio_finetuning"}
 _HEADS = {"Wav2Vec2ForCTC": "ctc", "Wav2Vec2ForPreTraining": "pretraining"}
 
 
@@ -149,7 +152,8 @@ def _from_conversion(directory: ModelDirectory) -> _Draft:
     constants = {drop["key"]: float(drop["constant"]) for drop in record["drops"] if "constant" in drop}
     kept = {source for sidecar in directory.sidecars.values() for source in sidecar["tensors"].values()}
     repeated = {drop["key"]: drop["repeats"] for drop in record["drops"] if "repeats" in drop}
-    kept |= repeated.keys() | constants.keys() | {TEACHER}
+    relics = {drop["key"] for drop in record["drops"] if drop.get("relic")}
+    kept |= repeated.keys() | constants.keys() | relics | {TEACHER}
     problems = [Problem("dropped", drop["key"], drop["reason"]) for drop in record["drops"] if drop["key"] not in kept]
     if problems:
         raise PlanError(
@@ -209,6 +213,16 @@ def _take(draft: _Draft, directory: ModelDirectory, places: Mapping[str, Place],
         rows = record.get("edited_rows", {}).get(target)
         draft.specs[source] = TensorSpec(source, spec.shape, spec.dtype)
         draft.bytes[source] = read if rows is None else _with_rows(read, rows)
+        if target in record.get("left_rows", {}):
+            _put_before(draft, source, bytes.fromhex(record["left_rows"][target]))
+
+
+def _put_before(draft: _Draft, source: str, data: bytes) -> None:
+    """Put back the rows that the conversion left out, before the others."""
+    spec, read = draft.specs[source], draft.bytes[source]
+    rows = len(data) // (WIDTHS[spec.dtype] * math.prod(spec.shape[1:]))
+    draft.specs[source] = TensorSpec(source, (spec.shape[0] + rows, *spec.shape[1:]), spec.dtype)
+    draft.bytes[source] = lambda: itertools.chain((data,), read())
 
 
 def _changed(directory: ModelDirectory, files: Mapping[str, Any]) -> list[str]:

@@ -16,7 +16,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,7 +87,7 @@ def pieces(container: Container, plan: Plan, tensors: Mapping[str, StoredTensor]
         edits.setdefault(edit.target, []).append(edit)
     listed = []
     for source, target in plan.renames.items():
-        tensor, spec = tensors[source], plan.target[target]
+        tensor, spec = without_rows(tensors[source], plan.table.skips.get(target, 0)), plan.target[target]
         kind = spec.dtype if dtype == "keep" or spec.dtype not in FLOATS else dtype
         out = TensorSpec(target, spec.shape, kind)
         if _contiguous(tensor) and kind == spec.dtype and target not in edits:
@@ -474,6 +474,14 @@ def _contiguous(tensor: StoredTensor) -> bool:
     return True
 
 
+def without_rows(tensor: StoredTensor, count: int) -> StoredTensor:
+    """Leave out the first rows of a tensor: the rest of it, where it lies."""
+    if not count:
+        return tensor
+    shape = (tensor.shape[0] - count, *tensor.shape[1:])
+    return replace(tensor, offset=tensor.offset + count * tensor.stride[0], shape=shape)
+
+
 def _start(container: Container, tensor: StoredTensor | None) -> int:
     if tensor is None:
         return 0
@@ -556,6 +564,26 @@ def _maker(
     return make
 
 
+def sinusoids(rows: int, width: int) -> np.ndarray[Any, Any]:
+    """Compute the table of `fairseq.modules.SinusoidalPositionalEmbedding`, whose row 1 is the padding's: zeros.
+
+    Every step is rounded to float32 as fairseq's is, each function correctly. torch's functions may be off by one unit in
+    the last place, differently from machine to machine.
+    """
+    import math
+
+    import numpy as np
+
+    half = width // 2
+    step = np.float32(-(math.log(10000) / (half - 1)))
+    frequencies = np.exp((np.arange(half, dtype=np.float32) * step).astype(np.float64)).astype(np.float32)
+    angles = (np.arange(rows, dtype=np.float32)[:, None] * frequencies).astype(np.float64)
+    table = np.zeros((rows, width), np.float32)
+    table[:, :half], table[:, half : 2 * half] = np.sin(angles), np.cos(angles)
+    table[1] = 0.0
+    return table
+
+
 def _filler(
     container: Container,
     rule: str,
@@ -576,6 +604,9 @@ def _filler(
             array = _wide(read_array(container, tensor), container.dtype(tensor)[0])
             norm = np.sqrt((array.astype(np.float64) ** 2).sum(axis=tuple(range(array.ndim - 1))))
             return cast(norm.astype(np.float32).reshape(shape), "F32", dtype)
+        if rule.startswith("sinusoids from row "):
+            first = int(rule.removeprefix("sinusoids from row "))
+            return cast(sinusoids(first + shape[0], shape[1])[first:], "F32", dtype)
         raise ConvertError(f"no such rule: {rule}", code="rule", key=rule)
 
     return make

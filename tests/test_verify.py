@@ -244,7 +244,7 @@ def test_blind_checks_fail(base: tuple[Path, Path], monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(
         "convert.verification.judge.compare", lambda name, *_: compare.Difference(name, equal=True, greatest=0.0)
     )
-    monkeypatch.setattr("convert.verification.run.compare_weights", lambda *_, **__: [])
+    monkeypatch.setattr("convert.verification.run.compare_opened", lambda *_, **__: [])
     monkeypatch.setattr("convert.verification.controls.check_tokens", lambda *_: [])
     monkeypatch.setattr("convert.verification.controls.differences", lambda *_: [])
     done = verify(*base, write=False, long=False)

@@ -41,6 +41,7 @@ class Rename:
         target: Hugging Face's key, with the same axes.
         shape: the names of its dimensions (or numbers), separated by spaces; axes may stand in them.
         dtype: what it must be where that is no floating point type, such as `I64` for a counter; no conversion changes it.
+        skip: how many rows (of its first axis) the source has before those that the target takes.
 
     Raises:
         ValueError: the two keys have different axes.
@@ -55,6 +56,7 @@ class Rename:
     target: str
     shape: str
     dtype: str = ""
+    skip: int = 0
 
     def __post_init__(self) -> None:
         ours, theirs = sorted(_AXIS.findall(self.source)), sorted(_AXIS.findall(self.target))
@@ -72,6 +74,7 @@ class Drop:
         optional: whether it may be absent, as relics of other versions are.
         repeats: the source tensor whose bytes it repeats. A conversion proves that, and the way back writes it again.
         constant: the number that it always holds, so that the way back can write it; `None` where it holds more.
+        relic: whether today's fairseq does not have it, so that the way back leaves it out.
     """
 
     source: str
@@ -80,12 +83,14 @@ class Drop:
     optional: bool = False
     repeats: str = ""
     constant: float | None = None
+    relic: bool = False
 
     @property
     def record(self) -> dict[str, object]:
         """What is told of it."""
         told: dict[str, object] = {"key": self.source, "reason": self.reason}
         told |= {"repeats": self.repeats} if self.repeats else {}
+        told |= {"relic": True} if self.relic else {}
         return told if self.constant is None else told | {"constant": self.constant}
 
 
@@ -95,7 +100,8 @@ class Fill:
 
     Args:
         target: Hugging Face's key.
-        rule: `zeros`, `identity`, or `norm of KEY` (the Euclidean norm of a target tensor over all axes but the last).
+        rule: `zeros`, `identity`, `norm of KEY` (the Euclidean norm of a target tensor over all axes but the last), or
+            `sinusoids from row N` (of the table of `fairseq.modules.SinusoidalPositionalEmbedding`).
         reason: why there is no source.
         shape: the names of its dimensions.
     """
@@ -140,6 +146,7 @@ class Table:
         shapes: the shape of every target key.
         edits: changes of single rows.
         dtypes: target key -> its dtype, of those that are no floating point numbers.
+        skips: target key -> how many rows of its source come before those that it takes.
 
     Build one with `Table.build`.
     """
@@ -151,6 +158,7 @@ class Table:
     shapes: Mapping[str, tuple[int, ...]]
     edits: tuple[Edit, ...] = ()
     dtypes: Mapping[str, str] = field(default_factory=dict)
+    skips: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def build(cls, name: str, rules: Iterable[Rule], axes: Axes, dims: Dims, edits: Iterable[Edit] = ()) -> Table:
@@ -172,6 +180,7 @@ class Table:
         fills: list[Fill] = []
         shapes: dict[str, tuple[int, ...]] = {}
         dtypes: dict[str, str] = {}
+        skips: dict[str, int] = {}
         for rule in rules:
             for values in _grid(rule, axes):
                 shape = _shape(rule.shape.format(**values), dims)
@@ -179,17 +188,17 @@ class Table:
                     renames.append((rule.source.format(**values), rule.target.format(**values)))
                     shapes[renames[-1][1]] = shape
                     dtypes |= {renames[-1][1]: rule.dtype} if rule.dtype else {}
+                    skips |= {renames[-1][1]: rule.skip} if rule.skip else {}
                 elif isinstance(rule, Fill):
                     fills.append(replace(rule, target=rule.target.format(**values), rule=rule.rule.format(**values)))
                     shapes[fills[-1].target] = shape
                 else:
                     drops.append(replace(rule, source=rule.source.format(**values), shape=" ".join(map(str, shape))))
-        problems = [
-            *_repeated("duplicate-source", [source for source, _ in renames] + [drop.source for drop in drops]),
-            *_repeated("duplicate-target", [target for _, target in renames] + [fill.target for fill in fills]),
-        ]
-        if problems:
-            raise PlanError(f"table {name!r} contradicts itself", code=problems[0].code, problems=problems)
+        _refuse_repeated(
+            name,
+            [source for source, _ in renames] + [drop.source for drop in drops],
+            [target for _, target in renames] + [fill.target for fill in fills],
+        )
         return cls(
             name,
             dict(renames),
@@ -198,7 +207,13 @@ class Table:
             shapes,
             tuple(edits),
             dtypes,
+            skips,
         )
+
+    def source_shape(self, target: str) -> tuple[int, ...]:
+        """Return the shape of the source of a target tensor: with the rows that the target leaves out."""
+        shape = self.shapes[target]
+        return (shape[0] + self.skips[target], *shape[1:]) if target in self.skips else shape
 
     @property
     def target(self) -> dict[str, TensorSpec]:
@@ -208,7 +223,7 @@ class Table:
     @property
     def source(self) -> dict[str, TensorSpec]:
         """The source inventory that the table expects, without optional drops whose shape is free."""
-        kept = {key: TensorSpec(key, self.shapes[target]) for key, target in self.renames.items()}
+        kept = {key: TensorSpec(key, self.source_shape(target)) for key, target in self.renames.items()}
         return kept | {
             key: TensorSpec(key, tuple(map(int, drop.shape.split())))
             for key, drop in self.drops.items()
@@ -239,7 +254,44 @@ class Table:
         lines += [f"{key} repeats {drop.repeats}" for key, drop in self.drops.items() if drop.repeats]
         lines += [f"{key} {fill.rule} {self.shapes[key]}" for key, fill in self.fills.items()]
         lines += [f"{edit.target} {edit.row} {edit.rule} {edit.value!r}" for edit in self.edits]
+        lines += [f"{target} skips {rows}" for target, rows in self.skips.items()]
         return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+    def joined(self, other: Table, name: str, prefix: str = "") -> Table:
+        """Make the table of a model that consists of this one, its target keys behind a prefix, and of another.
+
+        Raises:
+            PlanError: `duplicate-source` or `duplicate-target`, every one of them.
+        """
+
+        def moved(fill: Fill) -> Fill:
+            rule = fill.rule.replace("norm of ", f"norm of {prefix}")
+            return replace(fill, target=prefix + fill.target, rule=rule)
+
+        ours = replace(
+            self,
+            renames={source: prefix + target for source, target in self.renames.items()},
+            fills={prefix + key: moved(fill) for key, fill in self.fills.items()},
+            shapes={prefix + key: shape for key, shape in self.shapes.items()},
+            edits=tuple(replace(edit, target=prefix + edit.target) for edit in self.edits),
+            dtypes={prefix + key: dtype for key, dtype in self.dtypes.items()},
+            skips={prefix + key: rows for key, rows in self.skips.items()},
+        )
+        _refuse_repeated(
+            name,
+            [source for table in (ours, other) for source in (*table.renames, *table.drops)],
+            [target for table in (ours, other) for target in table.shapes],
+        )
+        return Table(
+            name,
+            {**ours.renames, **other.renames},
+            {**ours.drops, **other.drops},
+            {**ours.fills, **other.fills},
+            {**ours.shapes, **other.shapes},
+            ours.edits + other.edits,
+            {**ours.dtypes, **other.dtypes},
+            {**ours.skips, **other.skips},
+        )
 
     def rename_key(self, key: str) -> str | None:
         """Translate one source key; `None` for a key that is dropped.
@@ -343,8 +395,7 @@ def plan(table: Table, source: Mapping[str, TensorSpec], target: Mapping[str, Te
     ]
     for key, target_key in table.renames.items():
         if key in source and target_key in wanted:
-            dtype = table.dtypes.get(target_key, "")
-            problems += _disagreements(source[key], wanted[target_key], table.shapes[target_key], dtype)
+            problems += _disagreements(source[key], wanted[target_key], table, target_key)
     for key, drop in table.drops.items():
         if key in source and drop.shape and source[key].shape != tuple(map(int, drop.shape.split())):
             problems.append(Problem("shape", key, f"source {source[key].shape}, the settings say ({drop.shape})"))
@@ -387,16 +438,24 @@ def _shape(names: str, dims: Dims) -> tuple[int, ...]:
     return tuple(int(name) if name.isdigit() else dims[name] for name in names.split())
 
 
+def _refuse_repeated(name: str, sources: Iterable[str], targets: Iterable[str]) -> None:
+    problems = [*_repeated("duplicate-source", sources), *_repeated("duplicate-target", targets)]
+    if problems:
+        raise PlanError(f"table {name!r} contradicts itself", code=problems[0].code, problems=problems)
+
+
 def _repeated(code: str, keys: Iterable[str]) -> list[Problem]:
     return [Problem(code, key, f"{count} rules name it") for key, count in Counter(keys).items() if count > 1]
 
 
-def _disagreements(source: TensorSpec, target: TensorSpec, stated: tuple[int, ...], dtype: str) -> list[Problem]:
+def _disagreements(source: TensorSpec, target: TensorSpec, table: Table, key: str) -> list[Problem]:
     problems = []
-    if source.shape != stated:
+    if source.shape != table.source_shape(key):
+        stated = table.source_shape(key)
         problems.append(Problem("shape", source.name, f"source {source.shape}, the settings say {stated}"))
-    if target.shape != stated:
+    if target.shape != table.shapes[key]:
         problems.append(Problem("shape", target.name, f"source {source.shape}, target {target.shape}"))
+    dtype = table.dtypes.get(key, "")
     if source.dtype not in (("", dtype) if dtype else ("", *FLOATS)):
         expected = dtype or "a floating point type"
         problems.append(Problem("dtype", source.name, f"source {source.dtype}, {expected} was expected"))

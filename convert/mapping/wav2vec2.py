@@ -102,6 +102,7 @@ HEADS = {"ctc": CTC_HEAD, "classification": CLASSIFICATION_HEAD, "pretraining": 
 DROPS = {"classification": CLASSIFICATION_DROPS, "pretraining": PRETRAINING_DROPS}
 # what stands before the encoder's keys in each kind of checkpoint
 PREFIXES = {"ctc": "w2v_encoder.w2v_model.", "classification": "w2v_encoder.w2v_model.", "pretraining": ""}
+PREFIXES |= {"seq2seq": "encoder.w2v_model."}
 # the tensor with one row for each symbol of the dictionary
 SYMBOLS = {"ctc": "w2v_encoder.proj.bias", "classification": "pooling_layer.projection.weight"}
 
@@ -262,7 +263,7 @@ def dims(layout: Layout) -> dict[str, int]:
 
 def kind_of(shapes: Shapes) -> str:
     """Name the kind of checkpoint that these keys are from."""
-    marks = {"pooling_layer.": "classification", "w2v_encoder.": "ctc"}
+    marks = {"encoder.w2v_model.": "seq2seq", "pooling_layer.": "classification", "w2v_encoder.": "ctc"}
     return next((kind for mark, kind in marks.items() if any(key.startswith(mark) for key in shapes)), "pretraining")
 
 

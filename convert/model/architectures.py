@@ -22,6 +22,7 @@ from convert.model.encoder import (
     unsupported,
 )
 from convert.model.languages import adapted_layout, adapter_values, choose, describe_languages
+from convert.model.seq2seq import describe_seq2seq
 from convert.model.speech_to_text import ARCHITECTURES as SPEECH_TO_TEXT
 from convert.model.speech_to_text import describe_speech_to_text
 from convert.model.types import Model, Request, Value
@@ -105,6 +106,12 @@ ARCHITECTURES: dict[str, Callable[[Checkpoint, Request], Model]] = {
 }
 ARCHITECTURES["wav2vec_ctc"] = partial(describe_languages, name="wav2vec_ctc", kind=CTC, families=FAMILIES)
 ARCHITECTURES |= {name: partial(describe_speech_to_text, name=name) for name in SPEECH_TO_TEXT}
+ARCHITECTURES |= {
+    name: partial(
+        describe_seq2seq, name=name, families={("wav2vec2", "transformer"): WAV2VEC2, ("hubert", "transformer"): HUBERT}
+    )
+    for name in ("wav2vec_seq2seq", "hubert_seq2seq")
+}
 
 
 def describe(checkpoint: Checkpoint, request: Request) -> Model:

@@ -135,7 +135,7 @@ def describe_encoder(
     reader = (
         encoder_settings(checkpoint, request) if kind.nested else Reader(dict(model), dict.fromkeys(model, "model"))
     )
-    family = _family(checkpoint, reader, families)
+    family = family_of(checkpoint, reader, families)
     head = request.head or (kind.name if kind.name in family.classes else "encoder")
     outer, task = (
         Reader(dict(values), dict.fromkeys(values, section), reader.problems)
@@ -145,8 +145,8 @@ def describe_encoder(
     training_only = classify(sources, kind, family.fields)
     if kind.symbols:
         sources.dictionary = read_dictionary(sources, kind.symbols, text=kind.text)
-    config = _config(sources, family.fields) + family.values(sources) + kind.values(sources)
-    layout = None if any(p.code == "missing-setting" for p in sources.problems) else _layout(sources, family)
+    config = encoder_config(sources, family.fields) + family.values(sources) + kind.values(sources)
+    layout = None if any(p.code == "missing-setting" for p in sources.problems) else encoder_layout(sources, family)
     processor = make_processor(
         sources.dictionary if head != "encoder" and kind.text else None, sources.criterion, task, sources.problems
     )
@@ -209,7 +209,7 @@ def finish(
     )
 
 
-def _family(checkpoint: Checkpoint, reader: Reader, families: Mapping[tuple[str, str], Family]) -> Family:
+def family_of(checkpoint: Checkpoint, reader: Reader, families: Mapping[tuple[str, str], Family]) -> Family:
     """Choose the family by what the encoder's settings say; where omegaconf dropped the name, by its tensors."""
     name = str(reader.values.get("_name") or "")
     if not name:
@@ -302,7 +302,8 @@ def classify(sources: Sources, kind: Kind, fields: Fields) -> dict[str, Any]:
     return dict(sorted(training_only.items()))
 
 
-def _config(sources: Sources, fields: Fields) -> list[Value]:
+def encoder_config(sources: Sources, fields: Fields) -> list[Value]:
+    """Translate the settings of an encoder into values of its `config.json`."""
     reader = sources.reader
     values = []
     for name, target in fields.same.items():
@@ -393,7 +394,7 @@ def _masking(sources: Sources, fields: Fields) -> list[Value]:
     ]
 
 
-def _layout(sources: Sources, family: Family) -> Any:
+def encoder_layout(sources: Sources, family: Family) -> Any:
     """State the geometry from the settings; what only tensors tell (weight norm removed, rows of the head) from them."""
     reader, checkpoint = sources.reader, sources.checkpoint
     try:

@@ -8,15 +8,21 @@ weights stay. fairseq turns ids into text by joining symbols with spaces and app
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from convert.checkpoint.dictionary import Dictionary
+from convert.checkpoint.dictionary import SPECIAL, Dictionary
 from convert.errors import Problem
 from convert.model.settings import Reader
 
 BLANK = "<ctc_blank>"  # examples/speech_recognition's decoders prefer it to <s>
+_DELIMITERS = {
+    "letter": "|",
+    "sentencepiece": "▁",
+    "wordpiece": "_",
+    "none": "",
+}  # post_process -> what becomes a space
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +95,10 @@ def make_processor(
         tokenizer["word_delimiter_token"] = "|" if "|" in names else None
     else:
         tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
-        files["tokenizer.json"] = _fast(vocabulary, blank, "▁" if decoding == "sentencepiece" else "|")
+        special = (blank, *(name for name in ("<s>", "</s>", "<unk>") if name in vocabulary))
+        delimiter = "▁" if decoding == "sentencepiece" else "|"
+        collapse = {"type": "CTC", "pad_token": blank, "word_delimiter_token": delimiter, "cleanup": False}
+        files["tokenizer.json"] = _fast(vocabulary, special, _decoder(delimiter, collapse))
     files["tokenizer_config.json"] = tokenizer
     ids = {
         "pad_token_id": names.get(blank, 0),
@@ -97,6 +106,52 @@ def make_processor(
         "eos_token_id": names.get("</s>", 2),
     }
     return Processor(files, ids, decoding)
+
+
+def make_sequence_processor(dictionary: Dictionary | None, task: Reader, problems: list[Problem]) -> Processor:
+    """Make the processor's files of a model whose decoder writes the dictionary's symbols: none of them is a blank.
+
+    Text is what `Dictionary.string` makes of ids: `<s>` and `</s>` are left out, `<unk>` is written.
+
+    Args:
+        dictionary: the target dictionary.
+        task: the task's settings: `eval_wer`, `eval_wer_post_process`, `labels`, and those of `make_processor`.
+        problems: what cannot be represented is added here.
+    """
+    features = make_processor(None, {}, task, problems).files["preprocessor_config.json"]
+    if dictionary is None:
+        return Processor({"preprocessor_config.json": features}, {}, "")
+    if dictionary.symbols[:4] != SPECIAL or len(set(dictionary.symbols)) != len(dictionary):
+        detail = f"{', '.join(SPECIAL)} must come first, and no symbol twice"
+        problems.append(Problem("bad-dictionary", "dictionary", detail))
+    decoding = sequence_decoding(dictionary.symbols, task.values)
+    if decoding not in _DELIMITERS:
+        detail = f"{decoding!r} has no counterpart among transformers' tokenizers; known: {', '.join(_DELIMITERS)}"
+        problems.append(Problem("unsupported-setting", "eval_wer_post_process", detail))
+    names = {symbol: index for index, symbol in enumerate(dictionary.symbols)}
+    tokenizer = {"bos_token": "<s>", "clean_up_tokenization_spaces": False, "eos_token": "</s>", "pad_token": "<pad>"}
+    tokenizer |= {"processor_class": "Wav2Vec2Processor", "tokenizer_class": "PreTrainedTokenizerFast"}
+    files = {
+        "preprocessor_config.json": features | {"processor_class": "Wav2Vec2Processor"},
+        "tokenizer.json": _fast(names, SPECIAL[:3], _decoder(_DELIMITERS.get(decoding, ""))),
+        "tokenizer_config.json": tokenizer,
+        "vocab.json": names,
+    }
+    return Processor(files, {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}, decoding)
+
+
+def sequence_decoding(symbols: Sequence[str], task: Mapping[str, Any]) -> str:
+    """Name fairseq's `post_process` of a model with a decoder.
+
+    The task has it as `eval_wer_post_process`, which says `letter` where nobody set it, and acts with `eval_wer` only:
+    without, symbols with sentencepiece's mark are not taken for letters.
+    """
+    if task.get("labels") in ("phn", "phones"):
+        return "none"
+    said = str(task.get("eval_wer_post_process") or "letter")
+    if said == "letter" and not task.get("eval_wer") and any("▁" in symbol for symbol in symbols):
+        return "sentencepiece"
+    return said
 
 
 def vocab(dictionary: Dictionary) -> dict[str, int]:
@@ -140,9 +195,28 @@ def is_plain(dictionary: Dictionary) -> bool:
     return not any(" " in symbol or ("|" in symbol and symbol != "|") for symbol in symbols)
 
 
-def _fast(vocabulary: Mapping[str, int], blank: str, delimiter: str) -> dict[str, Any]:
-    """A `tokenizers` file that collapses repeats, drops blanks and spaces, and replaces the delimiter wherever it is."""
-    special = [blank, *(name for name in ("<s>", "</s>", "<unk>") if name in vocabulary)]
+def _decoder(delimiter: str, *first: dict[str, Any]) -> dict[str, Any] | None:
+    """The part of a `tokenizers` file that drops spaces, and replaces the delimiter wherever it is.
+
+    Args:
+        delimiter: what becomes a space; where it is empty, symbols are separated by spaces, and stay so.
+        first: what is done to the symbols before.
+    """
+    if not delimiter:
+        return None
+    steps = [
+        *first,
+        {"type": "Fuse"},
+        {"type": "Replace", "pattern": {"String": " "}, "content": ""},
+        {"type": "Replace", "pattern": {"String": delimiter}, "content": " "},
+        # not `Strip`, which panics where nothing is left to strip, as of silence
+        {"type": "Replace", "pattern": {"Regex": r"^\s+|\s+$"}, "content": ""},
+    ]
+    return {"type": "Sequence", "decoders": steps}
+
+
+def _fast(vocabulary: Mapping[str, int], special: Sequence[str], decoder: dict[str, Any] | None) -> dict[str, Any]:
+    """A `tokenizers` file of whole symbols, which are separated by spaces when text is read."""
     return {
         "version": "1.0",
         "truncation": None,
@@ -155,15 +229,6 @@ def _fast(vocabulary: Mapping[str, int], blank: str, delimiter: str) -> dict[str
         "normalizer": None,
         "pre_tokenizer": {"type": "Split", "pattern": {"String": " "}, "behavior": "Removed", "invert": False},
         "post_processor": None,
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "CTC", "pad_token": blank, "word_delimiter_token": delimiter, "cleanup": False},
-                {"type": "Fuse"},
-                {"type": "Replace", "pattern": {"String": " "}, "content": ""},
-                {"type": "Replace", "pattern": {"String": delimiter}, "content": " "},
-                {"type": "Strip", "content": " ", "start": 1 << 16, "stop": 1 << 16},
-            ],
-        },
+        "decoder": decoder,
         "model": {"type": "WordLevel", "vocab": dict(vocabulary), "unk_token": "<unk>"},
     }

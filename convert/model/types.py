@@ -73,6 +73,15 @@ class Model:
     group: str = ""
     languages: Mapping[str, Dictionary] = field(default_factory=dict)
 
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """The content of `config.json`: a value named `decoder.d_model` is that of a part."""
+        made: dict[str, Any] = {}
+        for value in self.config:
+            part, _, name = value.name.rpartition(".")
+            (made.setdefault(part, {}) if part else made)[name] = value.value
+        return made
+
 
 @dataclass(frozen=True, slots=True)
 class Request:

@@ -14,6 +14,8 @@ ORDER: tuple[Verdict, ...] = ("identical", "rounding", "different")
 EPSILONS = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 CODES = "codes"  # the quantizer's choice: whole numbers, for which there is no rounding
 QUANTIZED = "project_q"  # depends on the choice alone
+GENERATED = "generated"  # the decoder's choices: tokens, likewise whole numbers
+SCORES = "decoder.logits"  # what they are chosen by
 
 
 @dataclass(slots=True)
@@ -173,7 +175,7 @@ def distances(one: Mapping[str, Stage], other: Mapping[str, Stage]) -> dict[str,
         same = (first == second.to(first.device)).all(-1)
     measured = {}
     for name, stage in one.items():
-        if name == CODES or name not in other:
+        if name == CODES or name.startswith(GENERATED) or name not in other:
             continue
         a, b = aligned(stage, other[name])
         b = b.to(a.device)

@@ -15,7 +15,7 @@ from convert.verification.compare import Difference, first_different
 from convert.verification.expected import differences
 from convert.verification.judge import Judged, compared
 from convert.verification.reference import Subject
-from convert.verification.target import Target
+from convert.verification.target import Seq2SeqTarget, Target
 from convert.verification.vocabulary import check_labels, check_tokens
 
 if TYPE_CHECKING:
@@ -140,8 +140,7 @@ def _finite(value: float) -> float | None:
 
 
 def _damages(target: Target, others: Sequence[str]) -> dict[str, Damage | str]:
-    config, weights = target.model.config, target.weights
-    prefix = "" if target.base is target.model else f"{target.model.base_model_prefix}."
+    config, weights, prefix, part = target.base.config, target.weights, target.prefix, target.part
     layers = config.num_hidden_layers
     middle, last = layers // 2, layers - 1
     layer = f"{prefix}encoder.layers.{middle}."
@@ -184,7 +183,7 @@ def _damages(target: Target, others: Sequence[str]) -> dict[str, Damage | str]:
     zeroed = "a bias set to zero"
     made[zeroed] = _setting(bias, lambda value: value.zero_()) if bias else "these biases are zero already"
     made[placement] = (
-        _configured(do_stable_layer_norm=not config.do_stable_layer_norm)
+        _configured(**{f"{part}do_stable_layer_norm": not config.do_stable_layer_norm})
         if hasattr(config, "do_stable_layer_norm") and getattr(config, "adapter_attn_dim", None) is None
         else f"{type(target.base).__name__} has one"
         + (" with adapters" if hasattr(config, "do_stable_layer_norm") else "")
@@ -197,7 +196,7 @@ def _damages(target: Target, others: Sequence[str]) -> dict[str, Damage | str]:
     for name in weights:
         if name.endswith(("pos_bias_u", "inv_freq")):
             absent = f"the shape of {name} says how many there are: with another number the model does not load"
-    made[f"{wrong} attention heads instead of {heads}"] = absent or _configured(num_attention_heads=wrong)
+    made[f"{wrong} attention heads instead of {heads}"] = absent or _configured(**{f"{part}num_attention_heads": wrong})
     made |= _of_conformers(weights, prefix, layer)
     if hasattr(target.model, "quantizer"):
         made["the codebook moved by one entry"] = _setting(
@@ -208,6 +207,8 @@ def _damages(target: Target, others: Sequence[str]) -> dict[str, Damage | str]:
         made["a bias of the projector changed"] = _setting("projector.bias", lambda value: value.add_(1.0))
         moved = _setting("classifier.weight", lambda value: value.copy_(value.roll(1, dims=0)))
         made["the classes moved by one"] = moved if config.num_labels > 1 else "the model has one class"
+    if isinstance(target, Seq2SeqTarget):
+        made |= _decoder_damages(target)
     return made
 
 
@@ -227,6 +228,46 @@ def _of_conformers(weights: Mapping[str, Any], prefix: str, layer: str) -> dict[
         pair = (f"{layer}self_attn.pos_bias_u", f"{layer}self_attn.pos_bias_v")
         made["pos_bias_u and pos_bias_v swapped"] = _exchanging([pair])
     return made
+
+
+def _decoder_damages(target: Target) -> dict[str, Damage | str]:
+    config, decoder = target.model.config.decoder, "decoder.model.decoder."
+    last = config.decoder_layers - 1
+    first = f"{decoder}layers.0."
+    names = [name.removeprefix(first) for name in target.weights if name.startswith(first)]
+    pairs = [(first + name, f"{decoder}layers.{last}.{name}") for name in names]
+    attention = f"{decoder}layers.{last}.encoder_attn."
+    heads = config.decoder_attention_heads
+    wrong = heads // 2 if heads % 2 == 0 else 1
+    made: dict[str, Damage | str] = {
+        f"q and k of the cross-attention in the decoder's layer {last} swapped": _exchanging(
+            [(f"{attention}q_proj.{part}", f"{attention}k_proj.{part}") for part in ("weight", "bias")]
+        ),
+        f"the decoder's layers 0 and {last} exchanged": _exchanging(pairs) if last else "the decoder has one layer",
+        "the decoder's positions moved by one": _setting(
+            f"{decoder}embed_positions.weight", lambda value: value.copy_(value.roll(1, dims=0))
+        ),
+        "the decoder's embeddings not scaled": _configured(**{"decoder.scale_embedding": False}),
+        "nothing but the end of the text generated": _mute,
+    }
+    several = heads > 1
+    made[f"{wrong} attention heads in the decoder instead of {heads}"] = (
+        _configured(**{"decoder.decoder_attention_heads": wrong}) if several else "the decoder has one attention head"
+    )
+    return made
+
+
+@contextlib.contextmanager
+def _mute(target: Target) -> Iterator[Target]:
+    """Let `generate` end at once, which fairseq never does."""
+    config = target.model.generation_config
+    kept = config.min_new_tokens, config.suppress_tokens
+    symbols = range(target.model.config.decoder.vocab_size)
+    config.min_new_tokens, config.suppress_tokens = None, [index for index in symbols if index != config.eos_token_id]
+    try:
+        yield target
+    finally:
+        config.min_new_tokens, config.suppress_tokens = kept
 
 
 def _setting(name: str, change: Callable[[torch.Tensor], Any]) -> Damage:
@@ -316,9 +357,11 @@ def one_unit(model_dir: Path, name: str, compare_weights: Callable[[Path], list[
 def blank_and_pad(tokens: list[str], subject: Subject) -> Control:
     """Exchange the names of the blank and of fairseq's padding, and run the vocabulary's comparison."""
     wrong = list(tokens)
-    other = 1 if subject.blank == 0 else 0
-    wrong[subject.blank], wrong[other] = wrong[other], wrong[subject.blank]
-    return Control("blank and pad exchanged", bool(check_tokens(wrong, subject)), "vocabulary")
+    one = max(subject.blank, 0)  # without a blank, what is as easily confused: `<s>` and `<pad>`
+    other = 1 if one == 0 else 0
+    wrong[one], wrong[other] = wrong[other], wrong[one]
+    name = "blank and pad exchanged" if subject.blank >= 0 else "<s> and <pad> exchanged"
+    return Control(name, bool(check_tokens(wrong, subject)), "vocabulary")
 
 
 def exchanged_labels(labels: list[str], subject: Subject, spelling: str) -> Control:
@@ -329,7 +372,10 @@ def exchanged_labels(labels: list[str], subject: Subject, spelling: str) -> Cont
 
 def wrong_setting(meant: Mapping[str, Any]) -> Control:
     """Change one value of config.json that no output shows, and run the files' comparison."""
-    changed = dict(meant) | {"layerdrop": float(meant["layerdrop"]) + 0.25}
+    layerdrop = float(meant.get("encoder", meant)["layerdrop"]) + 0.25
+    changed = dict(meant) | (
+        {"encoder": meant["encoder"] | {"layerdrop": layerdrop}} if "encoder" in meant else {"layerdrop": layerdrop}
+    )
     found = [*differences("config.json", meant, changed)]
     clean = [*differences("config.json", meant, dict(meant))]
     return Control("a setting of training changed in config.json", bool(found) and not clean, "files")

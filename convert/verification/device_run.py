@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from convert.errors import Problem
 from convert.model.directory import ModelDirectory
 from convert.verification import controls, endtoend, vocabulary
-from convert.verification.compare import Answer, Difference, distances
+from convert.verification.compare import SCORES, Answer, Difference, distances
 from convert.verification.inputs import Cut, Probe, Waveform
 from convert.verification.judge import Judged, batch_of, judge
 from convert.verification.reference import Live, Reference, Subject, tensor
@@ -202,7 +202,7 @@ def rounds(record: Mapping[str, Any]) -> str:
         record: the content of conversion.json.
     """
     for fill in record.get("fills") or ():
-        if str(fill["rule"]).startswith("norm of "):
+        if str(fill["rule"]).startswith(("norm of ", "sinusoids ")):
             return f"the conversion computed {fill['key']} and rounded it: {fill['reason']}"
     for edit in record.get("edits") or ():
         if edit["rule"] == "add":
@@ -281,7 +281,7 @@ def _against_float32(
 
 
 def _last(answer: Answer) -> dict[str, Any]:
-    name = "logits" if "logits" in answer.stages else "encoder"
+    name = next((name for name in ("logits", SCORES) if name in answer.stages), "encoder")
     return {name: answer.stages[name]}
 
 

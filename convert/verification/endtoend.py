@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from convert.errors import Problem
-from convert.verification.compare import Stage, Verdict, compare
+from convert.verification.compare import GENERATED, Stage, Verdict, compare
 from convert.verification.inputs import EPSILON, Cut, Waveform, cut
 from convert.verification.reference import Reference, Subject
 from convert.verification.target import Target
@@ -92,6 +92,10 @@ def run(
         spoken = spell(ours) if spell else None
         if "pooled" not in values:
             path = _agreement(ours, _whole(answer.stages[last]).argmax(-1).tolist())
+    elif GENERATED in values:
+        ours = values[GENERATED][0].tolist()
+        spoken = spell(ours) if spell else None
+        path = _agreement(ours, _whole(answer.stages[GENERATED])[0].tolist())
     if difference.note:
         wrong, why = True, difference.note
     elif not wrong and same_input and exact and not difference.equal:
@@ -111,7 +115,7 @@ def run(
         max_abs_difference=difference.greatest if difference.greatest < float("inf") else None,
         stage=last,
         same_path=path,
-        fairseq_text=text if last == "logits" else None,
+        fairseq_text=text if last == "logits" or GENERATED in values else None,
         hf_text=spoken,
         why=why,
     )

@@ -39,7 +39,7 @@ def expected_files(model: Model, dtype: str) -> dict[str, Any]:
         model: the fresh plan.
         dtype: what the conversion was asked for: `keep`, `float32`, `float16` or `bfloat16`.
     """
-    config = {value.name: value.value for value in model.config}
+    config = model.configuration
     if dtype in ("float32", "float16", "bfloat16"):
         config["torch_dtype"] = dtype
     return {"config.json": config, **model.processor.files}

@@ -23,7 +23,9 @@ import numpy
 import torch
 
 SAMPLE = 512  # numbers kept of an inner stage in a recording, beside its SHA-256
-WHOLE = ("logits", "pooled", "quantizer", "codes", "project_q", "project_hid")  # outputs are kept entirely
+WHOLE = {"logits", "pooled", "quantizer", "codes", "project_q", "project_hid"}  # outputs are kept entirely
+WHOLE |= {"decoder.logits", "generated", "generated.second", "generated.margin"}
+PAD = 1  # the id of fairseq's padding symbol
 NAMES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -325,15 +327,12 @@ def build_hubert_ctc(settings: Any, symbols: int, ignored: list[str], patches: l
     """Build `HubertCtc`."""
     from fairseq.models.hubert import hubert_asr
 
-    made = fine_tuned(settings, hubert_asr.HubertCtcConfig, ignored)
-    made.w2v_args.task = {"_name": "hubert_pretraining", "data": "", "normalize": made.normalize, "sample_rate": 16000}
-    made.w2v_args.model.label_rate = made.w2v_args.model.label_rate or 50.0
+    made = _hubert(settings, hubert_asr.HubertCtcConfig, ignored, patches)
     if "autoregressive" not in made:
         made.autoregressive = False
         patches.append(
             "autoregressive=False given to HubertCtcConfig: HubertEncoder reads it, and there is no such field"
         )
-    patches.append("no dictionaries of the pretraining, which fairseq would look for in files beside the training data")
     task = types.SimpleNamespace(target_dictionary=range(symbols), state_dict=lambda: {"dictionaries": [None]})
     return hubert_asr.HubertCtc.build_model(made, task)
 
@@ -345,6 +344,39 @@ def build_classifier(settings: Any, symbols: int, ignored: list[str], patches: l
     task = types.SimpleNamespace(target_dictionary=range(symbols))
     configuration = fine_tuned(settings, module.Wav2Vec2ClassificationConfig, ignored)
     return module.Wav2VecClassification.build_model(configuration, task)
+
+
+def _hubert(settings: Any, cls: Any, ignored: list[str], patches: list[str]) -> Any:
+    """The configuration of a fine-tuned HuBERT, for a task whose state has no dictionaries of the pretraining."""
+    made = fine_tuned(settings, cls, ignored)
+    made.w2v_args.task = {"_name": "hubert_pretraining", "data": "", "normalize": made.normalize, "sample_rate": 16000}
+    made.w2v_args.model.label_rate = made.w2v_args.model.label_rate or 50.0
+    patches.append("no dictionaries of the pretraining, which fairseq would look for in files beside the training data")
+    return made
+
+
+def build_seq2seq(settings: Any, symbols: int, ignored: list[str], patches: list[str]) -> Any:
+    """Build `Wav2Vec2Seq2SeqModel`."""
+    from fairseq.models.wav2vec import wav2vec2_asr
+
+    task = types.SimpleNamespace(source_dictionary=None, target_dictionary=_dictionary_of(range(symbols)))
+    configuration = fine_tuned(settings, wav2vec2_asr.Wav2Vec2Seq2SeqConfig, ignored)
+    configuration.autoregressive = True
+    if configuration.decoder_embed_dim != 512:
+        configuration.encoder_embed_dim = configuration.decoder_embed_dim
+        patches.append("encoder_embed_dim set to decoder_embed_dim: cross-attention takes 512 where it is not set")
+    return wav2vec2_asr.Wav2Vec2Seq2SeqModel.build_model(configuration, task)
+
+
+def build_hubert_seq2seq(settings: Any, symbols: int, ignored: list[str], patches: list[str]) -> Any:
+    """Build `HubertSeq2SeqModel`."""
+    from fairseq.models.hubert import hubert_asr
+
+    configuration = _hubert(settings, hubert_asr.HubertSeq2SeqConfig, ignored, patches)
+    configuration.autoregressive, configuration.seq2seq_path = True, ""
+    task = types.SimpleNamespace(source_dictionary=None, target_dictionary=_dictionary_of(range(symbols)))
+    task.state_dict = lambda: {"dictionaries": [None]}
+    return hubert_asr.HubertSeq2SeqModel.build_model(configuration, task)
 
 
 def _flat(values: Any, normalize: bool) -> Any:
@@ -518,14 +550,18 @@ class Reference:
                 _forget_positions(self.w2v)
                 self.model.float()  # exact: from float64 always, from a half type because the weights are rounded
 
+    def _watch(self, module: Any, name: str, shape: Any) -> None:
+        def hook(_: Any, __: Any, output: Any) -> None:
+            self._see(name, shape(output[0] if isinstance(output, tuple) else output))
+
+        module.register_forward_hook(hook)
+
+    def _see(self, name: str, value: Any) -> None:
+        """Keep what a stage computed first."""
+        self.seen.setdefault(name, value.clone())
+
     def _hook(self) -> None:
-        def watch(module: Any, name: str, shape: Any) -> None:
-            def hook(_: Any, __: Any, output: Any) -> None:
-                output = output[0] if isinstance(output, tuple) else output
-                self.seen.setdefault(name, shape(output).clone())
-
-            module.register_forward_hook(hook)
-
+        watch = self._watch
         for index, layer in enumerate(self.w2v.feature_extractor.conv_layers):
             watch(layer, "conv.%d" % index, _same)
         watch(self.w2v.layer_norm, "feature_norm", _same)
@@ -601,8 +637,8 @@ class Reference:
         return RawAudioDataset.postprocess(dataset, torch.as_tensor(waveform).float(), rate)
 
     def paths(self, stages: Any, frames: list[int]) -> Any:
-        """The best symbol of every frame, for each utterance."""
-        return stages["logits"].float().argmax(-1).split(frames)
+        """The best symbol of every frame, for each utterance; nothing without a vocabulary."""
+        return stages["logits"].float().argmax(-1).split(frames) if "logits" in stages else ()
 
     def spell(self, language: str = "") -> str:
         """Transcribe a path that holds every symbol of the dictionary that is not special, in order, twice."""
@@ -815,6 +851,152 @@ class ClassificationReference(CtcReference):
         return " ".join(symbols[index] for index in path)
 
 
+class Seq2SeqReference(Reference):
+    """fairseq's model with a decoder: run on tokens that both sides are given, then left to generate by itself."""
+
+    prefix = "encoder.w2v_model."
+
+    def __init__(self, *given: Any) -> None:
+        self.table: Any = None  # what a conversion makes of sinusoidal positions
+        super().__init__(*given)
+        self.symbols = _dictionary_of(self.request["symbols"])
+
+    def encoder(self) -> Any:
+        """The encoder that was pretrained, inside the model."""
+        return self.model.encoder.w2v_model
+
+    def _filled(self, weights: Any) -> None:
+        positions = self.model.decoder.embed_positions
+        if hasattr(positions, "weights"):
+            self.table = sinusoids(*positions.weights.shape)
+        self.info["patches"].append("in float64: fairseq.utils.softmax computes in float64, to measure floors")
+
+    def round_weights(self, name: str) -> None:
+        """Round every weight to float16 or bfloat16, and keep it as float32, as a converted model of that type has it."""
+        if self.table is not None:
+            self.table = self.table.to(NAMES[name]).float()
+        super().round_weights(name)
+
+    @contextlib.contextmanager
+    def _as_converted(self) -> Any:
+        """In float64, sinusoidal positions are those of the converted model, and no softmax is rounded to float32."""
+        from fairseq import utils
+
+        positions, softmax = self.model.decoder.embed_positions, utils.softmax
+        kept = getattr(positions, "weights", None)
+        if self.table is not None:
+            positions.weights = self.table.to(kept)
+        utils.softmax = lambda x, dim, onnx_trace=False: torch.nn.functional.softmax(x, dim=dim)
+        try:
+            with super()._as_converted():
+                yield
+        finally:
+            utils.softmax = softmax
+            if self.table is not None:
+                positions.weights = kept
+
+    def _hook(self) -> None:
+        super()._hook()
+        encoder, decoder = self.model.encoder, self.model.decoder
+        if encoder.proj is not None:
+            self._watch(encoder.proj, "enc_to_dec_proj", _swap_first)
+        decoder.layers[0].register_forward_pre_hook(
+            lambda _, given: self._see("decoder.embedded", _swap_first(given[0]))
+        )
+        for index, layer in enumerate(decoder.layers):
+            self._watch(layer, "decoder.layer.%d" % index, _swap_first)
+        if decoder.layer_norm is not None:
+            self._watch(decoder.layer_norm, "decoder.norm", _swap_first)
+
+    def compute(self, source: Any, padding: Any) -> Any:
+        """Run the encoder, the decoder on `forced_tokens`, and fairseq's generator with a beam of one."""
+        decoder = self.model.decoder
+        decoder._future_mask = None  # fairseq keeps it in the type that it was made in
+        encoded = self.model.encoder(source=source, padding_mask=padding)
+        tokens = forced_tokens(len(self.request["symbols"]), decoder.max_target_positions).to(self.device)
+        self.seen["decoder.logits"] = decoder(tokens.expand(len(source), -1), encoder_out=encoded)[0]
+        self._generate(source, padding)
+        return encoded["padding_mask"]
+
+    def _generate(self, source: Any, padding: Any) -> None:
+        """Generate, and note how close the second choice came at each step: fairseq rounds its running sum of scores."""
+        from fairseq.sequence_generator import SequenceGenerator
+
+        generator = SequenceGenerator([self.model], self.symbols, beam_size=1)
+        shape = (len(source), generated_length(self.model.decoder.max_target_positions))
+        ids, second = torch.full(shape, PAD), torch.full(shape, PAD)
+        margin = torch.zeros(shape)
+        plain = generator.search.step
+
+        def step(at: Any, lprobs: Any, scores: Any, tokens: Any, rows: Any) -> Any:
+            best, indices, beams = plain(at, lprobs, scores, tokens, rows)
+            rows = rows.cpu()
+            second[rows, at] = indices[:, 1].cpu()
+            apart = best[:, 0] - best[:, 1] - 2 * torch.finfo(torch.float32).eps * best[:, 0].abs()
+            margin[rows, at] = apart.clamp(0, 1e4).float().cpu()
+            return best, indices, beams
+
+        generator.search.step = step
+        found = generator.generate([self.model], {"net_input": {"source": source, "padding_mask": padding}})
+        for row, hypotheses in enumerate(found):
+            tokens = hypotheses[0]["tokens"]
+            ids[row, : len(tokens)] = tokens.cpu()
+        self.seen.update({"generated": ids, "generated.second": second, "generated.margin": margin})
+
+    def paths(self, stages: Any, frames: list[int]) -> Any:
+        """The tokens that were generated, for each utterance."""
+        return stages["generated"]
+
+    def spell(self, language: str = "") -> str:
+        """Write out every symbol of the dictionary that is not special, in order, twice."""
+        ids = [i for i in range(len(self.request["symbols"])) if i not in self.request["special"]]
+        return self.transcribe(ids * 2)
+
+    def transcribe(self, path: Any) -> str:
+        """Turn generated ids into text, as fairseq's tasks do."""
+        ids = torch.as_tensor([i for i in path if i != PAD])
+        return str(self.symbols.string(ids, self.request["post_process"]))
+
+
+class HubertSeq2SeqReference(HubertReference, Seq2SeqReference):
+    """HuBERT with a decoder."""
+
+
+def _dictionary_of(symbols: Any) -> Any:
+    """fairseq's dictionary of these symbols, special ones included."""
+    from fairseq.data import Dictionary
+
+    made = Dictionary()
+    for symbol in symbols[len(made) :]:
+        made.add_symbol(str(symbol))
+    return made
+
+
+def forced_tokens(symbols: int, positions: int) -> Any:
+    """The tokens that decoders of both sides are given: the end of a sentence, as fairseq begins, then one after the other."""
+    ordinary = [4 + (7 * index) % max(1, symbols - 4) for index in range(15)]
+    return torch.tensor([[2, *ordinary][:positions]]).clamp(max=symbols - 1)
+
+
+def generated_length(positions: int) -> int:
+    """The most tokens that fairseq generates by default, the end of the sentence among them."""
+    return min(200, positions - 1) + 1
+
+
+def sinusoids(rows: int, width: int) -> Any:
+    """The table of sinusoidal positions that a conversion writes: see `convert.transfer.sinusoids`."""
+    half = width // 2
+    step = numpy.float32(-(numpy.log(10000) / (half - 1)))
+    frequencies = numpy.exp((numpy.arange(half, dtype=numpy.float32) * step).astype(numpy.float64)).astype(
+        numpy.float32
+    )
+    angles = (numpy.arange(rows, dtype=numpy.float32)[:, None] * frequencies).astype(numpy.float64)
+    table = numpy.zeros((rows, width), numpy.float32)
+    table[:, :half], table[:, half : 2 * half] = numpy.sin(angles), numpy.cos(angles)
+    table[1] = 0
+    return torch.from_numpy(table)
+
+
 # fairseq's name of an encoder -> its module, its configuration's class, its model's class
 ENCODERS = {
     "hubert": ("fairseq.models.hubert.hubert", "HubertConfig", "HubertModel"),
@@ -830,12 +1012,18 @@ ARCHITECTURES = {
     "wav2vec2": (build_pretrained, Reference),
     "wav2vec_classification": (build_classifier, ClassificationReference),
     "wav2vec_ctc": (build_ctc, CtcReference),
+    "wav2vec_seq2seq": (build_seq2seq, Seq2SeqReference),
+    "hubert_seq2seq": (build_hubert_seq2seq, HubertSeq2SeqReference),
 }
 
 
 def crop(name: str, value: Any, frames: list[int]) -> Any:
     """Keep the valid frames of (batch, time, channels), one utterance after the other; what has no frames as it is."""
     if name.startswith("conv.") or value.dim() == 2:  # (batch, channels): pooled over the frames
+        return value
+    if name.startswith("decoder."):  # every row is a token's, and none is padding
+        return value.reshape(-1, value.shape[-1])
+    if name.startswith("generated"):
         return value
     return torch.cat([value[index, :count] for index, count in enumerate(frames)])
 
@@ -968,18 +1156,19 @@ def _answer(reference: Any, wanted: Any, arrays: Any, tensors: Any, prefix: str)
         _, exact = reference.run(batch, lengths, wanted["multiple"])
     kept = []
     for name, value in stages.items():
-        if wanted["raw"] and name not in ("encoder", "logits", "project_hid"):  # of a raw waveform, the outcome is kept
+        outcomes = ("encoder", "logits", "project_hid", "decoder.logits", "generated")
+        if wanted["raw"] and name not in outcomes:  # of a raw waveform, the outcome is kept
             continue
         step = step_of(name, value.numel())
         same = (stages["codes"] == exact["codes"]).all(-1) if name == "project_q" else slice(None)
-        floor = None if name == "codes" else distance(value[same], exact[name][same])
+        chosen = name == "codes" or name.startswith("generated")
+        floor = None if chosen else distance(value[same], exact[name][same])
         kept.append({"name": name, "shape": list(value.shape), "sha256": digest(value), "step": step, "floor": floor})
         tensors[prefix + name] = value.reshape(-1)[::step].float().cpu().numpy()
         tensors[prefix + name + ".float64"] = exact[name].reshape(-1)[::step].double().cpu().numpy()
     answer: dict[str, Any] = {"frames": frames, "stages": kept}
-    if "logits" in stages:
-        answer["texts"] = [reference.transcribe(path.tolist()) for path in reference.paths(stages, frames)]
-    return answer
+    texts = [reference.transcribe(path.tolist()) for path in reference.paths(stages, frames)]
+    return dict(answer, texts=texts) if texts else answer
 
 
 def write(path: str, arrays: Any, about: str) -> None:

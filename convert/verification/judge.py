@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from convert.verification.compare import (
     CODES,
+    GENERATED,
     QUANTIZED,
+    SCORES,
     Answer,
     Difference,
     Stage,
@@ -132,6 +134,8 @@ def _run(
         differing = {difference.stage for difference in differences if not difference.equal}
         if QUANTIZED in differing or CODES in differing:
             differing |= {CODES, QUANTIZED, "quantizer"}
+        if GENERATED in differing:
+            differing |= {SCORES, f"{GENERATED}.second", f"{GENERATED}.margin"}
         answer.stages = {name: stage for name, stage in answer.stages.items() if name in differing}
         ours.stages = {name: stage for name, stage in ours.stages.items() if name in differing}
     return Judged(probe, differences, ours.frames, answer, ours)
@@ -166,7 +170,7 @@ def compared(
         if name not in answer.stages:
             return
         found[name] = compare(name, answer.stages[name], values)
-        if keep or not found[name].equal or name in (CODES, QUANTIZED, "quantizer"):
+        if keep or not found[name].equal or name in (CODES, QUANTIZED, "quantizer", GENERATED, SCORES):
             ours.stages[name] = Stage(tuple(values.shape), values.detach().clone())
 
     ours.frames = target.run(*batch, visit)
@@ -217,6 +221,8 @@ def _steadied(difference: Difference, greatest: float) -> Difference:
 
 def _tie(difference: Difference, one: Judged, exact: Answer) -> Difference:
     """Judge the quantizer's choices: two that differ must be as good as tied, within twice the floor of their scores."""
+    if difference.stage == GENERATED and not difference.equal:
+        return _second_choice(difference, one)
     if difference.stage != CODES or difference.equal:
         return difference
     theirs, ours = one.reference.stages[CODES].values, one.target.stages[CODES].values
@@ -227,3 +233,20 @@ def _tie(difference: Difference, one: Judged, exact: Answer) -> Difference:
     margin = float(best.abs().max())
     scoring = next(other for other in one.differences if other.stage == "quantizer")
     return replace(difference, greatest=margin, allowed=2 * scoring.allowed, exact=None, index=())
+
+
+def _second_choice(difference: Difference, one: Judged) -> Difference:
+    """Judge generated tokens: where two sides part, fairseq's second choice was the other's first, and as good as tied."""
+    theirs, ours = one.reference.stages[GENERATED], one.target.stages[GENERATED]
+    second, margin = (one.reference.stages[f"{GENERATED}.{name}"].values for name in ("second", "margin"))
+    scoring = next(other for other in one.differences if other.stage == SCORES)
+    greatest = 0.0
+    for row, (a, b) in enumerate(
+        zip(theirs.values.reshape(theirs.shape), ours.values.reshape(ours.shape), strict=True)
+    ):
+        parted = (a != b.to(a.device)).nonzero()
+        if len(parted):
+            at = int(parted[0])
+            tied = int(b[at]) == int(second.reshape(theirs.shape)[row, at])
+            greatest = max(greatest, float(margin.reshape(theirs.shape)[row, at]) if tied else float("inf"))
+    return replace(difference, greatest=greatest, allowed=2 * scoring.allowed, exact=None, index=())

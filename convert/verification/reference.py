@@ -35,7 +35,7 @@ class Subject:
         settings: the sections `model` and `task`, with `w2v_args` filled in.
         symbols: fairseq's dictionary; empty without one.
         special: ids of its special symbols.
-        blank: the id of CTC's blank.
+        blank: the id of CTC's blank; -1 for a model with a decoder, which has none.
         post_process: how fairseq makes text of symbols.
         rate: samples a second.
         normalize: whether waveforms are normalised.
@@ -197,8 +197,8 @@ class Live:
         signal = self.inner.normalise(cut(self.clips, piece), self.subject.rate)
         frames, stages = self.inner.run(signal[None])
         answer = Answer(frames, {key: Stage(tuple(value.shape), value) for key, value in stages.items()})
-        text = self.inner.transcribe(stages["logits"].argmax(-1).tolist()) if "logits" in stages else ""
-        return signal.cpu().numpy(), answer, text
+        paths = self.inner.paths(stages, frames)
+        return signal.cpu().numpy(), answer, self.inner.transcribe(paths[0].tolist()) if len(paths) else ""
 
 
 _OLD_MASK = "this fairseq splits the padding mask evenly, and counts other frames than newer ones and transformers"

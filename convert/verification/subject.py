@@ -12,7 +12,7 @@ from convert.errors import ConvertError
 from convert.model.architectures import KINDS, architecture_of
 from convert.model.encoder import encoder_settings
 from convert.model.languages import choose, languages_of
-from convert.model.processor import BLANK, labels_of
+from convert.model.processor import BLANK, labels_of, sequence_decoding
 from convert.model.settings import Reader
 from convert.model.types import Request
 from convert.verification.inputs import Geometry
@@ -67,6 +67,7 @@ def read_subject(
         spoken = choose(found, language, opened.path.name) if found or language else None
         known = (spoken and spoken.dictionary) or known
         symbols = known.symbols if known and fine_tuned else ()
+        decoder = "decoder.embed_tokens.weight" in opened.tensors
         subject = Subject(
             path=path,
             name=opened.path.name.encode("utf-8", "backslashreplace").decode(),
@@ -76,8 +77,8 @@ def read_subject(
             settings=settings,
             symbols=symbols,
             special=tuple(index for index, symbol in enumerate(symbols) if symbol in (*SPECIAL, BLANK)),
-            blank=symbols.index(BLANK) if BLANK in symbols else 0,
-            post_process=_post_process(settings),
+            blank=-1 if decoder else symbols.index(BLANK) if BLANK in symbols else 0,
+            post_process=sequence_decoding(symbols, settings["task"]) if decoder else _post_process(settings),
             rate=int(settings["task"].get("sample_rate") or 16000),
             normalize=bool(settings["task"].get("normalize", False)),
             language=spoken.name if spoken else "",

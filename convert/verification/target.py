@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert.errors import ConvertError, MismatchError, Problem
-from convert.verification.fairseq_worker import NAMES, aligned, crop
+from convert.verification.compare import GENERATED
+from convert.verification.fairseq_worker import NAMES, PAD, aligned, crop, forced_tokens, generated_length
 from convert.verification.inputs import Geometry
 
 if TYPE_CHECKING:
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 
 Visit = Callable[[str, "torch.Tensor"], None]
 # config.json's model_type -> the attention that does fairseq's arithmetic; sdpa where none is named
-ATTENTION = {"wav2vec2-conformer": "eager"}
+ATTENTION: dict[str, Any] = {"wav2vec2-conformer": "eager"}
+ATTENTION["speech-encoder-decoder"] = {"encoder": "sdpa", "decoder": "eager"}  # TrOCR has no other
 
 
 def load(model_dir: Path, device: str) -> Target:
@@ -102,6 +104,8 @@ class Target:
             parameter.data = aligned(parameter.data)
         self._hook()
 
+    part = ""  # what stands before the encoder's values in the configuration
+
     @property
     def base(self) -> Any:
         """The encoder, without its head."""
@@ -111,6 +115,11 @@ class Target:
     def rounds(self) -> str:
         """Why this model's sums are not fairseq's to the last bit; nothing where they are."""
         return ""
+
+    @property
+    def prefix(self) -> str:
+        """What stands before the encoder's tensors."""
+        return "" if self.base is self.model else f"{self.model.base_model_prefix}."
 
     @property
     def output(self) -> str:
@@ -190,7 +199,7 @@ class Target:
         counts = [source.shape[1]] * len(source) if lengths is None else lengths
         if lengths is not None:
             mask = (torch.arange(source.shape[1])[None] < torch.tensor(lengths)[:, None]).long().to(self.device)
-        self.frames = [int(n) for n in self.model._get_feat_extract_output_lengths(torch.tensor(counts))]
+        self.frames = [int(n) for n in self.base._get_feat_extract_output_lengths(torch.tensor(counts))]
         self.visit = visit
         try:
             with torch.no_grad():
@@ -227,20 +236,23 @@ class Target:
 
     def samples(self, frames: list[int]) -> list[int]:
         """Count the fewest samples of utterances that make so many frames."""
-        config = self.model.config
+        config = self.base.config
         geometry = Geometry(tuple(zip(config.conv_kernel, config.conv_stride, strict=True)))
         return [geometry.samples(count) for count in frames]
 
     def like(self, changes: Mapping[str, Any]) -> Target:
-        """Make the same model, on the same tensors, with other configuration values."""
+        """Make the same model, on the same tensors, with other configuration values, such as `encoder.hidden_act`."""
         import copy
 
         import torch
 
         config = copy.deepcopy(self.model.config)
         for name, value in changes.items():
-            setattr(config, name, value)
-        config._attn_implementation = self.model.config._attn_implementation
+            part, _, field = name.rpartition(".")
+            setattr(getattr(config, part) if part else config, field, value)
+        config._attn_implementation = self.model.config._attn_implementation  # of all parts, but each has its own
+        for part in config.sub_configs:
+            getattr(config, part)._attn_implementation = getattr(self.model.config, part)._attn_implementation
         with torch.device("meta"):
             other = type(self.model)(config)
         other.load_state_dict(self.model.state_dict(), strict=True, assign=True)
@@ -248,6 +260,8 @@ class Target:
             for name, buffer in module.named_buffers(recurse=False):
                 if buffer.is_meta:  # no part of the state_dict
                     setattr(module, name, twin.get_buffer(name))
+        if hasattr(self.model, "generation_config"):
+            other.generation_config = self.model.generation_config
         return type(self)(other, self.device)
 
 
@@ -299,8 +313,62 @@ class ClassificationTarget(Target):
         self.stages.append("pooled")
 
 
+class Seq2SeqTarget(Target):
+    """A converted model with a decoder: run on the tokens that both sides are given, then left to generate by itself."""
+
+    part = prefix = "encoder."
+
+    @property
+    def rounds(self) -> str:
+        """Why its decoder's sums are not fairseq's to the last bit."""
+        return "fairseq's attention multiplies in another order than the decoders of transformers"
+
+    @property
+    def base(self) -> Any:
+        """The encoder."""
+        return self.model.encoder
+
+    @property
+    def output(self) -> str:
+        """The stage that the model is there for."""
+        return "decoder.logits"
+
+    def _hook(self) -> None:
+        model, decoder = self.model, self.model.decoder.model.decoder
+        self._hook_encoder(self.base)
+        if hasattr(model, "enc_to_dec_proj"):
+            self._watch(model.enc_to_dec_proj, "enc_to_dec_proj")
+        decoder.layers[0].register_forward_pre_hook(self._embedded)
+        for index, layer in enumerate(decoder.layers):
+            self._watch(layer, f"decoder.layer.{index}")
+        if hasattr(decoder, "layer_norm"):
+            self._watch(decoder.layer_norm, "decoder.norm")
+        self._watch(model.decoder.get_output_embeddings(), "decoder.logits")
+        self.stages += ["decoder.embedded", GENERATED]
+
+    def _embedded(self, _: Any, given: tuple[torch.Tensor, ...]) -> None:
+        if self.visit is not None:
+            self.visit("decoder.embedded", crop("decoder.embedded", given[0], []))
+
+    def compute(self, source: torch.Tensor, mask: torch.Tensor | None) -> None:
+        """Run the encoder, the decoder on `forced_tokens`, and `generate` as the directory configures it."""
+        import torch
+
+        config = self.model.config.decoder
+        tokens = forced_tokens(config.vocab_size, config.max_position_embeddings).to(self.device)
+        self.model(source, attention_mask=mask, decoder_input_ids=tokens.expand(len(source), -1), use_cache=False)
+        visit, self.visit = self.visit, None  # what the modules compute meanwhile is not compared
+        found = self.model.generate(source, attention_mask=mask, num_beams=1, do_sample=False)[:, 1:].cpu()
+        length = generated_length(config.max_position_embeddings)
+        ids = torch.full((len(source), max(length, found.shape[1])), PAD)
+        ids[:, : found.shape[1]] = found
+        if visit is not None:
+            visit(GENERATED, ids)
+
+
 # transformers class -> what runs it, where `Target` does not
 TARGETS: dict[str, type[Target]] = {
+    "SpeechEncoderDecoderModel": Seq2SeqTarget,
     "Wav2Vec2ConformerForCTC": ConformerTarget,
     "Wav2Vec2ConformerForPreTraining": ConformerTarget,
     "Wav2Vec2ConformerModel": ConformerTarget,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.errors import ConvertError, Problem
+from convert.verification.fairseq_worker import PAD as PADDING
 from convert.verification.reference import Subject
 
 BLANK, PAD = "<s>", "<pad>"  # the two names that a conversion exchanges
@@ -121,14 +122,17 @@ def check(processor: Any, config: Mapping[str, Any], subject: Subject, spelling:
         "the tokenizer's pad_token_id": tokenizer.pad_token_id,
         "config.json's pad_token_id": config.get("pad_token_id"),
     }
+    wanted, what = (subject.blank, "blank") if subject.blank >= 0 else (PADDING, "padding")
     for name, found in ids.items():
-        if found != subject.blank:
-            problems.append(Problem("vocabulary", name, f"is {found}; fairseq's blank is {subject.blank}"))
-    if config.get("vocab_size") != len(subject.symbols):
-        detail = f"is {config.get('vocab_size')}; fairseq has {len(subject.symbols)} symbols"
+        if found != wanted:
+            problems.append(Problem("vocabulary", name, f"is {found}; fairseq's {what} is {wanted}"))
+    rows = config.get("decoder", config).get("vocab_size")
+    if rows != len(subject.symbols):
+        detail = f"is {rows}; fairseq has {len(subject.symbols)} symbols"
         problems.append(Problem("vocabulary", "config.json's vocab_size", detail))
     ordinary = [index for index in range(len(subject.symbols)) if index not in subject.special]
-    found = transcribe(processor, [part for index in ordinary * 2 for part in (index, subject.blank)], subject)
+    between = [subject.blank] if subject.blank >= 0 else []
+    found = transcribe(processor, [part for index in ordinary * 2 for part in (index, *between)], subject)
     if found != spelling:
         at = next(
             (i for i, (a, b) in enumerate(zip(found, spelling, strict=False)) if a != b), min(len(found), len(spelling))
@@ -139,6 +143,11 @@ def check(processor: Any, config: Mapping[str, Any], subject: Subject, spelling:
 
 
 def transcribe(processor: Any, path: Sequence[int], subject: Subject) -> str:
-    """Turn a greedy path into text with transformers; special symbols count as blank, as on fairseq's side."""
+    """Turn a greedy path, or the tokens that a decoder generated, into text with transformers, as on fairseq's side.
+
+    In a greedy path, special symbols count as blank.
+    """
+    if subject.blank < 0:
+        return str(processor.tokenizer.decode(list(path), skip_special_tokens=True))
     kept = [subject.blank if index in subject.special else index for index in path]
     return str(processor.tokenizer.decode(kept))
