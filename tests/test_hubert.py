@@ -13,6 +13,7 @@ import torch
 import transformers
 from hubert_models import BASE, REFUSED, VARIANTS, Variant, build, save
 from safetensors.torch import load_file
+from test_card import facts_of
 from test_convert import EVEN, ODD, edited, load
 from test_restore import fairseq_loads
 from verify_models import converted, short_inputs
@@ -20,6 +21,7 @@ from verify_models import converted, short_inputs
 import convert
 from convert.errors import PlanError
 from convert.mapping import infer_layout, table
+from convert.publishing.card import compose
 from convert.verification import inputs, target, verify
 from convert.verification.inputs import Geometry
 
@@ -150,7 +152,6 @@ def test_what_has_no_twin_is_refused(name: str, tmp_path: Path) -> None:
         (lambda s: s["cfg"]["model"].update(pos_conv_depth=5), "unsupported-setting", "pos_conv_depth"),
         (lambda s: s["cfg"]["model"].update(final_dim=32), "shape", "final_proj.bias"),
         (lambda s: s["cfg"]["model"].update(conv_pos_batch_norm=True), "dead-rule", "encoder.pos_conv.1.weight"),
-        (lambda s: s["cfg"]["model"].update(_name="multires_hubert"), "unsupported-architecture", "multires_hubert"),
         (lambda s: s["model"].update(extra=torch.zeros(1)), "unmapped-source", "extra"),
     ],
 )
@@ -160,6 +161,14 @@ def test_a_setting_is_carried_or_a_reason(edit: Any, code: str, key: str, tmp_pa
     with pytest.raises(PlanError) as raised:
         convert.plan(edited(path, edit))
     assert (code, key) in {(problem.code, problem.key) for problem in raised.value.problems}
+
+
+@pytest.mark.parametrize("name", ["multires_hubert", "contentvec", "av_hubert"])
+def test_what_is_built_on_hubert_is_refused_by_its_name(name: str, tmp_path: Path) -> None:
+    path = edited(save("hubert_base", tmp_path / "m.pt"), lambda state: state["cfg"]["model"].update(_name=name))
+    with pytest.raises(PlanError, match=rf"architecture '{name}' is not supported \(") as raised:
+        convert.plan(path)
+    assert "hubert, " in raised.value.hint
 
 
 def test_blank_weight_is_not_hubert_s(tmp_path: Path) -> None:
@@ -323,6 +332,24 @@ def test_a_variant_is_proved(name: str, tmp_path: Path) -> None:
     assert len(left_out) == 1
     fixed = [patch for patch in done.report["reference"]["patches"] if "autoregressive" in patch]
     assert len(fixed) == ("ctc" in name)
+
+
+def test_an_old_layout_is_proved(tmp_path: Path) -> None:
+    """`args` of 2020: fairseq's own reader takes the settings that are nested in it, or ours does."""
+    letters = tmp_path / "dict.ltr.txt"
+    letters.write_text("".join(f"{symbol} 1\n" for symbol in VARIANTS["hubert_ctc_base"].symbols))
+    made = converted("hubert_ctc_base", tmp_path, write=save, layout="namespace", dictionary=letters)
+    assert verify(*made, devices=["cpu"], dictionary=letters).problems == ()
+
+
+@pytest.mark.parametrize("name", ["hubert_base", "hubert_ctc_base"])
+def test_the_card_tells_of_the_kept_head_and_of_padding(name: str, tmp_path: Path) -> None:
+    made = converted(name, tmp_path, write=save, keep_final_proj=True)
+    verify(*made, devices=["cpu"])
+    card = compose(facts_of(made[1])).decode()
+    assert ("class HubertModelWithFinalProj(HubertModel):" in card) == (name == "hubert_base")
+    assert "of 6340, 4220, 2100 samples fairseq counts 158, 106, 53 frames" in card
+    assert "HuBERT: Self-Supervised" in card
 
 
 def test_padded_batches_are_compared_where_the_frames_agree() -> None:

@@ -222,7 +222,12 @@ def family_of(checkpoint: Checkpoint, reader: Reader, families: Mapping[tuple[st
 
 
 # fairseq's name of an architecture -> why it is not supported, where there is more to say than that
-REASONS = {"data2vec_multi": "data2vec 2.0, for which transformers has no class"}
+REASONS = {
+    "av_hubert": "AV-HuBERT, which sees video too, and for which transformers has no class",
+    "contentvec": "ContentVec with the layers that hear the speaker; its `legacy` file is a plain HuBERT, which converts",
+    "data2vec_multi": "data2vec 2.0, for which transformers has no class",
+    "multires_hubert": "HuBERT at several frame rates, for which transformers has no class",
+}
 
 
 def unsupported(file: str, name: str, known: Iterable[str]) -> PlanError:

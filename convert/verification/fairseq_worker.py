@@ -148,7 +148,7 @@ def _own_settings(state: Any) -> Any:
         plain = {section: dict(plain, _name=name) for section, name in names.items()}
     inner = plain["model"].get("w2v_args")
     if isinstance(inner, dict) and not isinstance(inner.get("model"), dict):
-        inner = {"model": dict(inner, _name="wav2vec2"), "task": dict(inner)}
+        inner = {"model": dict(inner, _name=inner.get("arch") or "wav2vec2"), "task": dict(inner)}
         plain["model"] = dict(plain["model"], w2v_args=inner)
     if plain["model"]["_name"] not in ENCODERS and not isinstance(inner, dict):
         raise ValueError("w2v_args is empty")
