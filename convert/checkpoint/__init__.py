@@ -131,7 +131,7 @@ class Checkpoint:
     Args:
         path: the file.
         container: the mapped file.
-        layout: how its settings are kept: `cfg` (plain dict), `omegaconf`, or `args` (a flat Namespace).
+        layout: how its settings are kept: `cfg` (plain dict), `omegaconf`, `args` (a flat Namespace), or `unilm` (WavLM's).
         settings: the sections `model`, `task` and `criterion` as plain dicts.
         dictionary: the target dictionary of `task_state`, or `None`.
         tensors: where each tensor of `model` is.

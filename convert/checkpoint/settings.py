@@ -1,7 +1,8 @@
 """Turn the settings of any fairseq generation into one plain dict: `{"model": ..., "task": ..., "criterion": ...}`.
 
 fairseq has kept them as an `argparse.Namespace` (until 2020, everything flat), as a pickled omegaconf `DictConfig`
-(2.0 and 2.1 layouts, with unresolved `${...}`), and as a plain dict (since May 2021).
+(2.0 and 2.1 layouts, with unresolved `${...}`), and as a plain dict (since May 2021). Microsoft's unilm released WavLM with
+the settings of the model alone.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def read_settings(checkpoint: dict[str, Any], name: str) -> tuple[str, dict[str,
         name: the file's name, for errors.
 
     Returns:
-        The layout (`cfg`, `omegaconf` or `args`), and the settings with the sections `model`, `task` and `criterion`.
+        The layout (`cfg`, `omegaconf`, `args` or `unilm`), and the settings with the sections `model`, `task` and `criterion`.
         `settings["model"]["w2v_args"]`, where a fine-tuned model has it, is a dict of the same sections, or `None`.
 
     Raises:
@@ -40,7 +41,8 @@ def read_settings(checkpoint: dict[str, Any], name: str) -> tuple[str, dict[str,
     try:
         if configuration is not None:
             layout = "omegaconf" if isinstance(configuration, Stub) else "cfg"
-            return layout, _sections(_resolved(plain_data(configuration)))
+            plain = _resolved(plain_data(configuration))
+            return ("unilm", _wavlm(plain)) if _is_wavlm(plain) else (layout, _sections(plain))
         if checkpoint.get("args") is not None:
             return "args", _sections(plain_data(checkpoint["args"]))
     except (TooLargeError, RecursionError):
@@ -75,6 +77,16 @@ def _sections(plain: Any) -> dict[str, Any]:
     if isinstance(settings["model"].get("w2v_args"), dict):
         settings["model"]["w2v_args"] = _sections(settings["model"]["w2v_args"])
     return settings
+
+
+def _is_wavlm(plain: Any) -> bool:
+    return isinstance(plain, dict) and not {"model", "_name", "arch"} & plain.keys() and "gru_rel_pos" in plain
+
+
+def _wavlm(plain: dict[str, Any]) -> dict[str, Any]:
+    """Give the settings of unilm's `WavLMConfig` sections; whether its input is normalised is the model's to say there."""
+    task = {"normalize": plain.get("normalize", False)}  # as WavLMConfig says where a file is silent: WavLM-Base.pt
+    return {"model": {"_name": "wavlm"} | plain, "task": task, "criterion": {}}
 
 
 def _is_section(value: Any) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from convert.errors import PlanError
-from convert.mapping import adapters, conformer, data2vec, hubert, seq2seq, speech_to_text, wav2vec2
+from convert.mapping import adapters, conformer, data2vec, hubert, seq2seq, speech_to_text, wav2vec2, wavlm
 from convert.mapping.family import Family
 from convert.mapping.rules import Drop, Edit, Fill, Plan, Rename, Table, TensorSpec, plan, under
 from convert.mapping.wav2vec2 import Layout
@@ -23,7 +23,7 @@ __all__ = ["Drop", "Edit", "Family", "Fill", "Layout", "Plan", "Rename", "Table"
 __all__ += ["map_state_dict", "plan", "rename_key", "table", "under"]
 # in the order in which a state_dict is tried; wav2vec 2.0 has no mark of its own and comes last
 _ORDER: tuple[Family, ...] = (speech_to_text.FAMILY, seq2seq.FAMILY, adapters.FAMILY, hubert.FAMILY, conformer.FAMILY)
-_ORDER += (data2vec.FAMILY, wav2vec2.FAMILY)
+_ORDER += (data2vec.FAMILY, wavlm.FAMILY, wav2vec2.FAMILY)
 FAMILIES: dict[str, Family] = {family.name: family for family in _ORDER}
 
 

@@ -8,7 +8,7 @@ from functools import partial
 
 from convert.checkpoint import Checkpoint
 from convert.errors import PlanError
-from convert.model import conformer, data2vec, fields, hubert
+from convert.model import conformer, data2vec, fields, hubert, wavlm
 from convert.model.classification import CLASSIFICATION
 from convert.model.encoder import (
     Family,
@@ -79,6 +79,13 @@ DATA2VEC = Family(
     values=data2vec.values,
     sidecars=data2vec.sidecars,
 )
+WAVLM = Family(
+    name="wavlm",
+    model_type="wavlm",
+    classes={"encoder": "WavLMModel"},
+    fields=wavlm.FIELDS,
+    layout=wavlm.layout,
+)
 # (fairseq's name of the encoder, its layer_type) -> what its settings mean
 FAMILIES = {
     ("wav2vec2", "transformer"): WAV2VEC2,
@@ -86,6 +93,7 @@ FAMILIES = {
     ("wav2vec2", "trf_adp"): ADAPTED,
     ("hubert", "transformer"): HUBERT,
     ("data2vec_audio", "transformer"): DATA2VEC,
+    ("wavlm", "transformer"): WAVLM,
 }
 
 PRETRAINING = Kind("pretraining", nested=False)
@@ -99,6 +107,7 @@ KINDS = {
     "hubert": PRETRAINING,
     "hubert_ctc": HUBERT_CTC,
     "data2vec_audio": PRETRAINING,
+    "wavlm": PRETRAINING,
 }
 # fairseq's name of the architecture -> what decides its conversion
 ARCHITECTURES: dict[str, Callable[[Checkpoint, Request], Model]] = {

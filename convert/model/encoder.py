@@ -222,11 +222,14 @@ def family_of(checkpoint: Checkpoint, reader: Reader, families: Mapping[tuple[st
 
 
 # fairseq's name of an architecture -> why it is not supported, where there is more to say than that
+_NO_CODE = "neither fairseq nor s3prl holds its model's code, so that nothing could prove a conversion"
 REASONS = {
     "av_hubert": "AV-HuBERT, which sees video too, and for which transformers has no class",
     "contentvec": "ContentVec with the layers that hear the speaker; its `legacy` file is a plain HuBERT, which converts",
     "data2vec_multi": "data2vec 2.0, for which transformers has no class",
     "multires_hubert": "HuBERT at several frame rates, for which transformers has no class",
+    "unispeech": _NO_CODE,
+    "unispeech_sat": _NO_CODE,
 }
 
 

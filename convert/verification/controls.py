@@ -179,6 +179,7 @@ def _damages(target: Target, others: Sequence[str]) -> dict[str, Damage | str]:
     names = [name for name in weights if name.startswith(f"{prefix}encoder.layers.0.")]
     other = f"{prefix}encoder.layers.{last}."
     pairs = [(name, other + name.removeprefix(f"{prefix}encoder.layers.0.")) for name in names]
+    pairs = [(name, twin) for name, twin in pairs if twin in weights]  # WavLM has a table in layer 0 that serves all
     made[exchanged] = _exchanging(pairs) if last else "the model has one layer"
     zeroed = "a bias set to zero"
     made[zeroed] = _setting(bias, lambda value: value.zero_()) if bias else "these biases are zero already"
@@ -194,10 +195,14 @@ def _damages(target: Target, others: Sequence[str]) -> dict[str, Damage | str]:
     wrong = heads // 2 if heads % 2 == 0 else 2 * heads
     absent = "" if config.hidden_size % wrong == 0 else f"{wrong} does not divide {config.hidden_size}"
     for name in weights:
-        if name.endswith(("pos_bias_u", "inv_freq")):
+        if name.endswith(("pos_bias_u", "inv_freq", "rel_attn_embed.weight")):
             absent = f"the shape of {name} says how many there are: with another number the model does not load"
     made[f"{wrong} attention heads instead of {heads}"] = absent or _configured(**{f"{part}num_attention_heads": wrong})
     made |= _of_conformers(weights, prefix, layer)
+    gate = f"{layer}attention.gru_rel_pos_const"
+    if gate in weights:
+        made["the gate of the positions lost"] = _setting(gate, lambda value: value.zero_())
+        made["half as far in the same buckets"] = _configured(max_bucket_distance=config.max_bucket_distance // 2)
     if hasattr(target.model, "quantizer"):
         made["the codebook moved by one entry"] = _setting(
             "quantizer.codevectors", lambda value: value.copy_(value.roll(1, dims=1))

@@ -337,6 +337,23 @@ def build_hubert_ctc(settings: Any, symbols: int, ignored: list[str], patches: l
     return hubert_asr.HubertCtc.build_model(made, task)
 
 
+def build_wavlm(settings: Any, symbols: int, ignored: list[str], patches: list[str]) -> Any:
+    """Build `WavLM` of Microsoft's unilm, which s3prl carries as it was released."""
+    try:
+        from s3prl.upstream.wavlm.WavLM import WavLM, WavLMConfig
+    except ImportError:
+        raise ImportError("s3prl, which carries unilm's WavLM.py, is not here: pip install --no-deps s3prl")  # noqa: B904
+    model = WavLM(WavLMConfig(_outer(settings)))
+    for layer in model.encoder.layers:
+        layer.self_attn.forward = _with_weights(layer.self_attn.forward)
+    patches.append("torch asked for attention weights, as transformers asks for them: it multiplies otherwise then")
+    return model
+
+
+def _with_weights(forward: Any) -> Any:
+    return lambda *arguments, **options: forward(*arguments, **dict(options, need_weights=True))
+
+
 def build_classifier(settings: Any, symbols: int, ignored: list[str], patches: list[str]) -> Any:
     """Build `Wav2VecClassification`, which fairseq has since May 2023."""
     from fairseq.models.wav2vec import wav2vec2_classification as module
@@ -490,7 +507,8 @@ class Reference:
             torch.nn.utils.remove_weight_norm(self.w2v.encoder.pos_conv[0])
             self.magnitude = plain.double().norm(dim=(0, 1), keepdim=True).float()
             self.info["patches"].append("weight norm removed from pos_conv: the checkpoint has the plain weight")
-        self.model.upgrade_state_dict(weights)
+        if hasattr(self.model, "upgrade_state_dict"):
+            self.model.upgrade_state_dict(weights)
         try:
             torch.nn.Module.load_state_dict(self.model, weights, strict=True, assign=True)
         except TypeError:  # before torch 2.1
@@ -802,6 +820,19 @@ class HubertReference(HeadlessReference):
         self.masks_like_main = True  # in every version it splits the mask evenly, and is asked where that agrees
 
 
+class WavlmReference(Reference):
+    """unilm's WavLM, an encoder alone."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.masks_like_main = True  # it splits the mask evenly, and is asked where that agrees
+
+    def compute(self, source: Any, padding: Any) -> Any:
+        """Run the model."""
+        _, mask = self.model.extract_features(source, padding_mask=padding)
+        return mask
+
+
 class HubertCtcReference(HubertReference, CtcReference):
     """HuBERT with a CTC head."""
 
@@ -1009,6 +1040,7 @@ ARCHITECTURES = {
     "hubert": (build_hubert, HubertReference),
     "hubert_ctc": (build_hubert_ctc, HubertCtcReference),
     "data2vec_audio": (build_pretrained, Data2VecReference),
+    "wavlm": (build_wavlm, WavlmReference),
     "wav2vec2": (build_pretrained, Reference),
     "wav2vec_classification": (build_classifier, ClassificationReference),
     "wav2vec_ctc": (build_ctc, CtcReference),

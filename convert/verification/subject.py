@@ -18,7 +18,7 @@ from convert.model.types import Request
 from convert.verification.inputs import Geometry
 from convert.verification.reference import Subject, check_pickle
 
-SPLIT_MASKS = ("hubert",)  # fairseq's encoders that cut the mask of a padded batch into equal pieces
+SPLIT_MASKS = ("hubert", "wavlm")  # fairseq's encoders that cut the mask of a padded batch into equal pieces
 HALVES = ("float16", "bfloat16")
 
 
@@ -87,8 +87,8 @@ def read_subject(
             else {},
         )
         convolutions = tuple((kernel, stride) for _, kernel, stride in reader.convolutions("conv_feature_layers"))
-    conformer = reader.values.get("layer_type") == "conformer"  # its encoder pads nothing
-    multiple = 1 if conformer else reader.values.get("required_seq_len_multiple", 2)
+    pads = reader.values.get("layer_type") != "conformer" and reader.values.get("_name") != "wavlm"
+    multiple = 1 if not pads else reader.values.get("required_seq_len_multiple", 2)
     return subject, Geometry(convolutions, int(multiple or 1), reader.values.get("_name") in SPLIT_MASKS)
 
 

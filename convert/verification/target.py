@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Visit = Callable[[str, "torch.Tensor"], None]
 # config.json's model_type -> the attention that does fairseq's arithmetic; sdpa where none is named
-ATTENTION: dict[str, Any] = {"wav2vec2-conformer": "eager"}
+ATTENTION: dict[str, Any] = {"wav2vec2-conformer": "eager", "wavlm": "eager"}
 ATTENTION["speech-encoder-decoder"] = {"encoder": "sdpa", "decoder": "eager"}  # TrOCR has no other
 
 
