@@ -116,8 +116,9 @@ def restore(model_dir: str | Path, out: str | Path, *, overwrite: bool = False) 
             name: {"model": part.new(), "task_state": {"target_dictionary": part.dictionary}}
             for name, part in draft.languages.items()
         }
-    if draft.settings["model"].get("_name") == "wavlm":  # unilm keeps the settings of the model, and its tensors
-        state = {"cfg": {key: value for key, value in draft.settings["model"].items() if key != "_name"}}
+    own = draft.settings["model"] if isinstance(draft.settings, dict) else {}
+    if own.get("_name") == "wavlm":  # unilm's files hold the settings of the model, its tensors, and nothing else
+        state = {"cfg": {key: value for key, value in own.items() if key != "_name"}}
     with beside(out) as work:
         path = work / out.name
         write_checkpoint(path, {**model, **teacher}, state)

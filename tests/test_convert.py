@@ -225,6 +225,14 @@ def test_a_setting_is_carried_or_a_reason(edit: Callable[..., Any], code: str, k
     assert (code, key) in {(problem.code, problem.key) for problem in raised.value.problems}
 
 
+@pytest.mark.parametrize("name", ["unispeech", "unispeech_sat"])
+def test_what_no_reference_can_prove_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    path = save("pretrained_base", tmp_path / "m.pt")
+    with pytest.raises(PlanError, match=f"'{name}' is not supported .no release of fairseq or s3prl") as raised:
+        convert.plan(edited(path, lambda state: state["cfg"]["model"].update(_name=name)))
+    assert raised.value.code == "unsupported-architecture" and "wavlm" in raised.value.hint
+
+
 def test_a_setting_that_the_caller_vouches_for(tmp_path: Path) -> None:
     path = edited(save("ctc_base", tmp_path / "m.pt"), lambda s: s["cfg"]["model"].update(my_trick=True))
     assert convert.plan(path, training_only=["my_trick"]).training_only["my_trick"] is True

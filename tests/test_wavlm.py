@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from fairseq_models import save as save_fairseq
 from safetensors.torch import load_file
 from test_convert import EVEN, ODD, config, edited
 from verify_models import converted, edit, short_inputs
@@ -98,14 +97,6 @@ def test_a_setting_is_carried_or_a_reason(change: Callable[..., Any], code: str,
     with pytest.raises(PlanError) as raised:
         convert.plan(edited(path, change))
     assert (code, key) in {(problem.code, problem.key) for problem in raised.value.problems}
-
-
-@pytest.mark.parametrize("name", ["unispeech", "unispeech_sat"])
-def test_what_no_reference_can_prove_is_refused_by_name(name: str, tmp_path: Path) -> None:
-    path = save_fairseq("pretrained_base", tmp_path / "m.pt")
-    with pytest.raises(PlanError, match=f"'{name}' is not supported .no release of fairseq or s3prl") as raised:
-        convert.plan(edited(path, lambda state: state["cfg"]["model"].update(_name=name)))
-    assert raised.value.code == "unsupported-architecture" and "wavlm" in raised.value.hint
 
 
 @pytest.mark.parametrize("name", ["wavlm_base", "wavlm_large"])
