@@ -228,7 +228,7 @@ def test_a_setting_is_carried_or_a_reason(edit: Callable[..., Any], code: str, k
 @pytest.mark.parametrize("name", ["unispeech", "unispeech_sat"])
 def test_what_no_reference_can_prove_is_refused_by_name(name: str, tmp_path: Path) -> None:
     path = save("pretrained_base", tmp_path / "m.pt")
-    with pytest.raises(PlanError, match=f"'{name}' is not supported .no release of fairseq or s3prl") as raised:
+    with pytest.raises(PlanError, match=f"'{name}' is not supported .neither fairseq nor s3prl holds") as raised:
         convert.plan(edited(path, lambda state: state["cfg"]["model"].update(_name=name)))
     assert raised.value.code == "unsupported-architecture" and "wavlm" in raised.value.hint
 

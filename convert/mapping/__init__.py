@@ -22,9 +22,8 @@ T = TypeVar("T")
 __all__ = ["Drop", "Edit", "Family", "Fill", "Layout", "Plan", "Rename", "Table", "TensorSpec", "infer_layout"]
 __all__ += ["map_state_dict", "plan", "rename_key", "table", "under"]
 # in the order in which a state_dict is tried; wav2vec 2.0 has no mark of its own and comes last
-_ORDER: tuple[Family, ...] = (speech_to_text.FAMILY, seq2seq.FAMILY, adapters.FAMILY, hubert.FAMILY, conformer.FAMILY)
-_ORDER += (data2vec.FAMILY, wavlm.FAMILY, wav2vec2.FAMILY)
-FAMILIES: dict[str, Family] = {family.name: family for family in _ORDER}
+_ORDER = (speech_to_text, seq2seq, adapters, hubert, conformer, data2vec, wavlm, wav2vec2)
+FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in _ORDER}
 
 
 def infer_layout(source: Mapping[str, TensorSpec] | Mapping[str, tuple[int, ...]], family: str = "") -> Any:
