@@ -309,7 +309,11 @@ def test_the_commands(command: Any, made: Any, tmp_path: Path) -> None:
     checkpoint, _ = made("mms")
     done = command("plan", checkpoint, "--lang", "hin")
     assert done.status == 0
+    assert done.data["language"] == "hin" and done.data["languages"] == []
     done = command("plan", checkpoint)
+    assert "3 languages: the weights speak eng" in done.text
+    assert done.data["language"] == "eng" and done.data["languages"] == sorted(LANGUAGES["mms"])
+    assert "languages     3: azj-script_latin eng hin" in command("inspect", checkpoint).text
     assert "adapter.hin.safetensors" in done.data["files"]
     done = command("convert", checkpoint, tmp_path / "out", "--lang", "xx")
     assert done.status == 1 and done.data["problems"][0]["code"] == "unknown-language"

@@ -42,7 +42,14 @@ def command(checkpoint: Path, out: Path, **asked: Any) -> Outcome:
     lines = [
         f"{out}: {model.target}, {len(model.plan.target)} tensors, {size(weights)}, each byte read back and compared",
         f"dropped {len(model.plan.drops)}, made {len(model.plan.fills)}: see conversion.json",
+        *model.spoken,
         f"next: fairseq-to-hf verify {checkpoint} {out}",
     ]
-    data = {"class": model.target, "head": model.head, "files": done.files, "source_sha256": done.source_sha256}
+    data: dict[str, Any] = {
+        "class": model.target,
+        "head": model.head,
+        "language": model.language,
+        "languages": sorted(model.languages),
+    }
+    data |= {"files": done.files, "source_sha256": done.source_sha256}
     return Outcome(True, "\n".join(lines), data)

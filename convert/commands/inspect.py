@@ -40,6 +40,7 @@ def command(checkpoint: Path) -> Outcome:
             "dtypes": dtypes,
             "dictionary": list(opened.dictionary.symbols) if opened.dictionary else None,
             "pretraining_dictionaries": [list(dictionary.symbols) for dictionary in opened.dictionaries],
+            "languages": sorted(opened.groups),
             "training_state": opened.parts,
             "globals": [{"name": name, "known_harmless": is_harmless(name)} for name in opened.globals],
             "settings": opened.settings,
@@ -69,6 +70,8 @@ def _text(data: dict[str, Any]) -> str:
         "globals": f"{len(data['globals'])}, "
         + (f"unknown: {', '.join(unknown)}" if unknown else "all known to be harmless"),
     }
+    if data["languages"]:
+        rows["languages"] = f"{len(data['languages'])}: {' '.join(data['languages'])}"
     context = click.get_current_context(silent=True)
     text = "\n".join(f"{key:<13} {value}" for key, value in rows.items())
     if context is not None and context.obj and context.obj.verbose:

@@ -44,6 +44,8 @@ def as_data(model: Model) -> dict[str, Any]:
         "edits": [{"key": e.target, "row": e.row, "rule": e.rule, "value": e.value} for e in model.plan.table.edits],
         "config": {value.name: {"value": value.value, "origin": value.origin} for value in model.config},
         "training_only": dict(model.training_only),
+        "language": model.language,
+        "languages": sorted(model.languages),
         "files": sorted(
             [
                 *model.processor.files,
@@ -56,7 +58,12 @@ def as_data(model: Model) -> dict[str, Any]:
 
 def describe(model: Model) -> str:
     """Write a plan for people."""
-    lines = [f"{model.fairseq} becomes {model.target}", "", f"tensors renamed: {len(model.plan.renames)}"]
+    lines = [
+        f"{model.fairseq} becomes {model.target}",
+        *model.spoken,
+        "",
+        f"tensors renamed: {len(model.plan.renames)}",
+    ]
     pairs = [f"{source} -> {target}" for source, target in model.plan.renames.items()]
     lines += [f"  {line}" for line in fold(pairs)]
     lines += [f"dropped: {len(model.plan.drops)}", *(f"  {drop.source}: {drop.reason}" for drop in model.plan.drops)]

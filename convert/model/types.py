@@ -82,6 +82,14 @@ class Model:
             (made.setdefault(part, {}) if part else made)[name] = value.value
         return made
 
+    @property
+    def spoken(self) -> list[str]:
+        """Say for people which language the weights speak, and how to change it, where there are several."""
+        if not self.languages:
+            return []
+        others = f"{len(self.languages)} languages: the weights speak {self.language}"
+        return [f"{others}; target_lang=... and load_adapter(...) of transformers change it, --lang takes one alone"]
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
