@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,16 +11,19 @@ from typing import Any
 
 import mms_models
 import pytest
+import soundfile
 import torch
 import transformers
+from hub_fixtures import hub, publisher, session_hub  # noqa: F401
 from mms_models import ONE, REFUSED, VARIANTS, Adapted, build, logits, save, speak
 from safetensors.torch import load_file, save_file
 from verify_models import few_inputs, one_reference, short_inputs
 
 import convert
 from convert.errors import ConvertError, PlanError
+from convert.evaluation.run import evaluate
 from convert.mapping import map_state_dict, rename_key
-from convert.verification import record, verify
+from convert.verification import inputs, record, verify
 
 WAVES = [torch.randn(1, samples, generator=torch.Generator().manual_seed(samples)) for samples in (4120, 4160)]
 LANGUAGES = {name: [key for key, _ in model.languages] for name, model in VARIANTS.items() if model.languages}
@@ -303,6 +307,37 @@ def _problems(checkpoint: Path, folder: Path) -> Any:
         return verify(checkpoint, folder, devices=["cpu"], write=False).problems
     except ConvertError as error:
         return [*error.problems, error]
+
+
+def test_evaluation_hears_what_fairseq_hears_in_a_language(made: Any, tmp_path: Path) -> None:
+    """Two recordings; the transcripts are of a random model, and still the same on both sides."""
+    checkpoint, folder = made("mms")
+    copy = Path(shutil.copytree(folder, tmp_path / "model"))
+    clip = inputs.bundled()
+    for name in ("one", "two"):
+        soundfile.write(tmp_path / f"{name}.wav", clip[: 4000 + 800 * len(name)], 16000)
+        (tmp_path / f"{name}.txt").write_text("ह न")
+    asked: dict[str, Any] = {"folder": tmp_path, "reference": "fairseq", "checkpoint": checkpoint, "device": "cpu"}
+    heard = {key: evaluate(copy, spoken=key, **asked) for key in ("hin", None)}
+    for row in heard["hin"].rows + heard[None].rows:  # fairseq leaves out </s>, which no trained model writes
+        assert row.hypothesis.replace("</s>", "") == row.fairseq != ""
+    assert "--lang hin" in heard["hin"].command and "--lang" not in heard[None].command
+    assert heard["hin"].rows[0].hypothesis != heard[None].rows[0].hypothesis
+    with pytest.raises(ConvertError, match="cannot load it"):
+        evaluate(copy, spoken="fra", folder=tmp_path, device="cpu")
+
+
+def test_all_files_are_published(made: Any, hub: Any, publisher: Any, tmp_path: Path) -> None:  # noqa: F811
+    checkpoint, folder = made("mms")
+    copy = Path(shutil.copytree(folder, tmp_path / "model"))
+    report = verify(checkpoint, copy, devices=["cpu"], long=False).report
+    assert (
+        report["weights"]["tensors"] == 94 + 20 * 4
+    )  # the weights, three languages, and what the checkpoint's own model had
+    answer = publisher.run(copy, "alice/mms")
+    assert answer["committed"] and {name for name, *_ in answer["files"]} == {file.name for file in copy.iterdir()}
+    card = (copy / "README.md").read_text()
+    assert "Without being asked it speaks `eng`" in card and "`azj-script_latin`" in card
 
 
 def test_the_commands(command: Any, made: Any, tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ FILE_OPTION = click.Path(path_type=Path)
 @click.option("--checkpoint", type=FILE_OPTION, help="The fairseq checkpoint, for --reference.")
 @click.option("--kenlm", type=FILE_OPTION, help="An n-gram language model to decode with, ARPA or KenLM binary.")
 @click.option("--lm-dir", type=FILE_OPTION, help="Where the processor with --kenlm goes. [default: MODEL_DIR-lm]")
+@click.option("--lang", "spoken", metavar="LANG", help="The language to speak, of several. [default: the weights']")
 @click.option("--device", help="cpu, cuda or cuda:N. [default: cuda where it is there]")
 @click.option(
     "--batch-size", default=8, show_default=True, help="Recordings in one forward pass; changes no transcript."

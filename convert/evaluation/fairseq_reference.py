@@ -21,17 +21,18 @@ class FairseqReference:
         checkpoint: the `.pt` file.
         device: `cpu` or `cuda`.
         kept: the dictionary that a model directory keeps, for checkpoints that carry none.
+        language: what a model of several languages is to speak.
 
     Raises:
         ConvertError: fairseq is missing, the file refers to more than fairseq's trainers write, or fairseq cannot build it.
     """
 
-    def __init__(self, checkpoint: Path, device: str, kept: Dictionary | None = None) -> None:
+    def __init__(self, checkpoint: Path, device: str, kept: Dictionary | None = None, language: str = "") -> None:
         require("torch")
         from convert.verification.fairseq_worker import CannotBuildError, open_reference
         from convert.verification.subject import read_subject
 
-        self.subject, _ = read_subject(checkpoint, kept=kept)
+        self.subject, _ = read_subject(checkpoint, kept=kept, language=language)
         if not self.subject.symbols:
             raise ConvertError(f"{checkpoint.name}: has no dictionary to write with", code="no-vocabulary")
         self.digest = self.subject.sha256

@@ -37,7 +37,7 @@ Decode = Callable[[Any], str]
 GENERATING = ("SpeechEncoderDecoderModel", "Speech2TextForConditionalGeneration")
 
 
-def open_recognizer(model_dir: Path, device: str) -> Recognizer:
+def open_recognizer(model_dir: Path, device: str, language: str = "") -> Recognizer:
     """Load the model of a directory as its class asks for it: with a CTC head, or one that generates token by token.
 
     Raises:
@@ -45,7 +45,7 @@ def open_recognizer(model_dir: Path, device: str) -> Recognizer:
     """
     config = model_dir / "config.json"
     classes = json.loads(config.read_text("utf-8")).get("architectures") if config.is_file() else None
-    return (Generator if set(classes or ()) & set(GENERATING) else Recognizer)(model_dir, device)
+    return (Generator if set(classes or ()) & set(GENERATING) else Recognizer)(model_dir, device, language)
 
 
 class Recognizer:
@@ -54,6 +54,7 @@ class Recognizer:
     Args:
         model_dir: the model directory.
         device: `cpu` or `cuda`, with an index where there are several.
+        language: what it is to speak, of several languages; by default what its weights do.
 
     Raises:
         ConvertError: no model directory, weights missing or left over, no vocabulary, or no such device.
@@ -61,7 +62,7 @@ class Recognizer:
 
     loader = "AutoModelForCTC"
 
-    def __init__(self, model_dir: Path, device: str) -> None:
+    def __init__(self, model_dir: Path, device: str, language: str = "") -> None:
         self.torch, transformers = require("torch"), require("transformers")
         if not (model_dir / "config.json").is_file():
             raise ConvertError(f"{model_dir.name}: no config.json in it", code="no-model", key=model_dir.name)
@@ -72,8 +73,10 @@ class Recognizer:
                 self.model, loading = getattr(transformers, self.loader).from_pretrained(
                     model_dir, local_files_only=True, output_loading_info=True
                 )
-                self.extractor, self.tokenizer = self._processor(transformers, model_dir)
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
+                if language:
+                    self.model.load_adapter(language, local_files_only=True)
+                self.extractor, self.tokenizer = self._processor(transformers, model_dir, language)
+        except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ConvertError(f"{model_dir.name}: transformers cannot load it: {reason}", code="load") from error
         _complete(model_dir.name, loading)
@@ -85,8 +88,9 @@ class Recognizer:
         self.may_pad = layered and bool(self.extractor.return_attention_mask)
         self.alone = 0  # utterances that a near tie sent through the model a second time
 
-    def _processor(self, transformers: Any, model_dir: Path) -> tuple[Any, Any]:
-        processor = transformers.AutoProcessor.from_pretrained(model_dir, local_files_only=True)
+    def _processor(self, transformers: Any, model_dir: Path, language: str) -> tuple[Any, Any]:
+        chosen = {"target_lang": language} if language else {}
+        processor = transformers.AutoProcessor.from_pretrained(model_dir, local_files_only=True, **chosen)
         return processor.feature_extractor, processor.tokenizer
 
     def greedy(self, logits: Any) -> str:
@@ -145,11 +149,11 @@ class Generator(Recognizer):
 
     loader = "AutoModelForSpeechSeq2Seq"
 
-    def __init__(self, model_dir: Path, device: str) -> None:
-        super().__init__(model_dir, device)
+    def __init__(self, model_dir: Path, device: str, language: str = "") -> None:
+        super().__init__(model_dir, device, language)
         self.may_pad = False
 
-    def _processor(self, transformers: Any, model_dir: Path) -> tuple[Any, Any]:
+    def _processor(self, transformers: Any, model_dir: Path, language: str) -> tuple[Any, Any]:
         parts = (transformers.AutoFeatureExtractor, transformers.AutoTokenizer)
         extractor, tokenizer = (part.from_pretrained(model_dir, local_files_only=True) for part in parts)
         return extractor, tokenizer

@@ -36,6 +36,7 @@ class Request:
     checkpoint: Path | None
     kenlm: Path | None
     lm_dir: Path | None
+    spoken: str | None
 
     def __post_init__(self) -> None:
         chosen = [name for name in ("manifest", "folder", "dataset") if getattr(self, name) is not None]
@@ -85,6 +86,7 @@ class Request:
             pairs |= {"--revision": None if local else revision, "--text-column": self.text_column}
             words += [word for flag, value in pairs.items() if value for word in (flag, value)]
         words += ["--normalizer", self.normalizer] if self.normalizer != "none" else []
+        words += ["--lang", self.spoken] if self.spoken else []
         words += ["--kenlm", self.kenlm.name] if self.kenlm else []
         return shlex.join(words)
 

@@ -37,6 +37,7 @@ def evaluate(
     checkpoint: str | Path | None = None,
     kenlm: str | Path | None = None,
     lm_dir: str | Path | None = None,
+    spoken: str | None = None,
     device: str | None = None,
     batch_size: int = 8,
     transcripts: str | Path | None = None,
@@ -63,6 +64,7 @@ def evaluate(
         checkpoint: the fairseq checkpoint, for `reference`.
         kenlm: an n-gram language model (ARPA or KenLM binary) to decode with.
         lm_dir: where the `Wav2Vec2ProcessorWithLM` directory goes; `MODEL_DIR-lm` by default.
+        spoken: the language to speak, of a model with an adapter for each of several; by default the one of its weights.
         device: `cpu`, `cuda` or `cuda:N`; CUDA where it is there, by default.
         batch_size: recordings in one forward pass.
         transcripts: a JSON Lines file that keeps every transcript; otherwise they are kept until the run ends.
@@ -92,16 +94,23 @@ def evaluate(
         _path(checkpoint),
         _path(kenlm),
         _path(lm_dir),
+        spoken,
     )
     if batch_size < 1:
         raise ConvertError(f"batch size {batch_size}, expected at least 1", code="usage", key="batch-size")
     here = join(device)
-    recognizer = open_recognizer(request.model_dir, here.device)
+    recognizer = open_recognizer(request.model_dir, here.device, request.spoken or "")
     source = request.source(recognizer.rate)
-    fairseq = _fairseq(request.checkpoint, request.model_dir, here.device) if request.checkpoint else None
+    fairseq = (
+        _fairseq(request.checkpoint, request.model_dir, here.device, request.spoken or "")
+        if request.checkpoint
+        else None
+    )
     language = _language(request, recognizer, here)
     decoder = language.name if language else GREEDY
-    keys = _Keys(model_digest(request.model_dir), decoder, here.device.partition(":")[0], fairseq)
+    keys = _Keys(
+        model_digest(request.model_dir) + (request.spoken or ""), decoder, here.device.partition(":")[0], fairseq
+    )
     run = key_of(keys.model, keys.fairseq, str(source.dataset))
     journal = Journal(_path(transcripts) or default_path(run))
     finished = False
@@ -141,10 +150,13 @@ def _path(value: str | Path | None) -> Path | None:
     return None if value is None else Path(value)
 
 
-def _fairseq(checkpoint: Path, model_dir: Path, device: str) -> FairseqReference:
-    """Open the checkpoint, with the dictionary that the conversion kept, for one that carries none."""
-    ours = (model_dir / "conversion.json").is_file()
-    return FairseqReference(checkpoint, device, ModelDirectory(model_dir).dictionary if ours else None)
+def _fairseq(checkpoint: Path, model_dir: Path, device: str, language: str) -> FairseqReference:
+    """Open the checkpoint, with the dictionary that the conversion kept for one that carries none, and its language."""
+    if not (model_dir / "conversion.json").is_file():
+        return FairseqReference(checkpoint, device, language=language)
+    directory = ModelDirectory(model_dir)
+    language = language or str(directory.conversion.get("language") or "")
+    return FairseqReference(checkpoint, device, directory.dictionary, language)
 
 
 def _language(request: Request, recognizer: Recognizer, here: Processes) -> LanguageModel | None:
@@ -170,7 +182,9 @@ class _Keys:
         torch, transformers = require("torch"), require("transformers")
         common = (device, str(torch.__version__))
         self.model = key_of("transformers", digest, decoder, str(transformers.__version__), *common)
-        self.fairseq = key_of("fairseq", fairseq.digest, fairseq.version, *common) if fairseq else ""
+        self.fairseq = (
+            key_of("fairseq", fairseq.digest + fairseq.subject.language, fairseq.version, *common) if fairseq else ""
+        )
 
 
 def _transcribe(

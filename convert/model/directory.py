@@ -137,6 +137,10 @@ class ModelDirectory:
         found: dict[str, dict[str, Any]] = self.conversion.get("sidecars") or {}
         return found
 
+    def beside(self) -> dict[str, dict[str, Place]]:
+        """List the tensors of every file of further tensors that is there."""
+        return {file: self.places(file) for file in self.sidecars if (self.path / file).is_file()}
+
     def places(self, file: str) -> dict[str, Place]:
         """List the tensors of one safetensors file."""
         return {place.spec.name: place for place in self._header(file)}

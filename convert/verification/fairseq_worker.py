@@ -493,6 +493,7 @@ class Reference:
         self.masks_like_main = hasattr(self.w2v, "_get_feat_extract_output_lengths")
         self.magnitude: Any = None  # what a conversion makes of a positional convolution without weight norm
         self.exact_blank: Any = None  # blank_weight, once its sum with the head's bias has been rounded
+        self.row = 0  # of the stacked adapters
         self.adapters: Any = {}  # language -> its tensors and its dictionary, in files of MMS
         self.rounded = ""  # the type that the weights were rounded to
 
@@ -522,6 +523,11 @@ class Reference:
 
     def _filled(self, weights: Any) -> None:
         """What is to be done once the tensors are in their places."""
+
+    def adapter(self, source: Any) -> dict[str, Any]:
+        """Which of its stacked adapters the model is to take, for each utterance of a batch; most models have none."""
+        adapted = any(hasattr(layer, "adapter_layer") for layer in self.w2v.encoder.layers)
+        return {"corpus_key": [self.row] * len(source)} if adapted else {}
 
     def speak(self, language: str) -> None:
         """Turn to a language; to the one that the request names, if it is empty. Most models have none."""
@@ -632,7 +638,7 @@ class Reference:
         Returns:
             (batch, frames), true where there is padding, or `None`.
         """
-        output = self.model(source, padding_mask=padding, mask=False, features_only=True)
+        output = self.model(source, padding_mask=padding, mask=False, features_only=True, **self.adapter(source))
         if getattr(self.w2v, "quantizer", None) is not None:
             self._pretraining(output["x"])
         return output["padding_mask"]
@@ -714,7 +720,7 @@ class CtcReference(Reference):
         """The encoder that was pretrained, inside the model."""
         return self.model.w2v_encoder.w2v_model
 
-    spoken, row = "", 0
+    spoken = ""
 
     def speak(self, language: str) -> None:
         """Take another of the stacked adapters; or, in files of MMS, the tensors of the language instead of the model's own.
@@ -743,9 +749,7 @@ class CtcReference(Reference):
 
     def compute(self, source: Any, padding: Any) -> Any:
         """Run the model; the logits with the blank's weight."""
-        adapted = any(hasattr(layer, "adapter_layer") for layer in self.w2v.encoder.layers)
-        chosen = {"corpus_key": [self.row] * len(source)} if adapted else {}
-        output = self.model(source=source, padding_mask=padding, **chosen)
+        output = self.model(source=source, padding_mask=padding, **self.adapter(source))
         logits = self.model.get_logits(output) if hasattr(self.model, "get_logits") else output["encoder_out"]
         self.seen["logits"] = logits.transpose(0, 1)
         return output["padding_mask"]
@@ -756,7 +760,7 @@ class CtcReference(Reference):
 
         source = self.normalise(waveform, rate)[None].to(self.device)
         with torch.no_grad():
-            output = self.model(source=source, padding_mask=None)
+            output = self.model(source=source, padding_mask=None, **self.adapter(source))
             rows = self.model.get_normalized_probs(output, log_probs=True)[:, 0].float().cpu()
         self.seen = {}
         tokens = rows.argmax(-1).unique_consecutive()
@@ -865,7 +869,7 @@ class ClassificationReference(CtcReference):
 
     def compute(self, source: Any, padding: Any) -> Any:
         """Run the model."""
-        self.model(source=source, padding_mask=padding)
+        self.model(source=source, padding_mask=padding, **self.adapter(source))
         return self.padding
 
     def paths(self, stages: Any, frames: list[int]) -> Any:

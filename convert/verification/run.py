@@ -97,7 +97,7 @@ def verify(
     done = findings.finish(
         files=expected.hashes(directory.path),
         checkpoint={"name": subject.name, "size": subject.size, "sha256": subject.sha256},
-        tensors=len(directory.tensors),
+        tensors=len(directory.tensors) + sum(map(len, directory.beside().values())),
         reference=_described(description),
         environment=surroundings,
         missing=sorted(absent),
