@@ -36,7 +36,7 @@ DROPS = {
     "pretraining": (
         *(Drop(rule.source, _NO_CLASS, rule.shape, True) for rule in (*PRETRAINING_HEAD, *PRETRAINING_HEAD_OLD)),
         Drop(TEACHER, "the running mean of the encoder, which is the teacher in pretraining", optional=True),
-    )
+    ),
 }
 HEADS = {"ctc": wav2vec2.CTC_HEAD}
 
