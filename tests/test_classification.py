@@ -14,11 +14,15 @@ from classification_models import EMOTIONS, LANGUAGES, LINEAR, REFUSED, VARIANTS
 from fairseq.checkpoint_utils import load_model_ensemble_and_task
 from fairseq_models import BASE
 from safetensors.numpy import load_file, save_file
+from test_card import facts_of
 from test_convert import EVEN, ODD, config, edited, load
-from verify_models import edit, short_inputs
+from test_mutations import SILENT, check, reported, settings, weight_faults
+from verify_models import edit, few_inputs, one_reference, short_inputs
 
 import convert
 from convert.errors import PlanError
+from convert.publishing import metadata
+from convert.publishing.card import compose
 from convert.restoration import restore
 from convert.verification import fairseq_worker, record, verify
 
@@ -255,3 +259,39 @@ def test_back_to_fairseq_and_into_its_own_loader(given: bool, tmp_path: Path) ->
         assert torch.equal(loaded.eval()(source=wave, padding_mask=None), model(source=wave, padding_mask=None))
     again = convert.convert(restored, tmp_path / "again").path
     assert (again / "config.json").read_bytes() == (tmp_path / "out" / "config.json").read_bytes()
+
+
+def test_every_fault_is_reported(tmp_path: Path) -> None:
+    """Every tensor perturbed, moved or swapped, and every value that decides the classes or their names."""
+    smallest = {"encoder_layers": 1, "conv_feature_layers": "[(32, 10, 5)] + [(32, 4, 4)]"}
+    variant = Variant(BASE | smallest, LINEAR | {"latent_embed_dim": 24}, EMOTIONS)
+    with short_inputs(), few_inputs("quiet", "padded-batch"), one_reference():
+        path = save(variant, tmp_path / "m.pt")
+        pair = (path, convert.convert(path, tmp_path / "model").path)
+        wrong: dict[str, Any] = {
+            "hidden_act": "relu",
+            "num_attention_heads": 2,
+            "classifier_proj_size": 12,
+            "use_weighted_layer_sum": True,
+            "id2label": {"0": "fear", "1": "anger", "2": "joy"},
+            "architectures": ["Wav2Vec2ForXVector"],
+        }
+        faults = weight_faults(pair[1]) | {name: settings("config.json", **{name: wrong[name]}) for name in wrong}
+        faults["unnamed"] = settings("config.json", id2label={str(i): f"LABEL_{i}" for i in range(3)})
+        codes = {label: reported(check(pair, fault, tmp_path)) for label, fault in faults.items()}
+    of_weights = {label: found for label, found in codes.items() if label not in {*wrong, "unnamed"}}
+    assert any("classifier" in label for label in of_weights) and any("projector" in label for label in of_weights)
+    assert [label for label, found in of_weights.items() if "bytes" not in found] == []
+    seen = {label: found for label, found in of_weights.items() if not any(part in label for part in SILENT)}
+    assert [label for label, found in seen.items() if "different" not in found] == []  # the outputs, on their own
+    wanted = {"different", "load", "labels", "missing-keys", "unexpected-keys", "mismatched-keys"}
+    assert [label for label in (*wrong, "unnamed") if not codes[label] & wanted] == []
+    assert "labels" in codes["id2label"] & codes["unnamed"]
+
+
+def test_the_card_says_what_it_gives(tmp_path: Path) -> None:
+    _, model = converted("classification_latent", tmp_path)
+    facts = facts_of(model, verified=False)
+    assert (facts.output, metadata.wanted(facts)["pipeline_tag"]) == ("labels", "audio-classification")
+    card = compose(facts).decode()
+    assert "model.config.id2label" in card and "no word error rate" in card and "AutoFeatureExtractor" in card
