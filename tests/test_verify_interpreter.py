@@ -246,6 +246,13 @@ def test_the_bundled_recording_is_what_fairseq_answers_today(tmp_path: Path) -> 
     assert made.probes() == shipped.probes()  # what a recording does not say of a probe is as it was
     raw = [[run["probe"] for run in recorded.runs if run["raw"]] for recorded in (made, shipped)]
     assert raw[0] == raw[1] and len(made.runs) == len(shipped.runs)
+    greatest: dict[
+        str, float
+    ] = {}  # as the verification has it: measured on few numbers, a floor may be small by chance
+    for one, other in zip(made.runs, shipped.runs, strict=True):
+        for mine, theirs in zip(one["stages"], other["stages"], strict=True):
+            floor = mine["floor"] + theirs["floor"]
+            greatest[mine["name"]] = max(greatest.get(mine["name"], 0.0), floor)
     for one, other in zip(made.runs, shipped.runs, strict=True):
         assert (one["frames"], one.get("texts")) == (other["frames"], other.get("texts"))
         for mine, theirs in zip(one["stages"], other["stages"], strict=True):
@@ -253,7 +260,7 @@ def test_the_bundled_recording_is_what_fairseq_answers_today(tmp_path: Path) -> 
             # bits depend on the processor and on torch; the floors were measured on both sides
             assert abs(made.arrays[name] - shipped.arrays[name]).max() <= floor
             exact = abs(made.arrays[f"{name}.float64"] - shipped.arrays[f"{name}.float64"]).max()
-            assert exact <= floor * 2.0**-29
+            assert exact <= greatest[mine["name"]] * 2.0**-29
 
 
 # --- floors ---------------------------------------------------------------------------------------------------------
