@@ -232,9 +232,15 @@ def _limits(facts: Facts) -> str:
         )
     if facts.entry is None:
         lines.append("- What it was trained on is known only as far as this card says it.")
-    if "transformers" in ((facts.verification or {}).get("environment") or {}):
+    environment = (facts.verification or {}).get("environment") or {}
+    if "transformers" in environment:
         lines.append(
             "- The proof holds for the versions it names; bit-identity depends on processor and thread count too."
+        )
+    if environment.get("attention") == "eager":
+        lines.append(
+            '- Bit-identity is that of `attn_implementation="eager"`; the attention that transformers 5 chooses itself '
+            "(`sdpa`) computes in another order, and is the same within rounding."
         )
     return "\n".join(lines)
 

@@ -133,6 +133,7 @@ def _runs(
         findings.problems += _demand(one, device, dtype, require)
     if arithmetic == dtype == "float32":
         findings.padding += [_padding(work, target, one, device) for one in judged if one.probe.follows]
+        _usual_attention(work, reference, target, device, findings)
     clip = next((one for one in judged if one.probe.name == CLIP), None)
     made: list[controls.Control] = []
     if clip is not None and arithmetic == "float32" and clip.verdict != "different":
@@ -143,6 +144,19 @@ def _runs(
         findings.absent |= absent
     findings.curves += curves_of(judged, made, device, dtype)
     return judged
+
+
+def _usual_attention(work: Work, reference: Reference, target: Target, device: str, findings: Findings) -> None:
+    """Judge one input with the attention of users who ask for none, where another one does fairseq's arithmetic."""
+    usual = target.usual()
+    probes = [probe for probe in work.probes if probe.name == CLIP]
+    if usual is None:
+        return
+    for one in judge(reference, usual, work.clips, probes, normalize=work.subject.normalize):
+        one.probe = replace(one.probe, name=f"{CLIP}, sdpa")
+        why = "sdpa, which transformers chooses when asked for no attention, computes in another order than fairseq"
+        findings.runs.append(run_of(one, device, "float32", "rounding", why))
+        findings.problems += _demand(one, device, "float32", "rounding")
 
 
 def _padding(work: Work, target: Target, followed: Judged, device: str) -> dict[str, Any]:

@@ -86,8 +86,8 @@ def steady() -> Iterator[None]:
         torch.use_deterministic_algorithms(kept[3], warn_only=kept[4])
 
 
-def describe(devices: Sequence[str]) -> dict[str, Any]:
-    """Describe the surroundings: versions, threads, devices, and what was switched on and off."""
+def describe(devices: Sequence[str], attention: Any) -> dict[str, Any]:
+    """Describe the surroundings: versions, threads, devices, the model's attention, and what was switched on and off."""
     import numpy
     import torch
     import transformers
@@ -99,7 +99,7 @@ def describe(devices: Sequence[str]) -> dict[str, Any]:
     found |= {
         "tf32": False,
         "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
-        "attention": "sdpa",
+        "attention": attention,
     }
     cudnn: Any = torch.backends.cudnn
     for name in devices:

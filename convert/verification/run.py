@@ -19,6 +19,7 @@ from convert.verification.recording import Recorded, answers
 from convert.verification.reference import Description, Live, Reference, Subject
 from convert.verification.report import Findings, Verification, write
 from convert.verification.subject import check_source, half_type, read_subject
+from convert.verification.target import attention_of
 
 Progress = Callable[[int, int], None]
 
@@ -91,7 +92,7 @@ def verify(
                     raise
                 findings.problems += error.problems
             del side
-        surroundings = describe(chosen)
+        surroundings = describe(chosen, attention_of(str(directory.config.get("model_type"))))
     findings.problems += controls.missing(findings.controls)
     findings.skipped |= dict(description.skipped) if description else {}
     done = findings.finish(

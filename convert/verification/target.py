@@ -22,6 +22,11 @@ ATTENTION: dict[str, Any] = {"wav2vec2-conformer": "eager", "wavlm": "eager"}
 ATTENTION["speech-encoder-decoder"] = {"encoder": "sdpa", "decoder": "eager"}  # TrOCR has no other
 
 
+def attention_of(model_type: str) -> Any:
+    """Name the attention that a verification loads a model with, that of each part where they differ."""
+    return ATTENTION.get(model_type, "sdpa")
+
+
 def load(model_dir: Path, device: str) -> Target:
     """Load a model directory with plain transformers, in float32, strictly.
 
@@ -45,7 +50,7 @@ def load(model_dir: Path, device: str) -> Target:
         if cls is None:
             raise ValueError(f"transformers {transformers.__version__} has no class {name!r}")
         key = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
-        attention = ATTENTION.get(config.model_type, "sdpa")
+        attention = attention_of(config.model_type)
         options = {key: torch.float32, "attn_implementation": attention, "local_files_only": True}
         model, seen = cls.from_pretrained(model_dir, config=config, output_loading_info=True, **options)
     except Exception as error:
@@ -240,6 +245,10 @@ class Target:
         geometry = Geometry(tuple(zip(config.conv_kernel, config.conv_stride, strict=True)))
         return [geometry.samples(count) for count in frames]
 
+    def usual(self) -> Target | None:
+        """Make the same model with the attention that transformers chooses when asked for none; `None` if this has it."""
+        return None
+
     def like(self, changes: Mapping[str, Any]) -> Target:
         """Make the same model, on the same tensors, with other configuration values, such as `encoder.hidden_act`."""
         import copy
@@ -278,6 +287,14 @@ class ConformerTarget(Target):
     def _hook_encoder(self, base: Any) -> None:
         super()._hook_encoder(base)
         self.stages.remove("pos_conv")  # it is there, and neither framework uses it
+
+    def usual(self) -> Target | None:
+        """The same with sdpa, which transformers 5 chooses, and 4 does not have for conformers."""
+        if not getattr(self.model, "_supports_sdpa", False):
+            return None
+        other = self.like({})
+        other.model.set_attn_implementation("sdpa")
+        return other
 
     @contextlib.contextmanager
     def arithmetic(self, name: str) -> Iterator[None]:
