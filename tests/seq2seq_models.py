@@ -28,7 +28,7 @@ DECODER: dict[str, Any] = {
     "decoder_attention_dropout": 0.12,
     "decoder_activation_dropout": 0.13,
     "decoder_layerdrop": 0.14,
-    "max_target_positions": 24,
+    "max_target_positions": 12,
 }
 SAME_WIDTH = DECODER | {"decoder_embed_dim": 64}  # the encoder's: no projection between them
 LEARNED = {"decoder_learned_pos": True}

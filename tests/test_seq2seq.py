@@ -74,7 +74,7 @@ def test_outputs_and_generated_tokens_are_fairseqs(name: str, tmp_path: Path) ->
     assert type(model.decoder).__name__ == ("BlenderbotForCausalLM" if pre_norm else "TrOCRForCausalLM")
     symbols = dictionary(variant.symbols)
     reference.encoder.w2v_model.encoder.required_seq_len_multiple = 1  # or fairseq adds a frame and masks it
-    tokens = torch.randint(4, len(symbols), (1, 12), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(4, len(symbols), (1, 10), generator=torch.Generator().manual_seed(1))
     processor = transformers.AutoProcessor.from_pretrained(tmp_path / "out")
     with torch.no_grad():
         source, _ = waves([6480])
@@ -194,7 +194,7 @@ def test_names_without_a_checkpoint() -> None:
     assert mapped["decoder.output_projection.weight"] is not None and "enc_to_dec_proj.bias" in mapped
     shapes = {key: TensorSpec(key, tuple(value.shape)) for key, value in reference.state_dict().items()}
     layout = infer_layout(shapes)
-    assert (layout.family, layout.positions, layout.learned, layout.shared) == ("seq2seq", 24, True, False)
+    assert (layout.family, layout.positions, layout.learned, layout.shared) == ("seq2seq", 12, True, False)
     with pytest.raises(PlanError, match="no sequence-to-sequence"):
         infer_layout({"encoder.w2v_model.mask_emb": (64,)})
 
@@ -230,7 +230,7 @@ def test_text_is_fairseqs(name: str, tmp_path: Path) -> None:
 # --- the proof ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["sinusoidal", "large", "pre_norm", "pre_norm_learned_shared", "odd_width"])
+@pytest.mark.parametrize("name", ["sinusoidal", "pre_norm_learned_shared", "hubert"])
 def test_it_is_proved(name: str, tmp_path: Path) -> None:
     convert.convert(save(name, tmp_path / "a.pt"), tmp_path / "out")
     done = verify(tmp_path / "a.pt", tmp_path / "out", devices=["cpu"], long=False)
@@ -309,7 +309,7 @@ def in_weights(change: Callable[[dict[str, Any]], None]) -> Fault:
 
 
 def weight_faults(model: Path) -> dict[str, Fault]:
-    """Perturb every tensor that is not the encoder's, and swap pairs of one shape in the decoder's last layer."""
+    """Perturb every weight of the decoder's last layer and around it, and swap neighbours of one shape in it."""
 
     def perturbed(name: str) -> Fault:
         def change(tensors: dict[str, Any]) -> None:
@@ -321,13 +321,16 @@ def weight_faults(model: Path) -> dict[str, Fault]:
     def swapped(one: str, other: str) -> Fault:
         return in_weights(lambda tensors: tensors.update({one: tensors[other], other: tensors[one]}))
 
+    tensors = load_file(model / "model.safetensors")
     tensors = {
-        name: value for name, value in load_file(model / "model.safetensors").items() if "encoder." not in name[:8]
+        name: tensors[name]
+        for name in tensors
+        if name[:8] == "decoder." and name[-6:] == "weight" and ".layers.0." not in name
     }
     faults = {f"perturbed {name}": perturbed(name) for name in tensors}
-    last = [name for name in tensors if ".layers.1." in name and name.endswith("weight")]
-    for one, other in itertools.combinations(last, 2):
-        if tensors[one].shape == tensors[other].shape and tensors[one].ndim == 2:
+    last = sorted(name for name in tensors if name.endswith("proj.weight"))
+    for one, other in itertools.pairwise(last):
+        if tensors[one].shape == tensors[other].shape:
             faults[f"swapped {one} and {other}"] = swapped(one, other)
     return faults
 
@@ -343,12 +346,12 @@ def nested(part: str, **changes: Any) -> Fault:
 def other_faults() -> dict[str, Fault]:
     """Values that change what is computed, generated or written, or whether it loads."""
     decoder: list[dict[str, Any]] = [{"activation_function": "gelu"}, {"scale_embedding": False}, {"d_model": 32}]
-    decoder += [{"decoder_attention_heads": 2}, {"decoder_layers": 1}, {"max_position_embeddings": 26}]
+    decoder += [{"decoder_attention_heads": 2}, {"decoder_layers": 1}, {"max_position_embeddings": 14}]
     decoder += [{"model_type": "trocr"}, {"vocab_size": 31}]
     encoder: list[dict[str, Any]] = [{"do_stable_layer_norm": True}, {"num_attention_heads": 2}]
     faults = {f"decoder {changes}": nested("decoder", **changes) for changes in decoder}
     faults |= {f"encoder {changes}": nested("encoder", **changes) for changes in encoder}
-    generation: list[dict[str, Any]] = [{"decoder_start_token_id": 5}, {"max_length": 9}, {"forced_eos_token_id": 7}]
+    generation: list[dict[str, Any]] = [{"decoder_start_token_id": 5}, {"max_length": 5}, {"forced_eos_token_id": 7}]
     for changes in generation:
         faults[f"generation {changes}"] = lambda model, changes=changes: edit(
             model / "generation_config.json", **changes
@@ -370,7 +373,8 @@ def reported(pair: tuple[Path, Path], fault: Fault, work: Path) -> set[str]:
     copy = Path(shutil.copytree(pair[1], work / "damaged"))
     try:
         fault(copy)
-        found: Verification = verify(pair[0], copy, devices=["cpu"], write=False, long=False)
+        with few_inputs("speech-even", "quiet"):
+            found: Verification = verify(pair[0], copy, devices=["cpu"], write=False, long=False)
         return {problem.code for problem in found.problems}
     except ConvertError as error:
         assert error.status == 1
@@ -382,7 +386,7 @@ def reported(pair: tuple[Path, Path], fault: Fault, work: Path) -> set[str]:
 def test_every_fault_in_the_weights_is_reported(base: tuple[Path, Path], tmp_path: Path) -> None:
     faults = weight_faults(base[1])
     codes = {label: reported(base, fault, tmp_path) for label, fault in faults.items()}
-    assert len(faults) > 60
+    assert len(faults) > 20
     assert [label for label, found in codes.items() if "bytes" not in found] == []
     quiet = {label for label, found in codes.items() if "different" not in found}
     assert {label for label in quiet if not any(part in label for part in SILENT)} == set()
