@@ -44,7 +44,9 @@ def adapted_layout(sources: Sources, seen: adapters.Layout, stated: Mapping[str,
     reader = sources.reader
     rows, layers = reader.count("adp_num"), stated["layers"]
     adapted = _adapted(reader, layers)
-    if adapted is None or not 0 < rows <= adapters.MOST:
+    if rows > len(sources.checkpoint.tensors):  # or the table would be as long as it says
+        sources.refuse("bad-setting", "adp_num", f"{rows} adapters in {len(sources.checkpoint.tensors)} tensors")
+    if adapted is None or not 0 < rows <= len(sources.checkpoint.tensors):
         return None
     names = _names(sources.checkpoint)
     if rows > 1 and sources.kind != "ctc":
