@@ -45,6 +45,15 @@ class FairseqReference:
         self.version = str(self.reference.info["fairseq"])
 
     def transcribe(self, samples: Any) -> str:
-        """Transcribe one waveform, float32 of shape (samples,), as fairseq does to count errors."""
-        with exact():
-            return str(self.reference.hear(samples, self.subject.rate))
+        """Transcribe one waveform, float32 of shape (samples,), as fairseq does to count errors.
+
+        Raises:
+            ConvertError: `fairseq`: it cannot, for want of what makes the model's input.
+        """
+        from convert.verification.fairseq_worker import CannotBuildError
+
+        try:
+            with exact():
+                return str(self.reference.hear(samples, self.subject.rate))
+        except CannotBuildError as error:
+            raise ConvertError(f"{self.subject.name}: {error}", code="fairseq", hint="leave --reference out") from error

@@ -7,15 +7,18 @@ from typing import Any
 NAME = "fairseq"
 
 
-def register() -> None:
-    """Make the attention known to transformers as `fairseq`.
+def register() -> str:
+    """Make the attention known to transformers as `fairseq`, and return its name; `eager` where transformers takes none.
 
     fairseq hands self-attention to torch. Cross-attention it writes out: its keys and values stay the same for all tokens
     (`static_kv`), and `MultiheadAttention.forward` then leaves torch's function aside.
     """
-    from transformers import AttentionInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+    try:
+        from transformers import AttentionInterface
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+        from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+    except ImportError:  # transformers 4.52 and before
+        return "eager"
 
     def attention(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any) -> Any:
         if getattr(module, "is_decoder", False) and not getattr(module, "is_causal", True):
@@ -24,6 +27,7 @@ def register() -> None:
 
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
+    return NAME
 
 
 def _written_out(query: Any, key: Any, value: Any, mask: Any, scaling: float) -> Any:

@@ -15,7 +15,7 @@ from convert.verification.compare import Difference, first_different
 from convert.verification.expected import differences
 from convert.verification.judge import Judged, compared
 from convert.verification.reference import Subject
-from convert.verification.target import Seq2SeqTarget, Target
+from convert.verification.target import Seq2SeqTarget, SpeechToTextTarget, Target
 from convert.verification.vocabulary import check_labels, check_tokens
 
 if TYPE_CHECKING:
@@ -140,6 +140,8 @@ def _finite(value: float) -> float | None:
 
 
 def _damages(target: Target, others: Sequence[str]) -> dict[str, Damage | str]:
+    if isinstance(target, SpeechToTextTarget):
+        return _of_speech_to_text(target)
     config, weights, prefix, part = target.base.config, target.weights, target.prefix, target.part
     layers = config.num_hidden_layers
     middle, last = layers // 2, layers - 1
@@ -214,6 +216,45 @@ def _damages(target: Target, others: Sequence[str]) -> dict[str, Damage | str]:
         made["the classes moved by one"] = moved if config.num_labels > 1 else "the model has one class"
     if isinstance(target, Seq2SeqTarget):
         made |= _decoder_damages(target)
+    return made
+
+
+def _of_speech_to_text(target: SpeechToTextTarget) -> dict[str, Damage | str]:
+    config, last = target.model.config, target.model.config.decoder_layers - 1
+    attention = f"model.decoder.layers.{last}.encoder_attn."
+    parts = ("weight", "bias")
+    layers = [name for name in target.weights if name.startswith("model.encoder.layers.0.")]
+    other = f"model.encoder.layers.{config.encoder_layers - 1}."
+    made: dict[str, Damage | str] = {
+        f"q and k of the cross-attention of decoder layer {last} swapped": _exchanging(
+            [(f"{attention}q_proj.{part}", f"{attention}k_proj.{part}") for part in parts]
+        ),
+        "the convolutions' gates exchanged": _setting(
+            "model.encoder.conv.conv_layers.0.weight", lambda value: value.copy_(value.roll(len(value) // 2, 0))
+        ),
+        "the embeddings moved by one symbol": _setting(
+            "model.decoder.embed_tokens.weight", lambda value: value.copy_(value.roll(1, 0))
+        ),
+        "the final norm of the decoder lost": _setting(
+            "model.decoder.layer_norm.weight", lambda value: value.fill_(1.0)
+        ),
+        "the other scale of embeddings": _configured(scale_embedding=not config.scale_embedding),
+        "the other activation": _configured(
+            activation_function="gelu" if config.activation_function != "gelu" else "relu"
+        ),
+        f"layers 0 and {config.encoder_layers - 1} of the encoder exchanged": _exchanging(
+            [(name, other + name.removeprefix("model.encoder.layers.0.")) for name in layers]
+        )
+        if config.encoder_layers > 1
+        else "the encoder has one layer",
+    }
+    for side in ("encoder", "decoder"):
+        heads = getattr(config, f"{side}_attention_heads")
+        wrong = heads // 2 if heads % 2 == 0 else 2 * heads
+        name = f"{wrong} attention heads of the {side} instead of {heads}"
+        fits = config.d_model % wrong == 0
+        changed = _configured(**{f"{side}_attention_heads": wrong})
+        made[name] = changed if fits else f"{wrong} does not divide {config.d_model}"
     return made
 
 
@@ -377,10 +418,10 @@ def exchanged_labels(labels: list[str], subject: Subject, spelling: str) -> Cont
 
 def wrong_setting(meant: Mapping[str, Any]) -> Control:
     """Change one value of config.json that no output shows, and run the files' comparison."""
-    layerdrop = float(meant.get("encoder", meant)["layerdrop"]) + 0.25
-    changed = dict(meant) | (
-        {"encoder": meant["encoder"] | {"layerdrop": layerdrop}} if "encoder" in meant else {"layerdrop": layerdrop}
-    )
+    part = meant.get("encoder", meant)
+    name = next(name for name in ("layerdrop", "decoder_layerdrop") if name in part)
+    damaged = {name: float(part[name]) + 0.25}
+    changed = dict(meant) | ({"encoder": meant["encoder"] | damaged} if "encoder" in meant else damaged)
     found = [*differences("config.json", meant, changed)]
     clean = [*differences("config.json", meant, dict(meant))]
     return Control("a setting of training changed in config.json", bool(found) and not clean, "files")

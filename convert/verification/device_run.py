@@ -16,7 +16,7 @@ from convert.verification.inputs import Cut, Probe, Waveform
 from convert.verification.judge import Judged, batch_of, judge
 from convert.verification.reference import Live, Reference, Subject, tensor
 from convert.verification.report import Findings, curves_of, finite, run_of
-from convert.verification.target import Target, load
+from convert.verification.target import SpeechToTextTarget, Target, load
 
 if TYPE_CHECKING:
     import torch
@@ -153,8 +153,9 @@ def _usual_attention(work: Work, reference: Reference, target: Target, device: s
     if usual is None:
         return
     for one in judge(reference, usual, work.clips, probes, normalize=work.subject.normalize):
-        one.probe = replace(one.probe, name=f"{CLIP}, sdpa")
-        why = "sdpa, which transformers chooses when asked for no attention, computes in another order than fairseq"
+        attention = usual.model.config._attn_implementation
+        one.probe = replace(one.probe, name=f"{CLIP}, {attention}")
+        why = f"{attention}, which transformers chooses when asked for no attention, computes in another order than fairseq"
         findings.runs.append(run_of(one, device, "float32", "rounding", why))
         findings.problems += _demand(one, device, "float32", "rounding")
 
@@ -308,6 +309,9 @@ def _end_to_end(work: Work, reference: Reference, target: Target, spell: Spell |
     exact = not reference.description.unlike and target.device == "cpu"
     exact = exact and not rounds(work.record) and not work.rounded and not target.rounds
     proved = all(run["verdict"] != "different" for run in findings.runs)
+    if isinstance(target, SpeechToTextTarget):
+        _to_text(work, reference, target, extractor, spell, findings)
+        return
     for name, piece in work.pieces.items():
         arguments = (reference, target, extractor, spell, work.clips, name, piece, work.subject)
         one = endtoend.run(*arguments, exact=exact, proved=proved)
@@ -317,3 +321,18 @@ def _end_to_end(work: Work, reference: Reference, target: Target, spell: Spell |
     whole = work.pieces["speech"]
     shorter = replace(whole, samples=max(1, whole.samples // 2))
     findings.problems += endtoend.check_padding(extractor, work.clips, [whole, shorter], work.subject)
+
+
+def _to_text(
+    work: Work, reference: Reference, target: SpeechToTextTarget, extractor: Any, spell: Any, findings: Findings
+) -> None:
+    """Compare what both sides generate, token by token, and how transformers makes its features."""
+    for name, piece in work.pieces.items():
+        one = endtoend.generate(reference, target, spell, work.clips, name, piece, work.subject)
+        findings.end_to_end.append(one)
+        if one.verdict == "different":
+            findings.problems.append(Problem("end-to-end", name, one.why))
+    findings.problems += endtoend.check_features(extractor, work.clips, work.pieces["speech"])
+    findings.skipped["filter banks"] = (
+        "fairseq makes them with pykaldi or torchaudio; both sides were given the same, and their normalisation was compared"
+    )

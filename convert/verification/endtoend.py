@@ -8,9 +8,10 @@ from typing import Any
 
 from convert.errors import Problem
 from convert.verification.compare import GENERATED, Stage, Verdict, compare
+from convert.verification.fairseq_worker import language_of
 from convert.verification.inputs import EPSILON, Cut, Waveform, cut
 from convert.verification.reference import Reference, Subject
-from convert.verification.target import Target
+from convert.verification.target import SpeechToTextTarget, Target
 
 # transformers' Wav2Vec2FeatureExtractor.zero_mean_unit_var_norm adds another constant to the variance than fairseq
 THEIR_EPSILON = 1e-7
@@ -179,5 +180,99 @@ def check_padding(extractor: Any, clips: Mapping[str, Waveform], pieces: list[Cu
             Problem("padding", "preprocessor_config.json", "the attention mask is not that of right padding")
         )
     if np.asarray(features["input_values"])[~meant].any():
+        problems.append(Problem("padding", "preprocessor_config.json", "the padding is not zero"))
+    return problems
+
+
+def generate(
+    reference: Reference,
+    target: SpeechToTextTarget,
+    spell: Callable[[list[int]], str],
+    clips: Mapping[str, Waveform],
+    name: str,
+    piece: Cut,
+    subject: Subject,
+) -> EndToEnd:
+    """Let both sides write what they hear in one waveform, with a beam of one, from the same features.
+
+    Args:
+        reference, target: the models.
+        spell: turns tokens into text with transformers.
+        clips: the waveforms by name.
+        name: the input's name in the report.
+        piece: the waveform.
+        subject: the checkpoint.
+    """
+    import numpy as np
+    import torch
+
+    raw = cut(dict(clips), piece)
+    _, answer, theirs = reference.end_to_end(piece)
+    values: dict[str, torch.Tensor] = {}
+    target.run(torch.from_numpy(raw)[None], None, lambda stage, value: values.update({stage: value}))
+    difference = compare(target.output, answer.stages[target.output], values[target.output])
+    try:
+        ours = spell(target.generate(torch.from_numpy(raw), language_of(subject.symbols)))
+        why = "" if ours == theirs else f"transformers writes {ours[:40]!r}, fairseq {theirs[:40]!r}"
+    except (IndexError, RuntimeError, ValueError) as error:  # what wrong settings of generation end in
+        ours, why = "", f"transformers cannot generate ({type(error).__name__}: {error})"
+    failed = bool(why)
+    if not why and not difference.equal:
+        why = "the two sides round differently here"
+    spread = float(np.std(raw, dtype=np.float64))
+    return EndToEnd(
+        input=name,
+        device=target.device,
+        verdict="different" if failed else "identical" if difference.equal else "explained",
+        fairseq_std=spread,
+        hf_std=spread,
+        max_abs_difference=difference.greatest if difference.greatest < float("inf") else None,
+        stage=target.output,
+        same_path=None,  # what is the same is said of the texts
+        fairseq_text=theirs,
+        hf_text=ours,
+        why=why,
+    )
+
+
+def check_features(extractor: Any, clips: Mapping[str, Waveform], piece: Cut) -> list[Problem]:
+    """Compare how transformers normalises filter banks with `UtteranceCMVN`, and how it pads a batch with fairseq's datasets.
+
+    The allowance is what float32 makes of fairseq's formula on these numbers, measured against float64, on both sides.
+    """
+    import copy
+
+    import numpy as np
+
+    raw = cut(dict(clips), piece)
+    plain = copy.copy(extractor)
+    plain.do_ceptral_normalize = False
+    banks = plain(raw, sampling_rate=extractor.sampling_rate)["input_features"][0]
+    batch = extractor([raw, raw[: len(raw) // 2]], sampling_rate=extractor.sampling_rate, padding=True)
+    found, mask = np.asarray(batch["input_features"]), np.asarray(batch["attention_mask"]).astype(bool)
+    problems = []
+
+    def normalised(values: Any) -> Any:
+        if not extractor.do_ceptral_normalize:
+            return values
+        mean, spread = (
+            values.mean(0),
+            np.sqrt(np.maximum((values**2).sum(0) / len(values) - values.mean(0) ** 2, 1e-10)),
+        )
+        values = values - mean if extractor.normalize_means else values
+        return values / spread if extractor.normalize_vars else values
+
+    exact = normalised(banks.astype(np.float64))
+    allowed = 2 * float(np.abs(normalised(banks) - exact).max())
+    apart = float(np.abs(found[0] - exact).max()) if found[0].shape == exact.shape else float("inf")
+    if not apart <= allowed:
+        detail = f"its features are off by {apart:.1e} from fairseq's normalisation, allowed {allowed:.1e}"
+        problems.append(Problem("features", "preprocessor_config.json", detail))
+    shorter = len(plain(raw[: len(raw) // 2], sampling_rate=extractor.sampling_rate)["input_features"][0])
+    meant = np.stack([np.arange(len(banks)) < count for count in (len(banks), shorter)])
+    if not np.array_equal(mask, meant):
+        detail = "the attention mask is not that of right padding"
+        problems.append(Problem("padding", "preprocessor_config.json", detail))
+    elif found[~meant].any():
         problems.append(Problem("padding", "preprocessor_config.json", "the padding is not zero"))
     return problems

@@ -150,7 +150,7 @@ def _own_settings(state: Any) -> Any:
     if isinstance(inner, dict) and not isinstance(inner.get("model"), dict):
         inner = {"model": dict(inner, _name=inner.get("arch") or "wav2vec2"), "task": dict(inner)}
         plain["model"] = dict(plain["model"], w2v_args=inner)
-    if plain["model"]["_name"] not in ENCODERS and not isinstance(inner, dict):
+    if plain["model"]["_name"] not in (*ENCODERS, *SPEECH_TO_TEXT) and not isinstance(inner, dict):
         raise ValueError("w2v_args is empty")
     return plain
 
@@ -394,6 +394,19 @@ def build_hubert_seq2seq(settings: Any, symbols: int, ignored: list[str], patche
     task = types.SimpleNamespace(source_dictionary=None, target_dictionary=_dictionary_of(range(symbols)))
     task.state_dict = lambda: {"dictionaries": [None]}
     return hubert_asr.HubertSeq2SeqModel.build_model(configuration, task)
+
+
+def build_speech_to_text(settings: Any, symbols: int, ignored: list[str], patches: list[str]) -> Any:
+    """Build `S2TTransformerModel`, whose settings are a Namespace."""
+    from argparse import Namespace
+
+    from fairseq.models.speech_to_text.s2t_transformer import S2TTransformerModel
+
+    values = {key: value for key, value in _outer(settings).items() if key != "_name"}
+    values["load_pretrained_encoder_from"] = None  # it only initialised what is filled now
+    patches.append("in float64: fairseq.utils.softmax computes in float64, to measure floors")
+    task = types.SimpleNamespace(target_dictionary=_dictionary_of(range(symbols)))
+    return S2TTransformerModel.build_model(Namespace(**values), task)
 
 
 def _flat(values: Any, normalize: bool) -> Any:
@@ -673,12 +686,8 @@ class Reference:
 
     def words(self) -> Any:
         """fairseq's dictionary: the checkpoint's own, or one of the symbols that were passed."""
-        from fairseq.data import Dictionary
-
         if self.dictionary is None or not hasattr(self.dictionary, "string"):
-            self.dictionary = Dictionary()
-            for symbol in self.request["symbols"][4:]:
-                self.dictionary.add_symbol(symbol)
+            self.dictionary = _dictionary_of(self.request["symbols"])
         return self.dictionary
 
     def hear(self, waveform: Any, rate: int) -> str:
@@ -914,19 +923,15 @@ class Seq2SeqReference(Reference):
 
     @contextlib.contextmanager
     def _as_converted(self) -> Any:
-        """In float64, sinusoidal positions are those of the converted model, and no softmax is rounded to float32."""
-        from fairseq import utils
-
-        positions, softmax = self.model.decoder.embed_positions, utils.softmax
+        """In float64, sinusoidal positions are those of the converted model."""
+        positions = self.model.decoder.embed_positions
         kept = getattr(positions, "weights", None)
         if self.table is not None:
             positions.weights = self.table.to(kept)
-        utils.softmax = lambda x, dim, onnx_trace=False: torch.nn.functional.softmax(x, dim=dim)
         try:
             with super()._as_converted():
                 yield
         finally:
-            utils.softmax = softmax
             if self.table is not None:
                 positions.weights = kept
 
@@ -1032,6 +1037,133 @@ def sinusoids(rows: int, width: int) -> Any:
     return torch.from_numpy(table)
 
 
+class SpeechToTextReference(Reference):
+    """fairseq's speech-to-text transformer. It takes features, which both sides make alike, and `forced_tokens`."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.masks_like_main = True
+        self.heard: Any = None  # the features of the last run, and how many each utterance has
+
+    def _hook(self) -> None:
+        encoder, decoder = self.model.encoder, self.model.decoder
+        for index, layer in enumerate(encoder.subsample.conv_layers):
+            self._watch(layer, "conv.%d" % index, _same)
+        for index, layer in enumerate(encoder.transformer_layers):
+            self._watch(layer, "layer.%d" % index, _swap_first)
+        self._watch(encoder.layer_norm, "encoder", _swap_first)
+        for index, layer in enumerate(decoder.layers):
+            self._watch(layer, "decoder.layer.%d" % index, _swap_first)
+        self._watch(decoder.layer_norm, "decoder.norm", _swap_first)
+        self._watch(decoder.output_projection, "decoder.logits", _same)
+
+    def run(self, waveforms: Any, lengths: Any = None, multiple: Any = None) -> tuple[list[int], dict[str, Any]]:
+        """Compute every stage, as for every model."""
+        source, counts = features(waveforms, lengths, self.settings["model"]["input_feat_per_channel"])
+        decoder = self.model.decoder
+        tokens = forced_tokens(decoder.embed_tokens.num_embeddings, decoder.max_target_positions)
+        self.heard, self.seen = (source, counts), {}
+        with torch.no_grad():
+            kind = next(self.model.parameters()).dtype
+            self.model(
+                source.to(self.device, kind), counts.to(self.device), tokens.expand(len(source), -1).to(self.device)
+            )
+        frames = self.model.encoder.subsample.get_out_seq_lens_tensor(counts).tolist()
+        stages = {name: crop(name, value, frames) for name, value in self.seen.items()}
+        self.seen = {}
+        return frames, stages
+
+    def normalise(self, waveform: Any, rate: int) -> Any:
+        """Leave a waveform as it is: `features` takes it so."""
+        return torch.as_tensor(waveform).float()
+
+    def paths(self, stages: Any, frames: list[int]) -> Any:
+        """The tokens that fairseq generates with a beam of one, for each utterance of the last run."""
+        from fairseq.sequence_generator import SequenceGenerator
+
+        generator = SequenceGenerator([self.model], self.words(), beam_size=1, max_len_a=0, max_len_b=200, min_len=1)
+        language = language_of(self.request["symbols"])
+        prefix = None if language is None else torch.tensor([[language]], device=self.device)
+        found = []
+        for source, count in zip(*self.heard):  # noqa: B905
+            net_input = {"src_tokens": source[None, :count].to(self.device), "src_lengths": count[None].to(self.device)}
+            found.append(
+                generator.generate([self.model], {"net_input": net_input}, prefix_tokens=prefix)[0][0]["tokens"]
+            )
+        self.seen = {}
+        return found
+
+    def spell(self, language: str = "") -> str:
+        """Write out every symbol of the dictionary that is not special, in order, twice."""
+        ids = [i for i in range(len(self.request["symbols"])) if i not in self.request["special"]]
+        return self.transcribe(ids * 2)
+
+    @contextlib.contextmanager
+    def arithmetic(self, name: str) -> Any:
+        """As for every model; the tables of positions are no weights: what a half type did to them must not stay."""
+        with self._positions(), super().arithmetic(name):
+            yield
+
+    def round_weights(self, name: str) -> None:
+        """As for every model."""
+        with self._positions():
+            super().round_weights(name)
+
+    @contextlib.contextmanager
+    def _positions(self) -> Any:
+        tables = [self.model.encoder.embed_positions, self.model.decoder.embed_positions]
+        kept = [table.weights.clone() for table in tables]
+        try:
+            yield
+        finally:
+            for table, weights in zip(tables, kept):  # noqa: B905
+                table.weights = weights
+
+    def transcribe(self, path: Any) -> str:
+        """Turn tokens into text, as fairseq's sentencepiece does; special symbols and languages' tags are left out."""
+        from fairseq.data import data_utils
+
+        kept: Any = torch.as_tensor([index for index in path if index not in self.request["special"]])
+        return str(data_utils.post_process(self.words().string(kept), "sentencepiece"))
+
+    def hear(self, waveform: Any, rate: int) -> str:
+        """Say why this cannot be asked."""
+        raise CannotBuildError("fairseq makes features with pykaldi or torchaudio, which this does not run")
+
+
+def language_of(symbols: Any) -> Any:
+    """The symbol that every text starts with where there are languages' tags: the first of them."""
+    return next((index for index, symbol in enumerate(symbols) if symbol.startswith("<lang:")), None)
+
+
+def features(waveforms: Any, lengths: Any, bins: int) -> tuple[Any, Any]:
+    """Make the features of waveforms, (batch, samples) -> (batch, frames, bins) padded with zeros, and count the frames.
+
+    They are an input and nothing else: the same numbers for both sides, whatever either would have extracted itself. They
+    are made as Kaldi does (windows of 25 ms every 10 ms), each utterance with mean 0 and variance 1, in float64.
+    """
+    waveforms = torch.as_tensor(waveforms)
+    lengths = [waveforms.shape[1]] * len(waveforms) if lengths is None else list(lengths)
+    cut = [wave[:count].cpu().double().numpy() for wave, count in zip(waveforms, lengths)]  # noqa: B905
+    made = [_log_mel(wave, bins) for wave in cut]
+    counts = torch.tensor([len(value) for value in made])
+    return torch.nn.utils.rnn.pad_sequence([torch.from_numpy(value) for value in made], batch_first=True), counts
+
+
+def _log_mel(waveform: Any, bins: int) -> Any:
+    starts = numpy.arange(0, len(waveform) - 399, 160)
+    windows = waveform[starts[:, None] + numpy.arange(400)] * 32768
+    windows = windows - windows.mean(1, keepdims=True)
+    windows = windows - 0.97 * numpy.concatenate([windows[:, :1], windows[:, :-1]], 1)
+    power = numpy.abs(numpy.fft.rfft(windows * numpy.hanning(400) ** 0.85, 512)) ** 2
+    mels = 1127 * numpy.log(1 + numpy.arange(257) * 31.25 / 700)
+    edges = numpy.linspace(1127 * numpy.log(1 + 20 / 700), mels[-1], bins + 2)[:, None]
+    rise, fall = (mels - edges[:-2]) / (edges[1:-1] - edges[:-2]), (edges[2:] - mels) / (edges[2:] - edges[1:-1])
+    made = numpy.log(numpy.maximum(power @ numpy.clip(numpy.minimum(rise, fall), 0, None).T, 1e-7))
+    made = (made - made.mean(0)) / numpy.maximum(made.std(0), 1e-5)
+    return made.astype(numpy.float32)
+
+
 # fairseq's name of an encoder -> its module, its configuration's class, its model's class
 ENCODERS = {
     "hubert": ("fairseq.models.hubert.hubert", "HubertConfig", "HubertModel"),
@@ -1051,6 +1183,8 @@ ARCHITECTURES = {
     "wav2vec_seq2seq": (build_seq2seq, Seq2SeqReference),
     "hubert_seq2seq": (build_hubert_seq2seq, HubertSeq2SeqReference),
 }
+SPEECH_TO_TEXT = ["s2t_transformer%s" % size for size in ("", "_xs", "_s", "_sp", "_m", "_mp", "_l", "_lp")]
+ARCHITECTURES.update((name, (build_speech_to_text, SpeechToTextReference)) for name in SPEECH_TO_TEXT)
 
 
 def crop(name: str, value: Any, frames: list[int]) -> Any:
@@ -1101,9 +1235,14 @@ def _lifted(w2v: Any) -> Any:
         elif getattr(getattr(module, "activation_fn", None), "__name__", "") == "gelu":
             lifted.append((module, "activation_fn", module.activation_fn))
             module.activation_fn = torch.nn.functional.gelu
+    from fairseq import utils
+
+    softmax = utils.softmax
+    utils.softmax = lambda x, dim, onnx_trace=False: torch.nn.functional.softmax(x, dim=dim)
     try:
         yield
     finally:
+        utils.softmax = softmax
         for module, name, value in lifted:
             if value is None:
                 delattr(module, name)

@@ -172,7 +172,8 @@ def _check_files(checkpoint: Path, directory: ModelDirectory, options: Mapping[s
 
 def _some_tensor(directory: ModelDirectory) -> str:
     """Choose the tensor for the control of one unit: the first layer's query matrix."""
-    ends = ("layers.0.attention.q_proj.weight", "layers.0.self_attn.linear_q.weight")
+    ends: tuple[str, ...] = ("layers.0.attention.q_proj.weight", "layers.0.self_attn.linear_q.weight")
+    ends += ("layers.0.self_attn.q_proj.weight",)
     names = [name for name in directory.tensors if name.endswith(ends)]
     if not names:
         raise MismatchError(f"{directory.path.name} has no attention layer", code="load", key=str(directory.path))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from convert.checkpoint import open_checkpoint
+from convert.checkpoint import Checkpoint, open_checkpoint
 from convert.checkpoint.dictionary import SPECIAL, Dictionary, from_file
 from convert.errors import ConvertError
 from convert.model.architectures import KINDS, architecture_of
@@ -14,6 +14,8 @@ from convert.model.encoder import encoder_settings
 from convert.model.languages import choose, languages_of
 from convert.model.processor import BLANK, labels_of, sequence_decoding
 from convert.model.settings import Reader
+from convert.model.speech_to_text import ARCHITECTURES as SPEECH_TO_TEXT
+from convert.model.speech_to_text import LANGUAGE
 from convert.model.types import Request
 from convert.verification.inputs import Geometry
 from convert.verification.reference import Subject, check_pickle
@@ -47,6 +49,8 @@ def read_subject(
     """
     with open_checkpoint(path) as opened:
         check_pickle(opened, trusted)
+        if architecture_of(opened) in SPEECH_TO_TEXT:
+            return _speech_to_text(opened, from_file(dictionary) if dictionary else kept)
         settings: dict[str, Any] = {key: dict(value) for key, value in opened.settings.items()}
         inner = None
         if base is not None:
@@ -90,6 +94,33 @@ def read_subject(
     pads = reader.values.get("layer_type") != "conformer" and reader.values.get("_name") != "wavlm"
     multiple = 1 if not pads else reader.values.get("required_seq_len_multiple", 2)
     return subject, Geometry(convolutions, int(multiple or 1), reader.values.get("_name") in SPLIT_MASKS)
+
+
+def _speech_to_text(opened: Checkpoint, known: Dictionary | None) -> tuple[Subject, Geometry]:
+    """The same of a speech-to-text transformer: its windows of 25 ms every 10 ms, and its convolutions, each of half the frames."""
+    if known is None:
+        raise ConvertError(
+            f"{opened.path.name} carries no dictionary, and fairseq writes no text without one",
+            code="no-dictionary",
+            key="--dict",
+            hint="pass the dictionary that its config.yaml names: --dict dict.txt",
+        )
+    kernels = str(opened.settings["model"].get("conv_kernel_sizes") or "").split(",")
+    subject = Subject(
+        path=opened.path,
+        name=opened.path.name.encode("utf-8", "backslashreplace").decode(),
+        size=opened.size,
+        sha256=opened.sha256(),
+        architecture=architecture_of(opened),
+        settings={key: dict(value) for key, value in opened.settings.items()},
+        symbols=known.symbols,
+        special=tuple(i for i, symbol in enumerate(known.symbols) if symbol in SPECIAL or LANGUAGE.fullmatch(symbol)),
+        blank=-1,
+        post_process="sentencepiece",
+        rate=16000,
+        normalize=False,
+    )
+    return subject, Geometry(((400, 160), *((1, 2) for _ in kernels)), 1)
 
 
 def _post_process(settings: Mapping[str, Any]) -> str:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert.errors import ConvertError, MismatchError, Problem
+from convert.verification.attention import NAME, register
 from convert.verification.compare import GENERATED
-from convert.verification.fairseq_worker import NAMES, PAD, aligned, crop, forced_tokens, generated_length
+from convert.verification.fairseq_worker import NAMES, PAD, aligned, crop, features, forced_tokens, generated_length
 from convert.verification.inputs import Geometry
 
 if TYPE_CHECKING:
@@ -18,13 +19,14 @@ if TYPE_CHECKING:
 
 Visit = Callable[[str, "torch.Tensor"], None]
 # config.json's model_type -> the attention that does fairseq's arithmetic; sdpa where none is named
-ATTENTION: dict[str, Any] = {"wav2vec2-conformer": "eager", "wavlm": "eager"}
+ATTENTION: dict[str, Any] = {"speech_to_text": NAME, "wav2vec2-conformer": "eager", "wavlm": "eager"}
 ATTENTION["speech-encoder-decoder"] = {"encoder": "sdpa", "decoder": "eager"}  # TrOCR has no other
 
 
 def attention_of(model_type: str) -> Any:
     """Name the attention that a verification loads a model with, that of each part where they differ."""
-    return ATTENTION.get(model_type, "sdpa")
+    attention = ATTENTION.get(model_type, "sdpa")
+    return register() if attention == NAME else attention
 
 
 def load(model_dir: Path, device: str) -> Target:
@@ -383,9 +385,103 @@ class Seq2SeqTarget(Target):
             visit(GENERATED, ids)
 
 
+class SpeechToTextTarget(Target):
+    """A converted speech-to-text transformer: it takes features, which both sides make alike, and `forced_tokens`."""
+
+    def usual(self) -> Target | None:
+        """The same with eager, which is all that transformers has for this class."""
+        if self.model.config._attn_implementation == "eager":
+            return None
+        other = self.like({})
+        other.model.config._attn_implementation = "eager"
+        return other
+
+    @property
+    def rounds(self) -> str:
+        """Without fairseq's order of sums in attention, the last bits are others."""
+        known = self.model.config._attn_implementation == NAME
+        return (
+            ""
+            if known
+            else "this transformers takes no other attention than its own, which multiplies in another order"
+        )
+
+    def _hook(self) -> None:
+        encoder, decoder = self.base.encoder, self.base.decoder
+        for index, layer in enumerate(encoder.conv.conv_layers):
+            self._watch(layer, f"conv.{index}")
+        for index, layer in enumerate(encoder.layers):
+            self._watch(layer, f"layer.{index}")
+        self._watch(encoder.layer_norm, "encoder")
+        for index, layer in enumerate(decoder.layers):
+            self._watch(layer, f"decoder.layer.{index}")
+        self._watch(decoder.layer_norm, "decoder.norm")
+        self._watch(self.model.lm_head, "decoder.logits")
+
+    @property
+    def output(self) -> str:
+        """The stage that the model is there for."""
+        return "decoder.logits"
+
+    def run(self, waveforms: torch.Tensor, lengths: list[int] | None, visit: Visit) -> list[int]:
+        """Compute every stage, as for every target."""
+        import torch
+
+        config, kind = self.model.config, next(self.model.parameters()).dtype
+        source, counts = features(waveforms, lengths, config.input_feat_per_channel)
+        tokens = forced_tokens(config.vocab_size, config.max_target_positions).to(self.device)
+        self.frames = [int(n) for n in self.model._get_feat_extract_output_lengths(counts)]
+        mask = None if lengths is None else (torch.arange(source.shape[1])[None] < counts[:, None]).long()
+        self.visit = visit
+        try:
+            with torch.no_grad():
+                self.model(
+                    source.to(self.device, kind),
+                    attention_mask=None if mask is None else mask.to(self.device),
+                    decoder_input_ids=tokens.expand(len(source), -1),
+                    use_cache=False,
+                )
+        finally:
+            self.visit = None
+        return self.frames
+
+    def generate(self, waveform: torch.Tensor, language: int | None) -> list[int]:
+        """Generate the tokens of a waveform as the directory says, with a beam of one and transformers' own attention.
+
+        Args:
+            waveform: (samples,).
+            language: the symbol to start with, where texts start with that of a language.
+        """
+        import torch
+
+        source, _ = features(waveform[None], None, self.model.config.input_feat_per_channel)
+        forced = {} if language is None else {"forced_bos_token_id": language}
+        kind, known = next(self.model.parameters()).dtype, self.model.config._attn_implementation
+        self.model.config._attn_implementation = "eager"
+        try:
+            with torch.no_grad():
+                made: list[int] = self.model.generate(source.to(self.device, kind), num_beams=1, **forced)[0].tolist()
+        finally:
+            self.model.config._attn_implementation = known
+        return made
+
+    @contextlib.contextmanager
+    def arithmetic(self, name: str) -> Iterator[None]:
+        """As for every target; the tables of positions are no weights: what a half type did to them must not stay."""
+        tables = [self.base.encoder.embed_positions, self.base.decoder.embed_positions]
+        kept = [table.weights.clone() for table in tables]
+        try:
+            with super().arithmetic(name):
+                yield
+        finally:
+            for table, weights in zip(tables, kept, strict=True):
+                table.weights = weights
+
+
 # transformers class -> what runs it, where `Target` does not
 TARGETS: dict[str, type[Target]] = {
     "SpeechEncoderDecoderModel": Seq2SeqTarget,
+    "Speech2TextForConditionalGeneration": SpeechToTextTarget,
     "Wav2Vec2ConformerForCTC": ConformerTarget,
     "Wav2Vec2ConformerForPreTraining": ConformerTarget,
     "Wav2Vec2ConformerModel": ConformerTarget,
