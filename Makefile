@@ -20,7 +20,7 @@ demo: $(VENV)/.demo ## set up, convert the bundled checkpoint, prove it, transcr
 
 test: $(VENV)/.test ## set up with fairseq, then lint, types, and all tests: two processes, minutes before the first words
 	$(MAKE) --no-print-directory lint types
-	$(MAKE) --no-print-directory -j2 --output-sync --keep-going part-1 part-2
+	$(MAKE) --no-print-directory -j2 $(if $(filter output-sync,$(.FEATURES)),--output-sync) --keep-going part-1 part-2
 
 part-%: $(VENV)/.test
 	$(BIN)/python -m pytest --part $*/2
