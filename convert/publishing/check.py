@@ -38,7 +38,7 @@ def compute(source: str, class_name: str, revision: str | None = None) -> Mappin
         try:
             features = transformers.AutoFeatureExtractor.from_pretrained(source, **where)
             model, info = getattr(transformers, class_name).from_pretrained(source, output_loading_info=True, **where)
-            if class_name.endswith("ForCTC"):
+            if class_name.endswith(("ForCTC", "ForConditionalGeneration", "SpeechEncoderDecoderModel")):
                 transformers.AutoTokenizer.from_pretrained(source, **where)
         except (OSError, ValueError, RuntimeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:200]
@@ -53,6 +53,8 @@ def compute(source: str, class_name: str, revision: str | None = None) -> Mappin
     if wrong:
         raise ConvertError(f"{source}: does not load completely: {wrong[:3]}", code="load", key=source, status=1)
     inputs = features(signal, sampling_rate=features.sampling_rate, return_tensors="pt")
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = torch.tensor([[model.generation_config.decoder_start_token_id]])
     with torch.no_grad():
         outputs = model.eval()(**inputs)
     return {name: value for name, value in outputs.items() if torch.is_tensor(value)}

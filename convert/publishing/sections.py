@@ -129,11 +129,12 @@ def _usage(facts: Facts) -> str:
     if facts.output == "hidden":
         text += "\n\nThe model has no vocabulary: it gives hidden states, no text."
     kept = (facts.conversion.get("sidecars") or {}).get("final_proj.safetensors") or {}
-    if "final_proj.weight" in (kept.get("tensors") or {}):
+    if kept:
         text += (
-            "\n\nThe head of pretraining, for which transformers' class has no place, is in `final_proj.safetensors`:"
-            f"\n\n```python\n{snippets.final_proj(facts)}```"
+            "\n\nThe head of pretraining, for which transformers' class has no place, is in `final_proj.safetensors`"
         )
+        joined = facts.class_name == "HubertModel" and "final_proj.weight" in (kept.get("tensors") or {})
+        text += f":\n\n```python\n{snippets.final_proj(facts)}```" if joined else ", under fairseq's names."
     if facts.languages:
         several = f"{len(facts.languages)} languages, each with an adapter and a vocabulary of its own"
         spoken = facts.conversion.get("language")
