@@ -262,6 +262,17 @@ def test_a_recording(base: tuple[Path, Path], tmp_path: Path) -> None:
     assert verify(*base, reference=tmp_path / "recording.safetensors", write=False).problems == ()
 
 
+def test_both_sides_write_the_same_text_for_error_rates(base: tuple[Path, Path]) -> None:
+    from convert.evaluation.data import Utterance
+    from convert.evaluation.fairseq_reference import FairseqReference
+    from convert.evaluation.recognize import open_recognizer
+
+    samples = waves([6480])[0][0].numpy()
+    theirs = FairseqReference(base[0], "cpu").transcribe(samples)
+    ours = open_recognizer(base[1], "cpu").transcribe([Utterance(0, "a", samples, "")])
+    assert ours == [theirs] and theirs
+
+
 # --- the way back ---------------------------------------------------------------------------------------------------
 
 

@@ -61,6 +61,7 @@ class Recognizer:
     """
 
     loader = "AutoModelForCTC"
+    decoding = "greedy CTC"  # how it chooses symbols without a language model
 
     def __init__(self, model_dir: Path, device: str, language: str = "") -> None:
         self.torch, transformers = require("torch"), require("transformers")
@@ -148,6 +149,7 @@ class Generator(Recognizer):
     """A converted model that writes token by token; each utterance is generated alone, with a beam of one."""
 
     loader = "AutoModelForSpeechSeq2Seq"
+    decoding = "a beam of one"
 
     def __init__(self, model_dir: Path, device: str, language: str = "") -> None:
         super().__init__(model_dir, device, language)

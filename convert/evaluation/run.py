@@ -19,8 +19,6 @@ from convert.evaluation.result import Evaluation, Row, write_result
 from convert.evaluation.score import case_hint, score
 from convert.model.directory import ModelDirectory
 
-GREEDY = "greedy CTC"
-
 
 def evaluate(
     model_dir: str | Path,
@@ -107,7 +105,7 @@ def evaluate(
         else None
     )
     language = _language(request, recognizer, here)
-    decoder = language.name if language else GREEDY
+    decoder = language.name if language else recognizer.decoding
     keys = _Keys(
         model_digest(request.model_dir) + (request.spoken or ""), decoder, here.device.partition(":")[0], fairseq
     )

@@ -983,6 +983,15 @@ class Seq2SeqReference(Reference):
             ids[row, : len(tokens)] = tokens.cpu()
         self.seen.update({"generated": ids, "generated.second": second, "generated.margin": margin})
 
+    def hear(self, waveform: Any, rate: int) -> str:
+        """Transcribe a waveform with fairseq's generator and a beam of one."""
+        source = self.normalise(waveform, rate)[None].to(self.device)
+        with torch.no_grad():
+            self._generate(source, None)
+        path = self.seen["generated"][0].tolist()
+        self.seen = {}
+        return self.transcribe(path)
+
     def paths(self, stages: Any, frames: list[int]) -> Any:
         """The tokens that were generated, for each utterance."""
         return stages["generated"]

@@ -14,6 +14,7 @@ from typing import Any
 
 from convert.errors import Problem
 from convert.report import json_bytes, problem_lines
+from convert.verification.compare import SCORES
 from convert.verification.controls import Control
 from convert.verification.endtoend import EndToEnd
 from convert.verification.judge import Judged
@@ -217,7 +218,7 @@ def _spoken(one: Mapping[str, Any]) -> str:
         level = one["hf_std"] / max(one["fairseq_std"], 1e-30)
         line += f"{one['stage']} {one['max_abs_difference']:.1e}, input level {level:.4f}  "
     if one["same_path"] is not None:
-        line += f"{one['same_path']:.1%} of frames, "
+        line += f"{one['same_path']:.1%} of {'tokens' if one['stage'] == SCORES else 'frames'}, "
     if one["hf_text"] is not None:
         line += "same text" if one["fairseq_text"] == one["hf_text"] else "OTHER TEXT"
     return line.rstrip()
