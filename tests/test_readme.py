@@ -9,7 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hubert_models
+import mms_models
 import pytest
+import speech_to_text_models
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"^```(sh|python)\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE | re.DOTALL)
@@ -24,10 +27,14 @@ def environment() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a checkpoint called checkpoint_best.pt, as the README has it."""
+    """A directory with checkpoints called as the README has them."""
     made = tmp_path_factory.mktemp("readme")
     shutil.copytree(ROOT / "checkpoints", made / "checkpoints")
     shutil.copy(ROOT / "checkpoints/espeak-wav2vec2-ctc.pt", made / "checkpoint_best.pt")
+    hubert_models.save("hubert_base", made / "hubert_base_ls960.pt")
+    mms_models.save("mms", made / "mms1b_all.pt")
+    path, *_ = speech_to_text_models.save("tied", made)
+    path.rename(made / "s2t_checkpoint.pt")
     return made
 
 
@@ -53,7 +60,7 @@ def test_every_block_runs(place: Path) -> None:
             else:
                 assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
             ran += 1
-    assert ran >= 12
+    assert ran >= 17
 
 
 def test_what_is_left_out_is_known() -> None:
