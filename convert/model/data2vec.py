@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from convert.errors import PlanError
-from convert.mapping import data2vec, infer_layout, plan
-from convert.model.encoder import Sources
+from convert.mapping import data2vec
+from convert.model.encoder import Sources, kept_head
 from convert.model.fields import CHOICES, READ, SAME, TRAINING_ONLY, Fields, Limit, only
-from convert.model.types import KEPT_HEAD, Sidecar, Value
+from convert.model.types import Sidecar, Value
 
 # What acts while training only, or is never read by `Data2VecAudioModel`
 _TRAINING_ONLY = {
@@ -78,12 +77,4 @@ def _positions(sources: Sources) -> tuple[int, int]:
 
 def sidecars(sources: Sources) -> list[Sidecar]:
     """Keep the pretraining head in a file of its own, where that is asked for and there is one."""
-    inventory = sources.checkpoint.inventory
-    if not sources.request.keep_final_proj:
-        return []
-    try:
-        table = data2vec.head_table(infer_layout(inventory, "data2vec_audio"), inventory)
-        kept = plan(table, {key: inventory[key] for key in table.renames})
-    except PlanError:  # the plan of the model itself says what is wrong
-        return []
-    return [Sidecar(KEPT_HEAD, kept)] if kept.renames else []
+    return kept_head(sources, "data2vec_audio", data2vec.head_table)

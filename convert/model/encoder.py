@@ -11,7 +11,7 @@ from convert.checkpoint import Checkpoint
 from convert.checkpoint.dictionary import Dictionary
 from convert.errors import PlanError, Problem
 from convert.mapping import infer_layout, plan, table
-from convert.mapping.rules import Edit, Plan, TensorSpec
+from convert.mapping.rules import Edit, Plan, Table, TensorSpec
 from convert.mapping.wav2vec2 import Layout
 from convert.model.fields import DEFAULTS, FINE_TUNING, LAYER_SETTINGS, Fields
 from convert.model.processor import Processor, make_processor
@@ -456,6 +456,25 @@ def plain_layout(sources: Sources, seen: Layout, stated: Mapping[str, Any]) -> L
     count = reader.get("latent_groups", int, DEFAULTS["latent_groups"]) or 1
     codes = reader.get("latent_vars", int, DEFAULTS["latent_vars"]) * count
     return Layout(**stated, codes=codes, code_width=codevector // count, codevector=codevector, final=final)
+
+
+def kept_head(sources: Sources, family: str, table_of: Callable[[Any, Iterable[str]], Table]) -> list[Sidecar]:
+    """Keep a pretraining head that transformers has no class for in a file of its own, where that is asked for.
+
+    Args:
+        sources: where the checkpoint and the request are.
+        family: the family's name in `convert.mapping`.
+        table_of: makes that file's table of (layout, fairseq's keys).
+    """
+    inventory = sources.checkpoint.inventory
+    if not sources.request.keep_final_proj:
+        return []
+    try:
+        head = table_of(infer_layout(inventory, family), inventory)
+        kept = plan(head, {key: inventory[key] for key in head.renames})
+    except PlanError:  # the plan of the model itself says what is wrong
+        return []
+    return [Sidecar(KEPT_HEAD, kept)] if kept.renames else []
 
 
 def blank_edits(sources: Sources) -> list[Edit]:

@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from convert.errors import PlanError
-from convert.mapping import hubert, infer_layout, plan
-from convert.model.encoder import Sources
+from convert.mapping import hubert
+from convert.model.encoder import Sources, kept_head
 from convert.model.fields import CHOICES, DEFAULTS, FLAGS, READ, SAME, TRAINING_ONLY, Fields, Limit, at_most_one, only
 from convert.model.types import KEPT_HEAD, Sidecar, Value
 
@@ -67,12 +66,4 @@ def values(sources: Sources) -> list[Value]:
 
 def sidecars(sources: Sources) -> list[Sidecar]:
     """Keep the pretraining head in a file of its own, where that is asked for and there is one."""
-    inventory = sources.checkpoint.inventory
-    if not sources.request.keep_final_proj:
-        return []
-    try:
-        table = hubert.head_table(infer_layout(inventory, "hubert"), inventory)
-        kept = plan(table, {key: inventory[key] for key in table.renames})
-    except PlanError:  # the plan of the model itself says what is wrong
-        return []
-    return [Sidecar(KEPT_HEAD, kept)] if kept.renames else []
+    return kept_head(sources, "hubert", hubert.head_table)
