@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
 import importlib
 import io
@@ -103,6 +104,19 @@ def test_says_nothing_that_nobody_knows(model):  # noqa: F811
             invented
         )
     assert "No evaluation of this model has been made" in card and "checkpoint_best.pt" in card
+
+
+def test_says_who_trained_it_and_what_its_features_are(model):  # noqa: F811
+    """Control: each of these words is missing from the card of a wav2vec 2.0 model."""
+    facts = facts_of(model)
+    wavlm = compose(dataclasses.replace(facts, class_name="WavLMModel")).decode()
+    features = {"num_mel_bins": 80, "sampling_rate": 16000}
+    name = "Speech2TextForConditionalGeneration"
+    speech = compose(dataclasses.replace(facts, class_name=name, preprocessor=features)).decode()
+    parts = [(wavlm, "transfer from unilm"), (wavlm, "github.com/microsoft/unilm"), (speech, "80 log-mel features")]
+    for card, part in [*parts, (speech, "Silence"), (speech, "model.generate(**inputs)")]:
+        assert part in card and part not in compose(facts).decode()
+    assert "do_normalize" not in speech
 
 
 def test_what_a_person_states_wins(model):  # noqa: F811

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # The paper that describes a model class, by the beginning of the class's name.
 _METHOD = {"Wav2Vec2": "2006.11477", "Hubert": "2106.07447", "Data2VecAudio": "2202.03555", "Speech2Text": "2010.05171"}
+_METHOD |= {"WavLM": "2110.13900"}
 # What a model class gives, by the end of its name.
 _OUTPUTS = {
     "ForCTC": "ctc",
@@ -78,6 +79,11 @@ class Facts:
     def verified(self) -> bool:
         """Whether a verification of exactly these bytes passed."""
         return self.verification is not None
+
+    @property
+    def trainer(self) -> str:
+        """The project whose trainer wrote the checkpoint."""
+        return "unilm" if self.class_name.startswith("WavLM") else "fairseq"
 
     @property
     def output(self) -> str:
