@@ -436,9 +436,9 @@ def _foreign_files(out: Path) -> list[str]:
     from convert.model.directory import ModelDirectory
 
     try:
-        written = set(ModelDirectory(out).conversion.get("files", {}))
+        written = set(ModelDirectory(out).conversion["files"])
     except ConvertError:  # damaged, and so one more reason to replace it; what it was made of is not known any more
-        written = {file.name for file in out.glob("model*")}
+        written = {file.name for file in out.glob("*.safetensors*")}
     return sorted({file.name for file in out.iterdir()} - written - _USUAL)
 
 

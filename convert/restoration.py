@@ -173,8 +173,10 @@ def _from_conversion(directory: ModelDirectory) -> _Draft:
     else:
         draft = _Draft({}, {}, _loadable(settings), directory.dictionary, notes, directory.dictionaries)
     made = {fill["key"] for fill in record["fills"]}
-    lost = [target for target in record["tensors"] if target not in directory.tensors]
-    lost += [target for target in directory.tensors if target not in record["tensors"] and target not in made]
+    lost = list(made ^ record["tensors"].keys() ^ directory.tensors.keys())
+    for file, sidecar in directory.sidecars.items():
+        lost += [f"{file}: {target}" for target in sidecar["tensors"].keys() - directory.places(file).keys()]
+    lost += [source for source in repeated.values() if source not in record["tensors"].values()]
     if lost:
         problems = [Problem("changed", key, "conversion.json and the weights disagree about it") for key in lost]
         raise PlanError(f"{directory.path} was changed since its conversion", code="changed", problems=problems)

@@ -1,6 +1,6 @@
 """Damages a checkpoint in thousands of ways and converts each, in a process that has nothing else in it.
 
-`python damage.py MUTATION CHECKPOINT FOLDER` prints how often each outcome was seen, as JSON, or the traceback of what
+`python damage.py MUTATION CHECKPOINT FOLDER [OPTIONS]` prints how often each outcome was seen, as JSON, or the traceback of what
 should never be seen. Address space is bounded a little above what the process holds after one undamaged conversion, so
 that the bound is the same whatever ran before, and an allocation of a size that the file only claims is a `MemoryError`.
 """
@@ -22,6 +22,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from convert.errors import ConvertError
 from convert.package import compare_weights, convert
@@ -200,13 +201,13 @@ def _hang(*_: object) -> None:
     raise _HangError(f"more than {SECONDS} seconds")
 
 
-def outcome(data: bytes, folder: Path) -> str:
-    """Convert a damaged file; anything but a verified success or a clean refusal raises."""
+def outcome(data: bytes, folder: Path, options: dict[str, Any]) -> str:
+    """Convert a damaged file with some options; anything but a verified success or a clean refusal raises."""
     path, out = folder / "damaged.pt", folder / "model"
     path.write_bytes(data)
     signal.alarm(SECONDS)
     try:
-        convert(path, out)
+        convert(path, out, **options)
         assert compare_weights(path, out) == []
         shutil.rmtree(out)
         found = "converted"
@@ -223,18 +224,21 @@ def outcome(data: bytes, folder: Path) -> str:
     return found
 
 
-def main(name: str, checkpoint: str, folder: str) -> None:
-    mutation, original = MUTATIONS[name][1], Path(checkpoint).read_bytes()
+def main(name: str, checkpoint: str, folder: str, options: str = "{}") -> None:
+    """Run the cases of one mutation, or of several, which stand between commas and take turns."""
+    mutations, original = [MUTATIONS[one][1] for one in name.split(",")], Path(checkpoint).read_bytes()
+    asked = json.loads(options)
     os.fsync = lambda descriptor: None  # the disk need not be waited for
     threading.stack_size(8 << 20)  # whatever this machine's limit is
     signal.signal(signal.SIGALRM, _hang)
-    assert outcome(original, Path(folder)) == "converted"
+    assert outcome(original, Path(folder), asked) == "converted"
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + BYTES, resource.RLIM_INFINITY))
     outcomes: Counter[str] = Counter()
     for case in range(CASES):
         try:
-            outcomes[outcome(mutation(random.Random(f"{name} {case}"), original), Path(folder))] += 1
+            data = mutations[case % len(mutations)](random.Random(f"{name} {case}"), original)
+            outcomes[outcome(data, Path(folder), asked)] += 1
         except BaseException:
             print(f"{name}, case {case}:", file=sys.stderr)
             raise

@@ -6,21 +6,51 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import classification_models
+import hubert_models
+import mms_models
 import pytest
+import seq2seq_models
 from damage import BYTES, CASES, ENVIRONMENT, MUTATIONS
-from fairseq_models import BASE, Variant, save
+from fairseq_models import BASE, LARGE, Variant, save
 
 HERE = Path(__file__).parent
-TINY = Variant(
-    "ctc",
-    BASE
-    | {"encoder_layers": 1, "encoder_embed_dim": 16, "encoder_ffn_embed_dim": 8, "encoder_attention_heads": 2}
-    | {"conv_feature_layers": "[(8, 10, 5)] + [(8, 3, 2)]", "conv_pos": 4, "conv_pos_groups": 2}
-    | {"final_dim": 4, "latent_vars": 2, "latent_dim": 4},
-    symbols=tuple("|ETAO"),
-)
+SIZES = {"encoder_layers": 1, "encoder_embed_dim": 16, "encoder_ffn_embed_dim": 8, "encoder_attention_heads": 2}
+SIZES |= {"conv_feature_layers": "[(8, 10, 5)] + [(8, 3, 2)]", "conv_pos": 4, "conv_pos_groups": 2, "final_dim": 4}
+WIDTHS = SIZES | {"latent_vars": 2, "latent_dim": 4}
+LETTERS = tuple("|ETAO")
+TINY = Variant("ctc", BASE | WIDTHS, symbols=LETTERS)
+DECODER = {"decoder_embed_dim": 8, "decoder_ffn_embed_dim": 8, "decoder_layers": 1, "decoder_attention_heads": 2}
+ADAPTED = Variant("ctc", LARGE | WIDTHS, mms_models.ADAPTERS | {"adp_dim": 4}, normalize=True, symbols=LETTERS)
+# Other kinds of models: how one is saved, and what is asked of its conversion
+KINDS: dict[str, tuple[Callable[[Path], Path], dict[str, object]]] = {
+    "hubert": (
+        lambda path: hubert_models.save(hubert_models.Variant("hubert", hubert_models.BASE | SIZES), path),
+        {"keep_final_proj": True},
+    ),
+    "mms": (
+        lambda path: mms_models.save(
+            mms_models.Adapted(ADAPTED, "eng", (("eng", LETTERS), ("hin", ("|", "ा", "क")))), path
+        ),
+        {},
+    ),
+    "seq2seq": (
+        lambda path: seq2seq_models.save(
+            seq2seq_models.Seq2Seq("wav2vec2", BASE | WIDTHS, seq2seq_models.DECODER | DECODER, symbols=LETTERS), path
+        ),
+        {},
+    ),
+    "classification": (
+        lambda path: classification_models.save(
+            classification_models.Variant(BASE | WIDTHS, classification_models.LINEAR), path
+        ),
+        {},
+    ),
+}
+PICKLED = "zip-letters,zip-values,zip-tokens,zip-flip,zip-splice"
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +59,14 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {kind: save(TINY, folder / f"{kind}.pt", container=kind) for kind in ("zip", "legacy")}
 
 
-def fuzz(name: str, originals: dict[str, Path], folder: Path, change: str = "") -> subprocess.CompletedProcess[str]:
+def fuzz(
+    name: str, original: Path, folder: Path, change: str = "", options: str = "{}"
+) -> subprocess.CompletedProcess[str]:
     """Run one mutation's cases in a process of their own, after a change to the program that runs them."""
     program = f"import sys, damage\n{change}\ndamage.main(*sys.argv[1:])"
     (folder / "cases").mkdir()
     return subprocess.run(
-        [sys.executable, "-c", program, name, str(originals[MUTATIONS[name][0]]), str(folder / "cases")],
+        [sys.executable, "-c", program, name, str(original), str(folder / "cases"), options],
         env=os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join((str(HERE), str(HERE.parent)))},
         capture_output=True,
         text=True,
@@ -45,11 +77,21 @@ def fuzz(name: str, originals: dict[str, Path], folder: Path, change: str = "") 
 def test_damaged_checkpoint_converts_and_verifies_or_is_refused(
     name: str, originals: dict[str, Path], tmp_path: Path
 ) -> None:
-    done = fuzz(name, originals, tmp_path)
+    done = fuzz(name, originals[MUTATIONS[name][0]], tmp_path)
     assert not done.stderr, done.stderr
     outcomes = json.loads(done.stdout)
     assert sum(outcomes.values()) == CASES
     assert len(outcomes) > 1, f"the damage is always the same: {outcomes}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_kinds_of_models(kind: str, tmp_path: Path) -> None:
+    save_it, options = KINDS[kind]
+    done = fuzz(PICKLED, save_it(tmp_path / "original.pt"), tmp_path, options=json.dumps(options))
+    assert not done.stderr, done.stderr
+    outcomes = json.loads(done.stdout)
+    assert sum(outcomes.values()) == CASES
+    assert {"converted", "refused", "corrupted-entry"} <= outcomes.keys()
 
 
 # What must be seen: what a conversion does, from the second on -> how the process ends
@@ -69,14 +111,14 @@ def test_a_fault_would_be_seen(name: str, originals: dict[str, Path], tmp_path: 
     change = f"""
 import threading
 right, calls = damage.convert, []
-def convert(path, out):
+def convert(path, out, **options):
     calls.append(path)
     if len(calls) > 1:
         {fault}
     return right(path, out)
 damage.convert = convert
 """
-    done = fuzz("zip-flip", originals, tmp_path, change)
+    done = fuzz("zip-flip", originals["zip"], tmp_path, change)
     assert done.returncode == 1
     assert seen in done.stderr
     assert "zip-flip, case 0" in done.stderr

@@ -12,9 +12,9 @@ from typing import Any
 from convert.checkpoint.container import Container, open_container, tensors_in
 from convert.checkpoint.dictionary import Dictionary, from_pickle
 from convert.checkpoint.settings import read_settings
-from convert.checkpoint.unpickle import StoredTensor
+from convert.checkpoint.unpickle import StoredTensor, Stub
 from convert.errors import CheckpointError
-from convert.mapping.adapters import unstack
+from convert.mapping.adapters import is_unstacked, stacked, unstack
 from convert.mapping.rules import TensorSpec
 
 __all__ = ["Checkpoint", "is_harmful", "is_harmless", "open_checkpoint"]
@@ -83,6 +83,7 @@ _HARMFUL = {
     *("pandas", "poplib", "setuptools", "sqlite3", "tarfile", "telnetlib", "turtle", "unittest", "zipfile"),
 }
 _SLACK = 64_000_000  # bytes that the views of a small file may need beyond the file's size
+_TENSOR, _TENSORS = 64, 1000  # bytes of a file for each tensor in it, of which there may be some more
 _HARMFUL_NAMES = {"torch.load", "torch.hub.load", "torch.storage._load_from_bytes", "torch.serialization.load"}
 _HARMFUL_NAMES |= {"torch.jit.load", "numpy.load", "numpy.loads", "numpy.testing._private.utils.runstring"}
 
@@ -256,10 +257,11 @@ def _read(path: Path, container: Container) -> Checkpoint:
             code="corrupted-model",
             key=path.name,
         )
-    tensors = _tensors(model)
+    room = _Room(path.name, len(container.data) // _TENSOR + _TENSORS, len(container.data))
+    tensors = _tensors(model, room)
     if not tensors:
         raise CheckpointError(f"{path.name}: its model holds no tensor", code="no-tensors", key=path.name)
-    groups = _groups(top, path.name)
+    groups = _groups(top, room)
     found = [*tensors.values(), *(tensor for group in groups.values() for tensor in group.tensors.values())]
     total = sum(math.prod(tensor.shape) * container.dtype(tensor)[1] for tensor in found)
     if total > 2 * len(container.data) + _SLACK:  # a view with stride 0 repeats one number as often as its shape says
@@ -276,18 +278,58 @@ def _read(path: Path, container: Container) -> Checkpoint:
         container=container,
         layout=layout,
         settings=settings,
-        dictionary=_dictionary(top, path.name),
+        dictionary=_dictionary(top, room),
         tensors=tensors,
         others=tuple(name for name, value in model.items() if not isinstance(value, StoredTensor)),
         parts={key: count for key, count in parts.items() if count},
         groups=groups,
-        dictionaries=_dictionaries(top, path.name),
+        dictionaries=_dictionaries(top, room),
     )
 
 
-def _tensors(model: dict[Any, Any]) -> dict[str, StoredTensor]:
+@dataclass(slots=True)
+class _Room:
+    """How much a file of its size can hold: what stands in a pickle once may be named in it a million times.
+
+    Args:
+        name: the file's name, for errors.
+        tensors: how many more tensors, adapters that are stacked counted one by one.
+        letters: how many more letters of dictionaries.
+    """
+
+    name: str
+    tensors: int
+    letters: int
+
+    def take(self, tensors: int = 0, letters: int = 0) -> None:
+        """Use some of it.
+
+        Raises:
+            CheckpointError: `size-bomb`, when there is not so much.
+        """
+        self.tensors -= tensors
+        self.letters -= letters
+        if self.tensors < 0 or self.letters < 0:
+            what = "tensors" if self.tensors < 0 else "symbols"
+            raise CheckpointError(
+                f"{self.name}: it names more {what} than a file of its size holds; nothing was written",
+                code="size-bomb",
+                key=self.name,
+                hint="get the checkpoint from its author again: no trainer writes such files",
+            )
+
+
+def _tensors(model: dict[Any, Any], room: _Room) -> dict[str, StoredTensor]:
     """Take the tensors; adapters that are stacked for several languages one by one."""
     found = {name: value for name, value in model.items() if isinstance(value, StoredTensor)}
+    room.take(tensors=sum(max(1, stacked(name, tensor.shape)) for name, tensor in found.items()))
+    strange = next((name for name in found if is_unstacked(name)), None)
+    if strange is not None:
+        raise CheckpointError(
+            f"{room.name}: its model names a tensor {strange}, as only an adapter out of a stack is called here",
+            code="corrupted-model",
+            key=strange,
+        )
     return unstack(found, lambda tensor: tensor.shape, _row)
 
 
@@ -296,7 +338,7 @@ def _row(tensor: StoredTensor, index: int) -> StoredTensor:
     return replace(tensor, offset=offset, shape=tensor.shape[1:], stride=tensor.stride[1:])
 
 
-def _groups(top: dict[str, Any], name: str) -> dict[str, Group]:
+def _groups(top: dict[str, Any], room: _Room) -> dict[str, Group]:
     """Read `adapter`, which the MMS files hold: language -> its tensors and its dictionary."""
     found = top.get("adapter")
     if not isinstance(found, dict):
@@ -305,14 +347,18 @@ def _groups(top: dict[str, Any], name: str) -> dict[str, Group]:
     for language, part in found.items():
         model = part.get("model") if isinstance(part, dict) else None
         strange = not isinstance(language, str) or not re.fullmatch(r"[\w-]{1,80}", language, re.ASCII)
-        if strange or not isinstance(model, dict) or not all(isinstance(key, str) for key in model):
+        if strange or not isinstance(model, dict) or not all(map(_is_tensor, model.items())):
             raise CheckpointError(
-                f"{name}: its adapter of {ascii(language)[:60]} is no language's tensors; nothing was written",
+                f"{room.name}: its adapter of {ascii(language)[:60]} is no language's tensors; nothing was written",
                 code="corrupted-model",
-                key=name,
+                key=room.name,
             )
-        groups[language] = Group(_tensors(model), _dictionary(part, name))
+        groups[language] = Group(_tensors(model, room), _dictionary(part, room))
     return groups
+
+
+def _is_tensor(entry: tuple[Any, Any]) -> bool:
+    return isinstance(entry[0], str) and entry[0].isprintable() and isinstance(entry[1], StoredTensor)
 
 
 def _bytes_in(container: Container, value: Any) -> int:
@@ -320,19 +366,27 @@ def _bytes_in(container: Container, value: Any) -> int:
     return sum(container.storages[key].count for key in storages)
 
 
-def _dictionary(top: dict[str, Any], name: str) -> Dictionary | None:
+def _dictionary(top: dict[str, Any], room: _Room) -> Dictionary | None:
     state = top.get("task_state")
     if not isinstance(state, dict):
         return None
-    return from_pickle(state.get("target_dictionary"), name)
+    return _symbols(state.get("target_dictionary"), room)
 
 
-def _dictionaries(top: dict[str, Any], name: str) -> tuple[Dictionary, ...]:
+def _dictionaries(top: dict[str, Any], room: _Room) -> tuple[Dictionary, ...]:
     state = top.get("task_state")
     listed = state.get("dictionaries") if isinstance(state, dict) else None
-    found = [from_pickle(value, name) for value in listed] if isinstance(listed, list) else []
+    found = [_symbols(value, room) for value in listed] if isinstance(listed, list) else []
     whole = [dictionary for dictionary in found if dictionary is not None]
     return tuple(whole) if len(whole) == len(found) else ()
+
+
+def _symbols(value: Any, room: _Room) -> Dictionary | None:
+    state = value.state if isinstance(value, Stub) and isinstance(value.state, dict) else {}
+    symbols = state.get("symbols")
+    if isinstance(symbols, list):
+        room.take(letters=sum(1 + len(symbol) if isinstance(symbol, str) else 1 for symbol in symbols))
+    return from_pickle(value, room.name)
 
 
 def _printable(key: Any) -> str:

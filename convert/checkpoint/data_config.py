@@ -5,6 +5,7 @@ The checkpoint carries none of the three: `fairseq.data.audio.data_cfg.S2TDataCo
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from convert.checkpoint.dictionary import Dictionary, from_file
 from convert.checkpoint.settings import TooLargeError, plain_data
 from convert.errors import CheckpointError
 
-_LARGEST = 100_000_000  # bytes: sentencepiece models have about one million
+_LARGEST = {"YAML file": 200_000, "sentencepiece model": 20_000_000}  # bytes; usual ones have 1 kB, and 1 MB
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +44,19 @@ def read_data_config(path: Path) -> DataConfig:
     """
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """Reads plain data, and no merge keys, whose content can grow without bounds: `<<: [*a, *a]`."""
+
+        def flatten_mapping(self, node: yaml.MappingNode) -> None:
+            if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+                raise yaml.YAMLError("merge keys (<<) are not read")
+
     try:
-        values = plain_data(yaml.safe_load(path.read_text("utf-8")))
-    except OSError as error:
-        raise _bad(path, f"cannot be read: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise _bad(path, f"is no YAML file ({str(error).splitlines()[0]})") from None
+        values = plain_data(yaml.load(_content(path, "YAML file").decode("utf-8"), Loader))
     except (TooLargeError, RecursionError):
         raise _bad(path, "is deeper or larger than any task's") from None
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError) as error:  # of tags: !!int x, !!bool x
+        raise _bad(path, f"is no YAML file ({(str(error).splitlines() or [''])[0]})") from None
     if not isinstance(values, dict):
         raise _bad(path, "holds no settings of a task")
     tokenizer = values.get("bpe_tokenizer")
@@ -60,24 +66,39 @@ def read_data_config(path: Path) -> DataConfig:
 
 
 def _beside(path: Path, named: Any, setting: str) -> Path:
-    """Find a file that is named with the path that it had where the model was trained."""
+    """Find a file that is named with the path that it had where the model was trained: beside this one, nowhere else."""
     if not isinstance(named, str) or not named:
-        raise _bad(path, f"names no file as {setting}, but {named!r}")
-    choices = [path.parent / named, path.parent / named.replace("\\", "/").rpartition("/")[2]]
-    for choice in choices:
-        if choice.is_file():
-            return choice
+        raise _bad(path, f"names no file as {setting}, but {str(named)[:60]!r}")
+    parts = named.replace("\\", "/").split("/")
+    inside = [named] if not {"", ".."} & {*parts} else []
+    for name in (*inside, parts[-1]):
+        with contextlib.suppress(OSError, ValueError):  # a name that no file can have
+            if name not in ("", "..") and (path.parent / name).is_file():
+                return path.parent / name
     hint = f"put it beside {path.name}, as fairseq's own scripts do"
-    raise _bad(path, f"names {choices[-1].name} as {setting}, which does not lie beside it", hint)
+    raise _bad(path, f"names {parts[-1][:60]!r} as {setting}, which does not lie beside it", hint)
 
 
 def _subwords(path: Path) -> bytes:
-    with path.open("rb") as file:
-        data = file.read(_LARGEST + 1)
-    if len(data) > _LARGEST or not any(pieces(data)):
+    data = _content(path, "sentencepiece model")
+    if not any(pieces(data)):
         raise CheckpointError(
             f"{path.name} is no sentencepiece model", code="bad-data-config", key=path.name, hint="it ends with .model"
         )
+    return data
+
+
+def _content(path: Path, kind: str) -> bytes:
+    """Read a file that is not larger than any of its kind."""
+    try:
+        if not path.is_file():  # reading from a pipe or a device may never end
+            raise _bad(path, "is no file" if path.exists() else "is not there")
+        with path.open("rb") as file:
+            data = file.read(_LARGEST[kind] + 1)
+    except OSError as error:
+        raise _bad(path, f"cannot be read: {error.strerror or error}") from None
+    if len(data) > _LARGEST[kind]:
+        raise _bad(path, f"is larger than any {kind}, which have {_LARGEST[kind]} bytes at most")
     return data
 
 

@@ -52,7 +52,8 @@ def from_pickle(value: Any, name: str) -> Dictionary | None:
     symbols, counts = state.get("symbols"), state.get("count")
     if not isinstance(symbols, list) or not all(isinstance(symbol, str) for symbol in symbols):
         raise _corrupted(name, "its symbols are no list of texts")
-    if not isinstance(counts, list) or len(counts) != len(symbols) or not all(isinstance(n, int) for n in counts):
+    numbers = isinstance(counts, list) and all(isinstance(n, int) and -(2**63) <= n < 2**63 for n in counts)
+    if not isinstance(counts, list) or not numbers or len(counts) != len(symbols):
         counts = [1] * len(symbols)
     words = [state.get(f"{word}_word") for word in ("bos", "pad", "eos", "unk") if f"{word}_index" in state]
     special = tuple(word for word in words if isinstance(word, str) and word in symbols[:4])
@@ -73,6 +74,8 @@ def from_file(path: Path) -> Dictionary:
     """
     symbols, counts, seen = list(SPECIAL), [1] * len(SPECIAL), set(SPECIAL)
     try:
+        if path.exists() and not path.is_file():  # reading from a pipe or a device may never end
+            raise CheckpointError(f"{path.name} is no file", code="bad-dictionary", key=path.name, hint=_HINT)
         lines = path.read_text("utf-8").split("\n")
     except OSError as error:
         raise CheckpointError(

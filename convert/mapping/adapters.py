@@ -115,14 +115,20 @@ def unstack(
     """
     made: dict[str, T] = {}
     for name, value in values.items():
-        rows = _rows(name, shape(value))
+        rows = stacked(name, shape(value))
         if len(made) + rows > MOST:  # a small file may name one storage as many adapters; what stays whole is refused
             rows = 0
         made |= {f"{name}[{row}]": take(value, row) for row in range(rows)} if rows else {name: value}
     return made
 
 
-def _rows(name: str, shape: tuple[int, ...]) -> int:
+def is_unstacked(name: str) -> bool:
+    """Say whether a name is one that `unstack` makes, and no checkpoint has."""
+    found = _STACKED.search(name)
+    return found is not None and found[3] is not None
+
+
+def stacked(name: str, shape: tuple[int, ...]) -> int:
     """Count the adapters in a tensor; none in those that are no stack."""
     found = _STACKED.search(name)
     whole = found is not None and found.end() == len(name) and not found[3] and len(shape) > 1

@@ -14,8 +14,10 @@ from convert.checkpoint.data_config import DataConfig
 from convert.checkpoint.dictionary import SPECIAL, Dictionary
 from convert.errors import ConvertError, Problem
 from convert.mapping.rules import TensorSpec
+from convert.model.record import misfits
 from convert.transfer import WIDTHS, Piece, product, tensor_bytes
 
+_REMEDY = "convert the checkpoint again"
 SUBWORDS = "sentencepiece.bpe.model"  # what transformers' Speech2TextTokenizer calls it
 
 
@@ -49,7 +51,11 @@ class ModelDirectory:
     @property
     def conversion(self) -> dict[str, Any]:
         """The content of conversion.json."""
-        return self.json("conversion.json")
+        record = self.json("conversion.json")
+        wrong = next(misfits(record), None)
+        if wrong is not None:
+            raise self._error(f"holds a conversion.json that no conversion wrote ({wrong})", _REMEDY)
+        return record
 
     @property
     def dictionary(self) -> Dictionary | None:
@@ -78,21 +84,22 @@ class ModelDirectory:
 
     def json(self, name: str) -> dict[str, Any]:
         """Read one of its JSON files."""
+        self._there(name)
         try:
             value = json.loads((self.path / name).read_text("utf-8"))
-        except FileNotFoundError:
-            raise self._error(f"has no {name}", "name the directory that `fairseq-to-hf convert` made") from None
-        except (ValueError, UnicodeDecodeError) as error:
-            raise self._error(f"holds a damaged {name} ({error})", "convert the checkpoint again") from None
+        except (ValueError, RecursionError) as error:
+            raise self._error(f"holds a damaged {name} ({error})", _REMEDY) from None
         if not isinstance(value, dict):
-            raise self._error(f"holds a {name} that is no JSON object", "convert the checkpoint again")
+            raise self._error(f"holds a {name} that is no JSON object", _REMEDY)
         return value
 
     def weight_files(self) -> list[str]:
         """List the safetensors files, in order."""
         if (self.path / "model.safetensors.index.json").is_file():
-            names = self.json("model.safetensors.index.json").get("weight_map", {}).values()
-            return sorted({Path(str(name)).name for name in names})
+            names = self.json("model.safetensors.index.json").get("weight_map")
+            if not isinstance(names, dict):
+                raise self._error("holds a model.safetensors.index.json without a weight_map", _REMEDY)
+            return sorted({Path(str(name)).name for name in names.values()})
         return ["model.safetensors"]
 
     def _tensors(self) -> dict[str, Place]:
@@ -103,7 +110,7 @@ class ModelDirectory:
         return places
 
     def _header(self, name: str) -> Iterator[Place]:
-        remedy = "convert the checkpoint again"
+        self._there(name)
         try:
             with (self.path / name).open("rb") as file:
                 count = int.from_bytes(file.read(8), "little")
@@ -114,15 +121,19 @@ class ModelDirectory:
                     continue
                 first, last = entry["data_offsets"]
                 spec = TensorSpec(key, tuple(entry["shape"]), entry["dtype"])
+                if not all(type(length) is int and length >= 0 for length in spec.shape):
+                    raise ValueError(f"{key} has no shape")
                 if not 0 <= first <= last <= size - 8 - count or last - first != WIDTHS[spec.dtype] * product(
                     spec.shape
                 ):
                     raise ValueError(f"{key} leaves the file")
                 yield Place(name, 8 + count + first, last - first, spec)
-        except FileNotFoundError:
-            raise self._error(f"has no {name}", "name the directory that `fairseq-to-hf convert` made") from None
-        except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
-            raise self._error(f"holds a damaged {name} ({error})", remedy) from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise self._error(f"holds a damaged {name} ({error})", _REMEDY) from None
+
+    def _there(self, name: str) -> None:
+        if not (self.path / name).is_file():
+            raise self._error(f"has no {name}", "name the directory that `fairseq-to-hf convert` made")
 
     def read(self, name: str) -> bytes:
         """Return a tensor's bytes."""

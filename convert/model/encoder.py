@@ -17,7 +17,9 @@ from convert.model.fields import DEFAULTS, FINE_TUNING, LAYER_SETTINGS, Fields
 from convert.model.processor import Processor, make_processor
 from convert.model.settings import MISSING, Reader
 from convert.model.types import KEPT_HEAD, Model, Request, Sidecar, Value
-from convert.transfer import not_repeated
+from convert.transfer import not_repeated, product
+
+_MADE = 16_000_000  # bytes that rules may make for a small file
 
 
 @dataclass(slots=True)
@@ -530,13 +532,24 @@ def prove(sources: Sources, layout: Any, edits: Iterable[Edit] = ()) -> Plan | N
                 sources.refuse("unmapped-source", name, "is no tensor")
             else:
                 inventory[name] = TensorSpec(name, ())
-        proved = None if made is None else plan(made, inventory)
+        proved = None if made is None or _too_much(sources, made) else plan(made, inventory)
     except PlanError as error:
         sources.problems.extend(error.problems)
         return None
     if proved is not None:
         sources.problems.extend(not_repeated(checkpoint.container, proved, checkpoint.tensors))
     return proved
+
+
+def _too_much(sources: Sources, made: Table) -> bool:
+    """Refuse a table that makes more numbers than there are in the file: only its settings say how many."""
+    needs = {key: 4 * product(made.shapes[key]) for key in made.fills}
+    if sum(needs.values()) <= sources.checkpoint.size + _MADE:
+        return False
+    largest = max(needs, key=lambda key: needs[key])
+    detail = f"the settings ask for {made.shapes[largest]} numbers that the file does not hold"
+    sources.refuse("size-bomb", largest, detail)
+    return True
 
 
 def _hint(problems: Sequence[Problem]) -> str:

@@ -59,7 +59,9 @@ def values(sources: Sources) -> list[Value]:
     """What only HuBERT's configuration has."""
     made = [Value("feat_proj_layer_norm", True, "HubertModel always has layer_norm")]
     rows = sources.checkpoint.inventory.get("final_proj.bias")
-    if sources.request.keep_final_proj and rows:  # what classes of people's own build their `final_proj` with
+    if (
+        sources.request.keep_final_proj and rows and rows.shape
+    ):  # what people's own classes build their `final_proj` with
         made.append(Value("classifier_proj_size", rows.shape[0], f"the rows of final_proj in {KEPT_HEAD}"))
     return made
 

@@ -44,9 +44,11 @@ def adapted_layout(sources: Sources, seen: adapters.Layout, stated: Mapping[str,
     reader = sources.reader
     rows, layers = reader.count("adp_num"), stated["layers"]
     adapted = _adapted(reader, layers)
-    if rows > len(sources.checkpoint.tensors):  # or the table would be as long as it says
-        sources.refuse("bad-setting", "adp_num", f"{rows} adapters in {len(sources.checkpoint.tensors)} tensors")
-    if adapted is None or not 0 < rows <= len(sources.checkpoint.tensors):
+    tensors = len(sources.checkpoint.tensors)
+    if adapted is None or rows < 1:
+        return None
+    if rows * len(adapters.ADAPTER) * max(1, len(adapted)) > tensors:  # or the table would be as long as it says
+        sources.refuse("bad-setting", "adp_num", f"{rows} adapters in each layer, of {tensors} tensors")
         return None
     names = _names(sources.checkpoint)
     if rows > 1 and sources.kind != "ctc":
@@ -93,13 +95,14 @@ def languages_of(checkpoint: Checkpoint, settings: Mapping[str, Any], problems: 
         settings: of its encoder, with what fine-tuning replaced.
         problems: what contradicts itself is added here.
     """
-    stacked = settings.get("adp_num") if settings.get("layer_type") == "trf_adp" else None
+    reader = Reader(dict(settings), {})  # which reads numbers that stand there as text, too
+    stacked = reader.get("adp_num", int, 0) if settings.get("layer_type") == "trf_adp" else None
     if checkpoint.groups and stacked != 1:
         detail = f"is {stacked}; a checkpoint that keeps its languages apart, in `adapter`, has one in the model"
         problems.append(Problem("conflict", "adp_num", detail))
     if checkpoint.groups:
         return {name: Language(name, name, 0, group.dictionary) for name, group in checkpoint.groups.items()}
-    if not isinstance(stacked, int) or stacked < 1:
+    if stacked is None or stacked < 1:
         return {}
     names = _names(checkpoint)
     if stacked == 1:

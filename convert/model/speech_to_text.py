@@ -269,6 +269,9 @@ def _transforms(sources: Sources, data: Reader) -> list[str]:
         if own:
             sources.refuse("unsupported-setting", name, f"config.yaml has transforms of its own for {', '.join(own)}")
         chosen = splits.get("_eval") or splits.get("*") or []
+        if not isinstance(chosen, list) or not all(isinstance(transform, str) for transform in chosen):
+            sources.refuse("bad-setting", name, f"config.yaml: names in a list expected, {str(chosen)[:60]!r} found")
+            continue
         for other in [transform for transform in chosen if transform not in known]:
             detail = (
                 f"config.yaml asks for {other}; Speech2TextFeatureExtractor normalises each utterance, nothing else"
@@ -280,7 +283,8 @@ def _transforms(sources: Sources, data: Reader) -> list[str]:
 
 def _check_tokenizer(sources: Sources, data: Reader, dictionary: Dictionary, subwords: bytes) -> None:
     bpe = data.get("bpe_tokenizer", dict, {}).get("bpe")
-    if bpe != "sentencepiece":
+    if bpe != "sentencepiece" or not subwords:
+        bpe = f"{bpe}, and names no model" if bpe == "sentencepiece" else bpe
         detail = f"config.yaml says {bpe!r}; Speech2TextTokenizer needs a sentencepiece model"
         sources.refuse("unsupported-setting", "bpe_tokenizer", detail)
     first = data.get("pre_tokenizer", dict, {}).get("tokenizer")
