@@ -65,12 +65,17 @@ def many_rows(state: dict[str, Any]) -> None:
         state["model"] |= {f"{name}{part}": torch.zeros(1).expand(10_000, 0) for part in ("ln_W", "ln_b", "b_a")}
 
 
+def endless_rows(state: dict[str, Any]) -> None:
+    state["model"][f"{ADAPTER}W_a"] = torch.zeros(1).expand(10**9, 0)
+
+
 # A checkpoint -> how it is changed, the code, and the key of a problem
 CHECKPOINTS: dict[str, tuple[str, Change, str, str]] = {
     "languages": ("mms", many_languages, "size-bomb", ""),
     "dictionaries": ("hubert", many_dictionaries, "size-bomb", ""),
     "symbols": ("hubert", long_symbols, "size-bomb", ""),
     "rows": ("mms", many_rows, "size-bomb", ""),
+    "endless rows": ("mms", endless_rows, "size-bomb", ""),
     "name of a row": (
         "mms",
         lambda state: state["model"].update({f"{ADAPTER}b_a[0]": torch.zeros(8)}),

@@ -178,18 +178,6 @@ def test_languages_that_one_tokenizer_cannot_have(tmp_path: Path) -> None:
     assert convert.plan(tmp_path / "m.pt", language="xyz").language == "xyz"
 
 
-def many(state: dict[str, Any]) -> None:
-    name = "w2v_encoder.w2v_model.encoder.layers.0.adapter_layer.W_a"
-    state["model"][name] = torch.zeros(1).expand(10**9, 0)
-
-
-def test_a_stack_without_end_is_refused(tmp_path: Path) -> None:
-    """A few bytes that claim to be a billion adapters."""
-    with pytest.raises(PlanError) as caught:
-        convert.plan(changed(tmp_path, many, "one"))
-    assert "unmapped-source" in {problem.code for problem in caught.value.problems}
-
-
 @pytest.mark.parametrize(
     ("setting", "change"),
     [
