@@ -212,7 +212,9 @@ def test_the_kept_head_computes_the_same(name: str, tmp_path: Path) -> None:
     """Features of an inner layer through `final_proj`, as ContentVec's users take them."""
     reference = build(name)
     path = save(name, tmp_path / "m.pt", model=reference)
-    convert.convert(path, tmp_path / "out", keep_final_proj=True)
+    done = convert.convert(path, tmp_path / "out", keep_final_proj=True)
+    assert done.model.plan.drops and not done.model.dropped  # nothing is called dropped that is kept
+    assert done.model.kept == ["kept beside the model: 3 tensors in final_proj.safetensors"]
     assert convert.compare_weights(path, tmp_path / "out") == []
     model = HubertModelWithFinalProj.from_pretrained(tmp_path / "out", attn_implementation="sdpa").eval()
     head = load_file(tmp_path / "out" / "final_proj.safetensors")

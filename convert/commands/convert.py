@@ -41,8 +41,8 @@ def command(checkpoint: Path, out: Path, **asked: Any) -> Outcome:
     model = done.model
     lines = [
         f"{out}: {model.target}, {len(model.plan.target)} tensors, {size(weights)}, each byte read back and compared",
-        f"dropped {len(model.plan.drops)}, made {len(model.plan.fills)}: see conversion.json",
-        *model.spoken,
+        f"dropped {len(model.dropped)}, made {len(model.plan.fills)}: see conversion.json",
+        *(model.spoken or model.kept),
         f"next: fairseq-to-hf verify {checkpoint} {out}",
     ]
     data: dict[str, Any] = {

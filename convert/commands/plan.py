@@ -66,13 +66,11 @@ def describe(model: Model) -> str:
     ]
     pairs = [f"{source} -> {target}" for source, target in model.plan.renames.items()]
     lines += [f"  {line}" for line in fold(pairs)]
-    lines += [f"dropped: {len(model.plan.drops)}", *(f"  {drop.source}: {drop.reason}" for drop in model.plan.drops)]
+    lines += [f"dropped: {len(model.dropped)}", *(f"  {drop.source}: {drop.reason}" for drop in model.dropped)]
     lines += [f"made by a rule: {len(model.plan.fills)}"]
     lines += [f"  {fill.target}: {fill.rule} ({fill.reason})" for fill in model.plan.fills]
     lines += [f"  {e.target}[{e.row}]: {e.rule} {e.value} ({e.reason})" for e in model.plan.table.edits]
-    lines += [
-        f"kept beside the model: {len(sidecar.plan.renames)} tensors in {sidecar.file}" for sidecar in model.sidecars
-    ]
+    lines += model.kept
     lines += ["config.json", *(f"  {v.name} = {v.value!r}  ({v.origin})" for v in model.config)]
     lines += ["settings that act while training only", f"  {', '.join(model.training_only) or 'none'}"]
     return "\n".join(lines)

@@ -10,7 +10,7 @@ from typing import Any
 from convert.checkpoint import Checkpoint, open_checkpoint
 from convert.checkpoint.data_config import DataConfig, read_data_config
 from convert.checkpoint.dictionary import Dictionary, from_file
-from convert.mapping.rules import Plan
+from convert.mapping.rules import Drop, Plan
 from convert.model.directory import ModelDirectory
 from convert.model.processor import Processor
 
@@ -81,6 +81,17 @@ class Model:
             part, _, name = value.name.rpartition(".")
             (made.setdefault(part, {}) if part else made)[name] = value.value
         return made
+
+    @property
+    def dropped(self) -> list[Drop]:
+        """What is in no file: not what stands in a sidecar, though the weights leave it out."""
+        kept = {source for sidecar in self.sidecars if not sidecar.group for source in sidecar.plan.renames}
+        return [drop for drop in self.plan.drops if drop.source not in kept]
+
+    @property
+    def kept(self) -> list[str]:
+        """Say for people what stands beside the weights."""
+        return [f"kept beside the model: {len(one.plan.renames)} tensors in {one.file}" for one in self.sidecars]
 
     @property
     def spoken(self) -> list[str]:
