@@ -263,8 +263,11 @@ def test_what_cannot_be_evaluated_is_refused(tmp_path: Path) -> None:
     status, out, _ = run("evaluate", model, "--manifest", manifest, "--json")
     assert status == 2
     assert [(p["code"], p["key"]) for p in json.loads(out)["problems"]] == [("missing", "lm_head.weight")]
+    assert refused("no-language", model, "--manifest", manifest, "--lang", "deu").endswith(
+        "no languages to choose from"
+    )
     (model / "vocab.json").unlink()
-    refused("no-vocabulary", model, "--manifest", manifest)
+    assert "writes no text" in refused("no-vocabulary", model, "--manifest", manifest)
     assert not (model / "evaluation.json").exists()
 
 

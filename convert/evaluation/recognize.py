@@ -37,6 +37,19 @@ Decode = Callable[[Any], str]
 GENERATING = ("SpeechEncoderDecoderModel", "Speech2TextForConditionalGeneration")
 
 
+def _has(model_dir: Path, language: str) -> None:
+    """Refuse a language before transformers does, which looks for its file on the Hub and says so."""
+    names = sorted(path.name.split(".", 1)[1] for path in model_dir.glob("adapter.*.safetensors"))
+    names = [name.removesuffix(".safetensors") for name in names]
+    if language in names:
+        return
+    if names:
+        detail, hint = f"{model_dir.name} has no language {language!r}", f"it has: {', '.join(names)}"
+    else:
+        detail, hint = f"{model_dir.name} has no languages to choose from", "leave --lang out"
+    raise ConvertError(detail, code="no-language", key=language, hint=hint)
+
+
 def open_recognizer(model_dir: Path, device: str, language: str = "") -> Recognizer:
     """Load the model of a directory as its class asks for it: with a CTC head, or one that generates token by token.
 
@@ -68,7 +81,11 @@ class Recognizer:
         if not (model_dir / "config.json").is_file():
             raise ConvertError(f"{model_dir.name}: no config.json in it", code="no-model", key=model_dir.name)
         if not any((model_dir / name).is_file() for name in ("vocab.json", "tokenizer.json")):
-            raise ConvertError(f"{model_dir.name}: has no vocabulary to write with", code="no-vocabulary")
+            message = f"{model_dir.name}: writes no text (it has no vocabulary), so that no words can be counted"
+            hint = "evaluate is for models that write text; `fairseq-to-hf verify` compares any model with fairseq's"
+            raise ConvertError(message, code="no-vocabulary", hint=hint)
+        if language:
+            _has(model_dir, language)
         try:
             with silence():
                 self.model, loading = getattr(transformers, self.loader).from_pretrained(
