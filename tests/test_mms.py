@@ -350,6 +350,7 @@ def test_the_commands(command: Any, made: Any, tmp_path: Path) -> None:
     assert "3 languages: the weights speak eng" in done.text
     assert done.data["language"] == "eng" and done.data["languages"] == sorted(LANGUAGES["mms"])
     assert "languages     3: azj-script_latin eng hin" in command("inspect", checkpoint).text
+    assert "languages     3: eng hin azj-script_latin" in command("inspect", made("several")[0]).text
     assert "adapter.hin.safetensors" in done.data["files"]
     done = command("convert", checkpoint, tmp_path / "out", "--lang", "xx")
     assert done.status == 1 and done.data["problems"][0]["code"] == "unknown-language"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +41,20 @@ def command(checkpoint: Path) -> Outcome:
             "dtypes": dtypes,
             "dictionary": list(opened.dictionary.symbols) if opened.dictionary else None,
             "pretraining_dictionaries": [list(dictionary.symbols) for dictionary in opened.dictionaries],
-            "languages": sorted(opened.groups),
+            "languages": sorted(opened.groups) or _stacked(model, task),
             "training_state": opened.parts,
             "globals": [{"name": name, "known_harmless": is_harmless(name)} for name in opened.globals],
             "settings": opened.settings,
             "tensors": {name: {"shape": spec.shape, "dtype": spec.dtype} for name, spec in opened.inventory.items()},
         }
     return Outcome(True, _text(data), data)
+
+
+def _stacked(model: Mapping[str, Any], task: Mapping[str, Any]) -> list[str]:
+    """The languages whose adapters stand in one tensor, by their order there."""
+    keys, count = task.get("multi_corpus_keys"), model.get("adp_num")
+    names = [key.strip() for key in keys.split(",")] if isinstance(keys, str) else []
+    return names if isinstance(count, int) and len(names) == count > 1 else []
 
 
 def _text(data: dict[str, Any]) -> str:
