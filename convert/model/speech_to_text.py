@@ -282,8 +282,9 @@ def _transforms(sources: Sources, data: Reader) -> list[str]:
 
 
 def _check_tokenizer(sources: Sources, data: Reader, dictionary: Dictionary, subwords: bytes) -> None:
-    bpe = data.get("bpe_tokenizer", dict, {}).get("bpe")
-    if bpe != "sentencepiece" or not subwords:
+    tokenizer = data.get("bpe_tokenizer", dict, {})
+    bpe = tokenizer.get("bpe")
+    if bpe != "sentencepiece" or not tokenizer.get("sentencepiece_model"):
         bpe = f"{bpe}, and names no model" if bpe == "sentencepiece" else bpe
         detail = f"config.yaml says {bpe!r}; Speech2TextTokenizer needs a sentencepiece model"
         sources.refuse("unsupported-setting", "bpe_tokenizer", detail)
