@@ -18,7 +18,7 @@ from convert.errors import MismatchError, PlanError, Problem, check_place
 from convert.mapping import adapters
 from convert.mapping.data2vec import TEACHER
 from convert.mapping.rules import Table, TensorSpec
-from convert.mapping.wav2vec2 import Layout, table
+from convert.mapping.wav2vec2 import NO_HEAD, Layout, table
 from convert.model.directory import ModelDirectory, Place
 from convert.model.fields import ACTIVATIONS, LAYER_SETTINGS, WAV2VEC2
 from convert.model.speech_to_text import ARCHITECTURES as SPEECH_TO_TEXT
@@ -159,11 +159,14 @@ def _from_conversion(directory: ModelDirectory) -> _Draft:
     kept |= repeated.keys() | constants.keys() | relics | {TEACHER}
     problems = [Problem("dropped", drop["key"], drop["reason"]) for drop in record["drops"] if drop["key"] not in kept]
     if problems:
+        asked = all(problem.detail == NO_HEAD for problem in problems)
+        kind = "pretraining" if "w2v_args" not in record["settings"]["model"] else "ctc"
+        way = f"with its head (--head {kind}, or no --head at all)" if asked else "with --keep-final-proj"
         raise PlanError(
             f"{directory.path} lacks tensors that fairseq's model needs; nothing was written",
             code="dropped",
             problems=problems,
-            hint="convert the checkpoint again with all of it, such as --head pretraining or --keep-final-proj",
+            hint=f"convert the checkpoint again {way}",
         )
     notes = _changed(directory, record["files"])
     settings = record["settings"]

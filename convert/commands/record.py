@@ -22,9 +22,7 @@ from convert.report import size
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--fairseq-python", metavar="PYTHON", help="Another interpreter, with torch and fairseq.")
 @click.option("--audio", multiple=True, type=click.Path(path_type=Path), help="Your recordings: wav, flac, or folders.")
-@click.option(
-    "--dtype", default="", type=click.Choice(["", "float16", "bfloat16"]), help="Answer for rounded weights too."
-)
+@click.option("--dtype", type=click.Choice(["float16", "bfloat16"]), help="Answer for rounded weights too.")
 @click.option("--long/--no-long", default=True, show_default=True, help="30 seconds of speech among the inputs.")
 @click.option(
     "--lang", "language", metavar="LANG", help="As for convert. Default: all languages are among the answers."

@@ -82,20 +82,20 @@ QUANTIZER_HEAD = (
     Rename("final_proj.weight",                                    "project_hid.weight",                                           "final hidden"),
     Rename("final_proj.bias",                                      "project_hid.bias",                                             "final"),
 )
-_NO_HEAD = "belongs to the head, and the bare encoder was asked for"
+NO_HEAD = "belongs to the head, and the bare encoder was asked for"
 PRETRAINING_DROPS = (
-    Drop("quantizer.vars",                          _NO_HEAD, optional=True),
-    Drop("quantizer.weight_proj.{p}",               _NO_HEAD, optional=True),
-    Drop("quantizer.weight_proj.{depth}.{p}",       _NO_HEAD, optional=True),  # quantizer_depth > 1: the last projection
-    Drop("quantizer.weight_proj.{depth}.0.{p}",     _NO_HEAD, optional=True),  # and the ones before it
-    Drop("project_q.{p}",                           _NO_HEAD, optional=True),
-    Drop("final_proj.{p}",                          _NO_HEAD, optional=True),
-    Drop("target_glu.0.{p}",                        _NO_HEAD, optional=True),
+    Drop("quantizer.vars",                          NO_HEAD, optional=True),
+    Drop("quantizer.weight_proj.{p}",               NO_HEAD, optional=True),
+    Drop("quantizer.weight_proj.{depth}.{p}",       NO_HEAD, optional=True),  # quantizer_depth > 1: the last projection
+    Drop("quantizer.weight_proj.{depth}.0.{p}",     NO_HEAD, optional=True),  # and the ones before it
+    Drop("project_q.{p}",                           NO_HEAD, optional=True),
+    Drop("final_proj.{p}",                          NO_HEAD, optional=True),
+    Drop("target_glu.0.{p}",                        NO_HEAD, optional=True),
 )
 CLASSIFICATION_DROPS = (
-    Drop("pooling_layer.linear.{p}",                _NO_HEAD, optional=True),
-    Drop("pooling_layer.projection.{p}",            _NO_HEAD, optional=True),
-    Drop("pooling_layer.weights",                   _NO_HEAD, optional=True),  # LayerWeightedMeanPooling
+    Drop("pooling_layer.linear.{p}",                NO_HEAD, optional=True),
+    Drop("pooling_layer.projection.{p}",            NO_HEAD, optional=True),
+    Drop("pooling_layer.weights",                   NO_HEAD, optional=True),  # LayerWeightedMeanPooling
 )
 # fmt: on
 HEADS = {"ctc": CTC_HEAD, "classification": CLASSIFICATION_HEAD, "pretraining": QUANTIZER_HEAD}
@@ -185,7 +185,7 @@ def assemble(
     bare = head == "encoder"
     rules = under(encoder, source=PREFIXES[layout.kind], target="" if bare else f"{layout.family}.")
     rules += (
-        drops.get(layout.kind, [Drop(rule.source, _NO_HEAD, rule.shape) for rule in heads.get(layout.kind, ())])
+        drops.get(layout.kind, [Drop(rule.source, NO_HEAD, rule.shape) for rule in heads.get(layout.kind, ())])
         if bare
         else heads[layout.kind]
     )
