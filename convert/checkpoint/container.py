@@ -31,7 +31,8 @@ DTYPES = {
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.serialization.MAGIC_NUMBER
 _NEIGHBOURHOOD = 1 << 21
 _DEPTH, _NODES = 200, 4_000_000
-_END, _DIRECTORY = 22 + 65_535, 1 << 26  # the zip's end record with the longest comment; bytes of the largest directory
+# the zip's end record with the longest comment; bytes of the largest directory, and of the largest pickle
+_END, _DIRECTORY, _PICKLE = 22 + 65_535, 1 << 26, 1 << 28
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,8 +167,10 @@ def _open_zip(path: Path, file: BinaryIO, data: mmap.mmap) -> Container:
         if data[order.start : order.start + order.count] != b"little":
             raise _unreadable(path, "was written on a big-endian machine", "byteorder")
     where = _range(path, data, entries[pickles[0]])
+    if where.count > _PICKLE:
+        raise _unreadable(path, f"has a pickle of {where.count} bytes, larger than any trainer writes", "hostile-zip")
     _check_crc(path, data, where)
-    loaded = load(data[where.start : where.start + where.count], 0, path.name, len(data))
+    loaded = load(data, where.start, path.name, where.start + where.count)
     folder = f"{prefix}data/"
     storages = {
         name.removeprefix(folder): _range(path, data, info) for name, info in entries.items() if name.startswith(folder)
@@ -242,16 +245,16 @@ def corrupted(path: Path, where: Range) -> CheckpointError:
 
 
 def _open_legacy(path: Path, file: BinaryIO, data: mmap.mmap) -> Container:
-    magic = load(data, 0, path.name, len(data))
+    magic = load(data, 0, path.name)
     if magic.value != _LEGACY_MAGIC:
         raise _unreadable(path, "is a pickle that torch.save did not write", "foreign-file", _HINT)
-    version = load(data, magic.end, path.name, len(data))
-    described = load(data, version.end, path.name, len(data))
+    version = load(data, magic.end, path.name)
+    described = load(data, version.end, path.name)
     system = described.value
     if isinstance(system, dict) and system.get("little_endian") is False:
         raise _unreadable(path, "was written on a big-endian machine", "byteorder")
-    loaded = load(data, described.end, path.name, len(data))
-    listed = load(data, loaded.end, path.name, len(data))
+    loaded = load(data, described.end, path.name)
+    listed = load(data, loaded.end, path.name)
     keys, at = listed.value, listed.end
     texts = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
     if not texts or not loaded.storages.keys() <= set(keys):
