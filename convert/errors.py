@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -77,20 +75,3 @@ class MismatchError(ConvertError, AssertionError):
     """Two things that had to be the same are not (exit status 1)."""
 
     default_status = 1
-
-
-def check_place(out: Path, overwrite: bool) -> None:
-    """Refuse, before any work, a file that cannot be written, or that would replace one unasked.
-
-    Args:
-        out: the file that will be made.
-        overwrite: whether an existing file may be replaced.
-
-    Raises:
-        ConvertError: `exists` or `no-parent`, status 2.
-    """
-    if os.path.lexists(out) and not (overwrite and out.is_file()):
-        hint = "choose another name, or replace it with --overwrite"
-        raise ConvertError(f"{out} exists already; nothing was written", code="exists", key=str(out), hint=hint)
-    if not out.parent.is_dir():
-        raise ConvertError(f"{out.parent} is no directory; nothing was written", code="no-parent", key=str(out))

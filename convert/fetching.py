@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import os
 import sys
@@ -16,9 +15,9 @@ from pathlib import Path
 from types import MappingProxyType
 
 from convert.errors import ConvertError, MismatchError
+from convert.files import PIECE, resumable, resumed_file, sha256_of, write_file
 from convert.report import json_bytes
 
-PIECE = 1 << 20
 AGENT = {"User-Agent": "fairseq-to-hf"}
 
 
@@ -127,57 +126,35 @@ def fetch(
 def _bring(
     name: str, address: str, target: Path, *, timeout: float, attempts: int, pause: float, progress: bool
 ) -> tuple[Record, bool]:
-    sidecar = target.with_name(f"{target.name}.json")
+    sidecar = _sidecar(target)
     recorded = _read_record(sidecar)
     if target.exists():
         if recorded is None:
             message = f"{target}: is in the way and has no record {sidecar.name}; left as it is"
             raise ConvertError(message, code="in-the-way", key=str(target), hint="move it away and fetch again")
-        found = Record(name, address, target.stat().st_size, _sha256(target), recorded.etag)
+        found = Record(name, address, target.stat().st_size, sha256_of(target), recorded.etag)
         _compare(found, recorded, target, f"move {target.name} and {sidecar.name} away and fetch again")
         return recorded, False
     for attempt in range(attempts):
         time.sleep(pause * 2 ** (attempt - 1) if attempt else 0)
         try:
-            part, etag = _attempt(address, target, timeout, progress)
-            break
+            return _attempt(name, address, target, recorded, timeout, progress), True
         except _InterruptedError as error:
             reason = error
-    else:
-        kept = [f"{part.stat().st_size} bytes are kept in {part.name}" for part in _parts(target)]
-        message = f"{address}: {reason}, {attempts} attempts; {', '.join(kept) or 'nothing was written'}"
-        raise ConvertError(message, code="network", key=address, hint="run it again: it goes on where it stopped")
-    found = Record(name, address, part.stat().st_size, _sha256(part), etag)
-    if recorded:
-        _compare(found, recorded, part, f"to accept the new bytes, delete {sidecar.name} and fetch again")
-    # the record first: killed in between, the next fetch finds the whole part and has only to rename it
-    draft = sidecar.with_name(f"{sidecar.name}.part")
-    draft.write_bytes(json_bytes({"schema": 1, **asdict(found)}))
-    draft.replace(sidecar)
-    part.replace(target)
-    for stale in _parts(target):
-        stale.unlink()
-    return found, True
+    kept = [f"{size} bytes are kept in {part}" for part, size in resumable(target)]
+    message = f"{address}: {reason}, {attempts} attempts; {', '.join(kept) or 'nothing was written'}"
+    raise ConvertError(message, code="network", key=address, hint="run it again: it goes on where it stopped")
 
 
-def _attempt(address: str, target: Path, timeout: float, progress: bool) -> tuple[Path, str | None]:
-    """Bring one version of the file into its `.part`, whose name says which version its bytes are of."""
-    import fcntl
+def _attempt(name: str, address: str, target: Path, recorded: Record | None, timeout: float, progress: bool) -> Record:
+    """Bring one version of the file, or the rest of it; then its record, then the file into its place."""
     from urllib.request import Request, urlopen
 
     with _network(address), urlopen(Request(address, headers=AGENT, method="HEAD"), timeout=timeout) as head:
         etag, length = head.headers["ETag"], head.headers["Content-Length"] or ""
     if not length.isdigit() or not (size := int(length)):
         raise ConvertError(f"{address}: the server does not say how large it is", code="size", key=address)
-    part = target.with_name(f"{target.name}.{hashlib.sha256(f'{etag} {size}'.encode()).hexdigest()[:12]}.part")
-    with part.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = part.exists()  # or it has become the final file since it was opened
-        except BlockingIOError:
-            held = False
-        if not held:
-            raise ConvertError(f"{part}: another fetch is writing it", code="busy", key=str(part), hint="wait for it")
+    with resumed_file(target, f"{etag} {size}") as file:
         # without a strong validator nothing says that the rest belongs to these bytes (RFC 9110, 13.1.5)
         if not etag or etag.startswith("W/") or file.seek(0, os.SEEK_END) > size:
             file.truncate(0)
@@ -201,11 +178,20 @@ def _attempt(address: str, target: Path, timeout: float, progress: bool) -> tupl
                         break
                     file.write(piece)
                     advance(len(piece))
-        found = file.seek(0, os.SEEK_END)
-        os.fsync(file.fileno())
-    if found != size:
-        raise _InterruptedError(f"the connection ended at {found} of {size} bytes")
-    return part, etag
+        brought = file.seek(0, os.SEEK_END)
+        if brought != size:
+            raise _InterruptedError(f"the connection ended at {brought} of {size} bytes")
+        found = Record(name, address, size, sha256_of(file), etag)
+        sidecar = _sidecar(target)
+        if recorded:
+            _compare(found, recorded, target, f"to accept the new bytes, delete {sidecar.name} and fetch again")
+        # the record first: killed in between, the next fetch finds the whole part and has only to rename it
+        write_file(sidecar, json_bytes({"schema": 1, **asdict(found)}))
+    return found
+
+
+def _sidecar(target: Path) -> Path:
+    return target.with_name(f"{target.name}.json")
 
 
 @contextmanager
@@ -235,18 +221,6 @@ def _bar(show: bool, label: str, size: int) -> Iterator[Callable[[int], None]]:
 
     with click.progressbar(length=size, label=label, file=sys.stderr, update_min_steps=size // 400) as bar:
         yield bar.update
-
-
-def _parts(target: Path) -> list[Path]:
-    return sorted(target.parent.glob(f"{target.name}.*.part"))
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(PIECE):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def _compare(found: Record, recorded: Record, path: Path, hint: str) -> None:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
-import mmap
+import math
 import os
 import queue
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,13 +22,13 @@ from typing import TYPE_CHECKING, Any
 from convert.checkpoint.container import Container, Range, corrupted, release
 from convert.checkpoint.unpickle import StoredTensor
 from convert.errors import CheckpointError, ConvertError, MismatchError, PlanError, Problem
+from convert.files import PIECE as CHUNK
+from convert.files import WIDTHS, create, header_bytes
 from convert.mapping.rules import FLOATS, Edit, Plan, TensorSpec
 
 if TYPE_CHECKING:
     import numpy as np
 
-CHUNK = 1 << 20
-WIDTHS = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _QUEUE = 8
 Progress = Callable[[int], None]
 
@@ -51,7 +50,7 @@ class Piece:
     @property
     def count(self) -> int:
         """The number of bytes written."""
-        return WIDTHS[self.spec.dtype] * product(self.spec.shape)
+        return WIDTHS[self.spec.dtype] * math.prod(self.spec.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,16 +60,6 @@ class Written:
     name: str
     size: int
     sha256: str
-
-
-def sha256_of(data: mmap.mmap) -> str:
-    """Hash a mapped file, in constant memory."""
-    digest = hashlib.sha256()
-    for at in range(0, len(data), CHUNK):
-        with memoryview(data) as view, view[at : at + CHUNK] as piece:
-            digest.update(piece)
-        release(data, at, CHUNK)
-    return digest.hexdigest()
 
 
 def pieces(container: Container, plan: Plan, tensors: Mapping[str, StoredTensor], dtype: str) -> list[Piece]:
@@ -139,25 +128,6 @@ def split(listed: list[Piece], limit: int) -> list[list[Piece]]:
         files[-1].append(piece)
         size += piece.count
     return files
-
-
-def header(listed: Iterable[Piece]) -> bytes:
-    """Make a safetensors header: eight bytes of length, then JSON, padded so that the data starts at a multiple of 64.
-
-    That is where torch allocates, too: of what is mapped at other addresses, products may round differently.
-    """
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for piece in listed:
-        entries[piece.spec.name] = {
-            "dtype": piece.spec.dtype,
-            "shape": list(piece.spec.shape),
-            "data_offsets": [at, at + piece.count],
-        }
-        at += piece.count
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % 64)
-    return len(text).to_bytes(8, "little") + text
 
 
 class Transfer:
@@ -257,9 +227,9 @@ class Transfer:
             OSError: the disk is full, and the like.
         """
         try:
-            head = header(listed)
+            head = header_bytes((piece.spec.name, piece.spec.dtype, piece.spec.shape) for piece in listed)
             size = len(head) + sum(piece.count for piece in listed)
-            with path.open("xb+", buffering=0) as file:
+            with create(path) as file:
                 if hasattr(os, "posix_fallocate"):
                     os.posix_fallocate(file.fileno(), 0, size)
                 else:
@@ -270,7 +240,6 @@ class Transfer:
                     for piece in listed:
                         for chunk in self._chunks(piece, at):
                             at = self._put(prover, chunk)
-                os.fsync(file.fileno())
             if prover.non_finite and not self.allow_non_finite:
                 raise PlanError(
                     f"{self.container.path.name} holds NaN or infinite numbers; nothing was written",
@@ -455,14 +424,6 @@ def _same(a: memoryview, b: memoryview) -> bool:
     words = len(a) // 8 * 8
     equal = np.array_equal(np.frombuffer(a[:words], np.uint64), np.frombuffer(b[:words], np.uint64))
     return bool(equal) and bytes(a[words:]) == bytes(b[words:])
-
-
-def product(shape: Iterable[int]) -> int:
-    """Multiply the lengths of a shape: the number of its elements."""
-    count = 1
-    for length in shape:
-        count *= length
-    return count
 
 
 def _contiguous(tensor: StoredTensor) -> bool:

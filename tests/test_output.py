@@ -25,6 +25,7 @@ from torch_files import entries
 from convert import transfer
 from convert.errors import ConvertError
 from convert.package import compare_weights, convert
+from convert.workspace import workspace
 
 ROOT = Path(__file__).parents[1]
 
@@ -226,9 +227,7 @@ def test_killed_at_any_moment(old: bool, two: tuple[Path, Path], tmp_path: Path)
 
 
 def test_leftover_of_a_living_process_stays(two: tuple[Path, Path], tmp_path: Path) -> None:
-    from convert.package import beside
-
-    with beside(tmp_path / "model") as work:
+    with workspace(tmp_path / "model") as work:
         convert(two[1], tmp_path / "model")
         assert work.is_dir()
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]

@@ -14,6 +14,7 @@ from convert.checkpoint.dictionary import Dictionary, from_pickle
 from convert.checkpoint.settings import read_settings
 from convert.checkpoint.unpickle import StoredTensor, Stub
 from convert.errors import CheckpointError
+from convert.files import sha256_of
 from convert.mapping.adapters import is_unstacked, stacked, unstack
 from convert.mapping.rules import TensorSpec
 
@@ -190,10 +191,8 @@ class Checkpoint:
         }
 
     def sha256(self) -> str:
-        """Hash the file, through the mapping."""
-        from convert.transfer import sha256_of
-
-        return sha256_of(self.container.data)
+        """Hash the file."""
+        return sha256_of(self.container.file)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

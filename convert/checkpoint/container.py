@@ -14,19 +14,20 @@ from typing import Any, BinaryIO
 
 from convert.checkpoint.unpickle import Global, StoredTensor, Stub, load
 from convert.errors import CheckpointError
+from convert.files import WIDTHS
 
-# torch storage class -> (safetensors dtype, bytes an element)
+# torch storage class -> safetensors dtype
 DTYPES = {
-    "FloatStorage": ("F32", 4),
-    "HalfStorage": ("F16", 2),
-    "BFloat16Storage": ("BF16", 2),
-    "DoubleStorage": ("F64", 8),
-    "LongStorage": ("I64", 8),
-    "IntStorage": ("I32", 4),
-    "ShortStorage": ("I16", 2),
-    "CharStorage": ("I8", 1),
-    "ByteStorage": ("U8", 1),
-    "BoolStorage": ("BOOL", 1),
+    "FloatStorage": "F32",
+    "HalfStorage": "F16",
+    "BFloat16Storage": "BF16",
+    "DoubleStorage": "F64",
+    "LongStorage": "I64",
+    "IntStorage": "I32",
+    "ShortStorage": "I16",
+    "CharStorage": "I8",
+    "ByteStorage": "U8",
+    "BoolStorage": "BOOL",
 }
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.serialization.MAGIC_NUMBER
 _NEIGHBOURHOOD = 1 << 21
@@ -93,7 +94,7 @@ class Container:
                 code="unsupported-dtype",
                 key=storage,
             )
-        return known
+        return known, WIDTHS[known]
 
 
 def open_container(path: Path) -> Container:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ from convert.checkpoint import is_harmless, open_checkpoint
 from convert.cli import Outcome
 from convert.cli import command as make
 from convert.report import fold, size
-from convert.transfer import product
 
 
 @make(
@@ -29,7 +29,7 @@ def command(checkpoint: Path) -> Outcome:
     the pickle. Nothing in the file is executed.
     """
     with open_checkpoint(checkpoint) as opened:
-        count = sum(product(spec.shape) for spec in opened.inventory.values())
+        count = sum(math.prod(spec.shape) for spec in opened.inventory.values())
         model, task = opened.settings["model"], opened.settings["task"]
         dtypes = sorted({spec.dtype for spec in opened.inventory.values()})
         data: dict[str, Any] = {

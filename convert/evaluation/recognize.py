@@ -13,6 +13,7 @@ from convert.errors import ConvertError, Problem
 from convert.evaluation.data import Utterance
 from convert.evaluation.packages import require, silence
 from convert.evaluation.processes import exact
+from convert.files import sha256_of
 
 WINDOW = 16  # batches that are sorted by length at once: what is in memory of a dataset
 # Padding changes logits by rounding, some units in the last place. A frame whose two best tokens are closer than
@@ -203,11 +204,7 @@ def model_digest(model_dir: Path) -> str:
     total = hashlib.sha256()
     for path in paths:
         if path.is_file():
-            with path.open("rb") as file:
-                found = hashlib.sha256()
-                while piece := file.read(1 << 20):
-                    found.update(piece)
-            total.update(f"{path.name} {found.hexdigest()}\n".encode())
+            total.update(f"{path.name} {sha256_of(path)}\n".encode())
     return total.hexdigest()
 
 

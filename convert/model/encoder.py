@@ -17,7 +17,7 @@ from convert.model.fields import DEFAULTS, FINE_TUNING, LAYER_SETTINGS, Fields
 from convert.model.processor import Processor, make_processor
 from convert.model.settings import MISSING, Reader
 from convert.model.types import KEPT_HEAD, Model, Request, Sidecar, Value
-from convert.transfer import not_repeated, product
+from convert.transfer import not_repeated
 
 _MADE = 16_000_000  # bytes that rules may make for a small file
 
@@ -543,7 +543,7 @@ def prove(sources: Sources, layout: Any, edits: Iterable[Edit] = ()) -> Plan | N
 
 def _too_much(sources: Sources, made: Table) -> bool:
     """Refuse a table that makes more numbers than there are in the file: only its settings say how many."""
-    needs = {key: 4 * product(made.shapes[key]) for key in made.fills}
+    needs = {key: 4 * math.prod(made.shapes[key]) for key in made.fills}
     if sum(needs.values()) <= sources.checkpoint.size + _MADE:
         return False
     largest = max(needs, key=lambda key: needs[key])

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from typing import Any
 
 from convert.errors import ConvertError, MismatchError
+from convert.files import scratch_directory
 
 
 def compute(source: str, class_name: str, revision: str | None = None) -> Mapping[str, Any]:
@@ -33,7 +33,7 @@ def compute(source: str, class_name: str, revision: str | None = None) -> Mappin
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     signal = np.random.default_rng(0).standard_normal(16000).astype(np.float32)
-    with tempfile.TemporaryDirectory() as cache:
+    with scratch_directory() as cache:
         where: dict[str, Any] = {"revision": revision, "cache_dir": cache} if revision else {}
         try:
             features = transformers.AutoFeatureExtractor.from_pretrained(source, **where)

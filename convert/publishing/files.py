@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from convert.errors import ConvertError, Problem
+from convert.files import sha256_of
 
-PIECE = 1 << 20
 SMALL = 10 << 20  # the Hub stores larger files with LFS, whatever they hold
 
 # What `from_pretrained` may read: these have to be the verified bytes.
@@ -155,14 +155,9 @@ def _hash(name: str, path: Path) -> LocalFile:
             name, len(content), hashlib.sha256(content).hexdigest(), git_sha1(content), path.resolve(), content
         )
     stamp = _stamp(path)
-    sha256 = hashlib.sha256()
     sha1 = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False) if size <= SMALL else None
-    with path.open("rb") as file:
-        while piece := file.read(PIECE):
-            sha256.update(piece)
-            if sha1:
-                sha1.update(piece)
-    return LocalFile(name, size, sha256.hexdigest(), sha1.hexdigest() if sha1 else None, path.resolve(), None, stamp)
+    sha256 = sha256_of(path, sha1.update if sha1 else None)
+    return LocalFile(name, size, sha256, sha1.hexdigest() if sha1 else None, path.resolve(), None, stamp)
 
 
 def _stamp(path: Path) -> tuple[int, int]:

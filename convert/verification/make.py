@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from convert.errors import ConvertError, check_place
+from convert.errors import ConvertError
+from convert.files import check_file, new_file, scratch_directory
 from convert.verification import fairseq_worker
 from convert.verification.devices import quiet, steady
 from convert.verification.inputs import Waveform, collect, in_languages, probes
@@ -32,7 +31,7 @@ def make_recording(
     overwrite: bool,
 ) -> Path:
     """Run fairseq and write its answers; the arguments are those of `convert.verification.record`."""
-    check_place(out, overwrite)
+    check_file(out, overwrite)
     if dtype and dtype not in HALVES:
         raise ConvertError(f"{dtype!r} is neither float16 nor bfloat16", code="usage", key="--dtype")
     subject, geometry = read_subject(checkpoint, dictionary=dictionary, base=base, trusted=trusted, language=language)
@@ -44,24 +43,19 @@ def make_recording(
     request, arrays = ask(subject, clips, wanted, pieces, dtype)
     if fairseq_python is not None:
         with run_worker(fairseq_python, request, arrays) as made:
-            return _finish(made, out, clips)
-    with tempfile.TemporaryDirectory(prefix="fairseq-to-hf-") as folder:
-        made = Path(folder) / "answers"
+            return _finish(made, out, clips, overwrite)
+    with scratch_directory() as folder:
+        made = folder / "answers"
         try:
             with quiet(), steady():
                 fairseq_worker.record(request | {"out": str(made)}, arrays)
         except fairseq_worker.CannotBuildError as error:
             raise ConvertError(f"{error}", code="no-fairseq", hint=HINT) from error
-        return _finish(made, out, clips)
+        return _finish(made, out, clips, overwrite)
 
 
-def _finish(made: Path, out: Path, clips: Mapping[str, Waveform]) -> Path:
-    pack(made, clips)
-    Recorded(made)  # what was written can be read
-    beside = out.with_name(f".{out.name}.part")
-    try:
-        shutil.copyfile(made, beside)
-        beside.replace(out)
-    finally:
-        beside.unlink(missing_ok=True)
+def _finish(made: Path, out: Path, clips: Mapping[str, Waveform], overwrite: bool) -> Path:
+    with new_file(out, overwrite=overwrite) as path:
+        pack(made, path, clips)
+        Recorded(path)  # what was written can be read
     return out

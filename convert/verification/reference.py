@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import subprocess
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from convert.checkpoint import Checkpoint, is_harmless
 from convert.errors import ConvertError
+from convert.files import create, scratch_directory
 from convert.verification import fairseq_worker
 from convert.verification.compare import Answer, Stage, distances
 from convert.verification.devices import quiet
@@ -226,12 +226,12 @@ def run_worker(python: str, request: Mapping[str, Any], arrays: Mapping[str, Wav
     Raises:
         ConvertError: `no-fairseq`, status 2: the interpreter, fairseq in it, or the model in that fairseq fails.
     """
-    with tempfile.TemporaryDirectory(prefix="fairseq-to-hf-") as folder:
-        work = Path(folder)
+    with scratch_directory() as work:
         fairseq_worker.write(str(work / "waveforms"), dict(arrays), "{}")
         asked = dict(request) | {"waveforms": str(work / "waveforms"), "out": str(work / "answers")}
         asked["checkpoint"] = str(Path(request["checkpoint"]).resolve())
-        (work / "request.json").write_text(json.dumps(asked), "utf-8")
+        with create(work / "request.json") as file:
+            file.write(json.dumps(asked).encode())
         command = [python, str(Path(fairseq_worker.__file__).resolve()), "request.json"]
         try:
             done = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)
