@@ -63,7 +63,6 @@ def check_tokens(tokens: Sequence[str], subject: Subject) -> list[Problem]:
     """Compare the tokens with fairseq's symbols, id by id.
 
     fairseq calls its blank (id 0) `<s>`, transformers calls it `<pad>`: those two names are exchanged, ids are not.
-    A dictionary with a blank of its own (`<ctc_blank>`) keeps all names.
 
     Args:
         tokens: transformers' tokens by id.
