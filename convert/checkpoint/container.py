@@ -44,12 +44,14 @@ class Range:
         count: the number of bytes.
         crc: the CRC-32 that the zip directory records; `None` in the legacy layout, which has none.
         entry: the zip entry's name, or the storage's key.
+        file: which of the container's files holds them.
     """
 
     start: int
     count: int
     crc: int | None
     entry: str
+    file: int = 0
 
 
 @dataclass(slots=True)
@@ -64,6 +66,7 @@ class Container:
         value: the unpickled object, tensors as `StoredTensor`.
         globals: every global that the pickle names.
         storages: the byte range of every storage, by key.
+        others: the further files of a checkpoint that lies in several; `storages` then are those of all.
     """
 
     path: Path
@@ -73,12 +76,24 @@ class Container:
     value: Any
     globals: frozenset[Global]
     storages: dict[str, Range]
+    others: tuple[Container, ...] = ()
+
+    @property
+    def files(self) -> tuple[Container, ...]:
+        """Every file of the checkpoint, in order."""
+        return (self, *self.others)
+
+    @property
+    def size(self) -> int:
+        """The size of all files in bytes."""
+        return sum(len(one.data) for one in self.files)
 
     def close(self) -> None:
-        """Close the file."""
-        self.file.close()
-        with contextlib.suppress(BufferError):  # an error's traceback may still hold a view; it is unmapped with it
-            self.data.close()
+        """Close the files."""
+        for one in self.files:
+            one.file.close()
+            with contextlib.suppress(BufferError):  # an error's traceback may still hold a view; it is unmapped with it
+                one.data.close()
 
     def dtype(self, tensor: StoredTensor) -> tuple[str, int]:
         """Return a tensor's safetensors dtype and its bytes an element."""
