@@ -14,7 +14,6 @@ from convert.checkpoint.dictionary import Dictionary, from_pickle
 from convert.checkpoint.settings import read_settings
 from convert.checkpoint.unpickle import StoredTensor, Stub
 from convert.errors import CheckpointError
-from convert.files import sha256_of
 from convert.mapping.adapters import is_unstacked, stacked, unstack
 from convert.mapping.rules import TensorSpec
 
@@ -162,8 +161,8 @@ class Checkpoint:
 
     @property
     def size(self) -> int:
-        """The file's size in bytes."""
-        return len(self.container.data)
+        """The size of its files in bytes."""
+        return self.container.size
 
     @property
     def globals(self) -> tuple[str, ...]:
@@ -191,8 +190,8 @@ class Checkpoint:
         }
 
     def sha256(self) -> str:
-        """Hash the file."""
-        return sha256_of(self.container.file)
+        """Hash its files: of several, what `sha256sum` prints of them."""
+        return self.container.sha256()
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import mmap
 import re
 import struct
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from convert.checkpoint.unpickle import Global, StoredTensor, Stub, load
 from convert.errors import CheckpointError
-from convert.files import WIDTHS
+from convert.files import WIDTHS, sha256_of
 
 # torch storage class -> safetensors dtype
 DTYPES = {
@@ -45,12 +46,14 @@ class Range:
         count: the number of bytes.
         crc: the CRC-32 that the zip directory records; `None` in the legacy layout, which has none.
         entry: the zip entry's name, or the storage's key.
+        file: which of the container's files holds them.
     """
 
     start: int
     count: int
     crc: int | None
     entry: str
+    file: int = 0
 
 
 @dataclass(slots=True)
@@ -65,6 +68,7 @@ class Container:
         value: the unpickled object, tensors as `StoredTensor`.
         globals: every global that the pickle names.
         storages: the byte range of every storage, by key.
+        others: the further files of a checkpoint that lies in several; `storages` then are those of all.
     """
 
     path: Path
@@ -74,12 +78,36 @@ class Container:
     value: Any
     globals: frozenset[Global]
     storages: dict[str, Range]
+    others: tuple[Container, ...] = ()
+
+    @property
+    def files(self) -> tuple[Container, ...]:
+        """Every file of the checkpoint, in order."""
+        return (self, *self.others)
+
+    @property
+    def size(self) -> int:
+        """The size of all files in bytes."""
+        return sum(len(one.data) for one in self.files)
+
+    def sha256(self, progress: Callable[[int], None] = lambda count: None) -> str:
+        """Hash the file; of several, what `sha256sum` prints of them.
+
+        Args:
+            progress: called with numbers of bytes that were hashed; what it raises ends the work.
+        """
+        digests = [sha256_of(one.file, lambda piece: progress(len(piece))) for one in self.files]
+        if len(digests) == 1:
+            return digests[0]
+        lines = [f"{digest}  {one.path.name}\n" for digest, one in zip(digests, self.files, strict=True)]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def close(self) -> None:
-        """Close the file."""
-        self.file.close()
-        with contextlib.suppress(BufferError):  # an error's traceback may still hold a view; it is unmapped with it
-            self.data.close()
+        """Close the files."""
+        for one in self.files:
+            one.file.close()
+            with contextlib.suppress(BufferError):  # an error's traceback may still hold a view; it is unmapped with it
+                one.data.close()
 
     def dtype(self, tensor: StoredTensor) -> tuple[str, int]:
         """Return a tensor's safetensors dtype and its bytes an element."""
