@@ -1,4 +1,4 @@
-"""`evaluate` reads manifests, folders and datasets as they stand, and says what does not fit together."""
+"""`evaluate` reads manifests, folders and datasets as they are, and refuses what does not fit together."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_all_missing_recordings_are_listed(tmp_path: Path) -> None:
     assert [problem.key for problem in error.problems] == ["clip-1.wav", "clip-3.wav"]
 
 
-def test_what_is_no_manifest_is_refused(tmp_path: Path) -> None:
+def test_a_broken_manifest_is_refused(tmp_path: Path) -> None:
     manifest = write_manifest(tmp_path)
     manifest.write_text("audio\nclip-0.wav 6000\nclip-1.wav\tmany\n")
     assert [problem.key for problem in refusal(manifest_source, manifest, RATE).problems] == ["set.tsv:2", "set.tsv:3"]
@@ -180,7 +180,7 @@ def write_dataset(folder: Path, rate: int = RATE, columns: tuple[str, ...] = ("t
 def test_a_dataset_streams_its_own_bytes(tmp_path: Path) -> None:
     folder = write_dataset(tmp_path / "speech")
     source = hub_source(asked(folder), RATE)
-    assert read(source) == [(f"clip-{i}", said, 6000 + 500 * i) for i, said in enumerate(SENTENCES)]
+    assert read(source) == [(f"clip-{i}", text, 6000 + 500 * i) for i, text in enumerate(SENTENCES)]
     assert (source.dataset.type, source.dataset.name, source.local) == ("local", "speech", True)
     assert (source.dataset.config, source.dataset.split) == ("clean", "test")
 

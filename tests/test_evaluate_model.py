@@ -63,12 +63,12 @@ def test_batches_are_of_similar_length_and_lose_nothing() -> None:
 def test_transcripts_do_not_depend_on_the_batch(tmp_path: Path, norm: str) -> None:
     recognizer = Recognizer(write_model(tmp_path / "model", norm=norm), "cpu")
     assert recognizer.may_pad == (norm == "layer")
-    spoken = utterances(9000, 6001, 12_345, 6001, 8000, 9000, 12_000, 400)
+    recordings = utterances(9000, 6001, 12_345, 6001, 8000, 9000, 12_000, 400)
     texts = {}
     for size in (1, 3, 8):
         done = [
             (u.index, t)
-            for b in batches(iter(spoken), size, recognizer.may_pad)
+            for b in batches(iter(recordings), size, recognizer.may_pad)
             for u, t in zip(b, recognizer.transcribe(b), strict=True)
         ]
         texts[size] = sorted(done)
@@ -88,15 +88,15 @@ def test_padding_is_harmless_exactly_where_it_is_used(tmp_path: Path) -> None:
 
 def test_a_near_tie_is_decided_without_padding(tmp_path: Path) -> None:
     recognizer = Recognizer(write_model(tmp_path / "model"), "cpu")
-    spoken = utterances(9000, 6001, 8000)
-    recognizer.transcribe(spoken)
+    recordings = utterances(9000, 6001, 8000)
+    recognizer.transcribe(recordings)
     before = recognizer.alone
-    with torch.no_grad():  # C is B, but for a rounding
+    with torch.no_grad():  # C and B differ by rounding only
         recognizer.model.lm_head.weight[7] = recognizer.model.lm_head.weight[6]
         recognizer.model.lm_head.bias[6:8] = recognizer.model.lm_head.bias[6] + 5
-    batched = recognizer.transcribe(spoken)
+    batched = recognizer.transcribe(recordings)
     assert recognizer.alone - before == 3
-    assert batched == [recognizer.transcribe([utterance])[0] for utterance in spoken]
+    assert batched == [recognizer.transcribe([utterance])[0] for utterance in recordings]
     assert recognizer.alone - before == 3  # one at a time, there is nothing to decide
 
 
@@ -123,8 +123,8 @@ def test_the_whole_command(tmp_path: Path) -> None:
     first = (model / "evaluation.json").read_bytes()
     status, out, err = run("evaluate", model, "--manifest", manifest, "--batch-size", "1", "--json")
     assert (status, err) == (0, "")
-    told = json.loads(out)
-    assert told == {
+    printed = json.loads(out)
+    assert printed == {
         "schema": 1,
         "command": "evaluate",
         "ok": True,
@@ -133,8 +133,8 @@ def test_the_whole_command(tmp_path: Path) -> None:
         "differing": [],
         "hint": "",
     }
-    assert told["result"]["metrics"]["wer"] > 0
-    assert told["result"]["command"] == "fairseq-to-hf evaluate model --manifest set.tsv"
+    assert printed["result"]["metrics"]["wer"] > 0
+    assert printed["result"]["command"] == "fairseq-to-hf evaluate model --manifest set.tsv"
     assert run("evaluate", model, "--manifest", manifest, "-q") == (0, "", "")
     assert (model / "evaluation.json").read_bytes() == first
     assert str(tmp_path).encode() not in first and b"/" not in first
@@ -181,7 +181,7 @@ def test_the_revision_of_own_data_follows_its_content(tmp_path: Path) -> None:
     assert len(json.loads((model / "evaluation.json").read_text())["results"]) == 1
 
 
-def test_an_interrupted_run_goes_on(
+def test_an_interrupted_run_continues(
     tmp_path: Path, cache: Path, calls: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, manifest = write_model(tmp_path / "model"), write_manifest(tmp_path / "data", LONG)
@@ -236,9 +236,9 @@ def test_stale_transcripts_are_not_used(tmp_path: Path, calls: list[list[str]]) 
 
 def test_an_error_rate_that_is_only_case_is_explained(tmp_path: Path) -> None:
     model, manifest = write_model(tmp_path / "model"), write_manifest(tmp_path / "data")
-    heard = [row.hypothesis for row in evaluate(model, manifest=manifest).rows]
+    written = [row.hypothesis for row in evaluate(model, manifest=manifest).rows]
     manifest.with_suffix(".ltr").unlink()
-    manifest.with_suffix(".wrd").write_text("\n".join(text.lower() for text in heard) + "\n")
+    manifest.with_suffix(".wrd").write_text("\n".join(text.lower() for text in written) + "\n")
     status, out, _ = run("evaluate", model, "--manifest", manifest)
     assert status == 0 and "WER 100.000%" in out
     assert "hint: the model writes upper case, the references lower case: without case the WER is 0.00%" in out

@@ -18,33 +18,33 @@ from convert.evaluation.transcripts import Transcripts, default_path, key_of
 
 jiwer = pytest.importorskip("jiwer")
 
-SAID = ["THE FOX JUMPS", "A DOG", "", "NOW"]
-HEARD = ["THE BOX JUMPS OVER", "DOG", "", "NOW"]
+REFERENCES = ["THE FOX JUMPS", "A DOG", "", "NOW"]
+HYPOTHESES = ["THE BOX JUMPS OVER", "DOG", "", "NOW"]
 
 
 def test_rates_are_sums_of_errors_over_sums_of_words() -> None:
-    scores = score(SAID, HEARD)
+    scores = score(REFERENCES, HYPOTHESES)
     assert (scores.word_errors, scores.words) == (3, 6)
-    assert scores.wer == 3 / 6 == jiwer.wer(SAID, HEARD)
-    assert scores.cer == jiwer.cer(SAID, HEARD)
-    assert score(SAID, SAID) == Scores(0.0, 0.0, 0, 6)
+    assert scores.wer == 3 / 6 == jiwer.wer(REFERENCES, HYPOTHESES)
+    assert scores.cer == jiwer.cer(REFERENCES, HYPOTHESES)
+    assert score(REFERENCES, REFERENCES) == Scores(0.0, 0.0, 0, 6)
     assert score(["A"], ["B C D"]).wer == 3.0
 
 
 def test_case_is_kept_unless_asked() -> None:
-    lower = [text.lower() for text in SAID]
-    strict = score(lower, SAID)
+    lower = [text.lower() for text in REFERENCES]
+    strict = score(lower, REFERENCES)
     assert strict.wer == 1.0
-    assert score(lower, SAID, "lowercase").wer == 0.0
-    assert case_hint(lower, SAID, strict, "none") == (
+    assert score(lower, REFERENCES, "lowercase").wer == 0.0
+    assert case_hint(lower, REFERENCES, strict, "none") == (
         "the model writes upper case, the references lower case: without case the WER is 0.00%; "
         "texts are compared as they are unless --normalizer lowercase is given"
     )
-    assert case_hint(SAID, ["X"] * 4, score(SAID, ["X"] * 4), "none") == ""  # wrong, and not for its case
-    assert case_hint(SAID, HEARD, score(SAID, HEARD), "none") == ""
+    assert case_hint(REFERENCES, ["X"] * 4, score(REFERENCES, ["X"] * 4), "none") == ""  # wrong, and not for its case
+    assert case_hint(REFERENCES, HYPOTHESES, score(REFERENCES, HYPOTHESES), "none") == ""
 
 
-def test_no_words_are_no_rate() -> None:
+def test_references_without_words_are_refused() -> None:
     with pytest.raises(ConvertError, match="have no words"):
         score(["", " "], ["A", ""])
 
@@ -97,7 +97,7 @@ def test_a_second_evaluation_replaces_its_entry_and_order_does_not_matter(tmp_pa
 @pytest.mark.parametrize(
     "content", ["{", "[]", '{"schema": 1}', '{"schema": 2, "results": []}', '{"schema":1,"results":[1]}']
 )
-def test_somebody_elses_file_stays(tmp_path: Path, content: str) -> None:
+def test_a_file_of_another_program_is_kept(tmp_path: Path, content: str) -> None:
     (tmp_path / FILE).write_text(content)
     with pytest.raises(ConvertError) as caught:
         write_result(tmp_path, entry())
@@ -119,7 +119,7 @@ def kept(path: Path, *utterances: Utterance) -> tuple[list[str], list[str]]:
     return list(texts), new
 
 
-ONE, TWO, THREE = (Utterance(index, str(index), np.full(9, index, np.float32), "said") for index in range(3))
+ONE, TWO, THREE = (Utterance(index, str(index), np.full(9, index, np.float32), "TEXT") for index in range(3))
 
 
 def test_transcripts_are_read_back_and_belong_to_samples_and_model(tmp_path: Path) -> None:
