@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import os
 import resource
+import struct
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from fairseq_models import save
-from torch_files import change_pickle, instead, text
+from torch_files import change_pickle, entries, instead, plain, text, write_zip
 
 ROOT = Path(__file__).parents[1]
 MEMORY, SECONDS = 900_000_000, 30  # of address space, numpy's threads included, for a whole process
@@ -76,6 +78,7 @@ BOMBS = {
         + b"ccollections\nOrderedDict\nj\0\0\0\x01\x85R" * 3_000,
         "corrupted-pickle",
     ),
+    "sized-bytes": (top(model=b"cbuiltins\nbytearray\nJ\0\0\0\x7f\x85R"), "corrupted-pickle"),
     "long-text": (b"X\xff\xff\xff\x7f", "corrupted-pickle"),
     "longer-text": (b"\x8d" + b"\xff" * 7 + b"\x7f", "corrupted-pickle"),
     "long-bytes": (b"\x8e" + b"\xff" * 7 + b"\x3f", "corrupted-pickle"),
@@ -117,6 +120,50 @@ def test_bomb_does_not_go_off(name: str, checkpoint: bytes, tmp_path: Path) -> N
     path = tmp_path / "bomb.pt"
     path.write_bytes(checkpoint)
     assert run_limited(change_pickle(path, instead(body))) == (2, [code])
+
+
+@pytest.mark.parametrize("count", [1 << 20, 1 << 27])
+@pytest.mark.parametrize("opcode", [b"\x8d", b"\x8e", b"\x96"], ids=["text", "bytes", "bytearray"])
+def test_a_sparse_pickle_takes_no_memory(opcode: bytes, count: int, tmp_path: Path) -> None:
+    """A legacy file of a few kilobytes on the disk, whose main pickle holds four texts of zeros, harmless or huge."""
+    path = tmp_path / "sparse.pt"
+    with path.open("wb") as file:
+        for value in (0x1950A86A20F9469CFC6C, 1001, {}):
+            file.write(b"\x80\x02" + plain(value) + b".")
+        file.write(b"\x80\x02(")
+        for _ in range(4):
+            file.write(opcode + count.to_bytes(8, "little"))
+            file.seek(count, 1)
+        file.write(b"t.\x80\x02].")
+    assert path.stat().st_blocks * 512 < 1 << 20
+    assert run_limited(path) == (2, ["foreign-file" if count == 1 << 20 else "corrupted-pickle"])
+
+
+def test_a_sparse_pickle_in_a_zip_takes_no_memory(checkpoint: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "sparse.pt"
+    path.write_bytes(checkpoint)
+    checkpoint = write_zip(path, entries(path)).read_bytes()  # as Python writes it, with a plain directory
+    grown = 500_000_000
+    with zipfile.ZipFile(path) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+    at = checkpoint.index(b"PK\x01\x02")
+    directory, end = checkpoint[at:], checkpoint.index(b"PK\x05\x06")
+    with path.open("wb") as file:  # the pickle behind everything else, and after it a hole that belongs to it
+        start = file.write(checkpoint[:at])
+        header = struct.pack("<4s5H3L2H", b"PK\x03\x04", 20, 0, 0, 0, 0, 0, grown, grown, len(name), 0)
+        file.write(header + name.encode() + b"\x80\x02")
+        file.seek(grown - 2, 1)
+        place = file.tell()
+        entry = directory.index(name.encode()) - 46
+        row = bytearray(directory[entry : entry + 46])
+        row[16:28] = struct.pack("<3L", 0, grown, grown)
+        row[42:46] = struct.pack("<L", start)
+        file.write(directory[:entry] + row + directory[entry + 46 : end - at])
+        tail = bytearray(checkpoint[end:])
+        tail[16:20] = struct.pack("<L", place)
+        file.write(tail)
+    assert path.stat().st_blocks * 512 < 1 << 22
+    assert run_limited(path) == (2, ["hostile-zip"])
 
 
 def test_the_limits_let_a_checkpoint_through(checkpoint: bytes, tmp_path: Path) -> None:

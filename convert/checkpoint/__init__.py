@@ -161,8 +161,8 @@ class Checkpoint:
 
     @property
     def size(self) -> int:
-        """The file's size in bytes."""
-        return len(self.container.data)
+        """The size of its files in bytes."""
+        return self.container.size
 
     @property
     def globals(self) -> tuple[str, ...]:
@@ -190,10 +190,10 @@ class Checkpoint:
         }
 
     def sha256(self) -> str:
-        """Hash the file, through the mapping."""
-        from convert.transfer import sha256_of
+        """Hash its files, through the mapping."""
+        from convert.transfer import sha256_of_all
 
-        return sha256_of(self.container.data)
+        return sha256_of_all(self.container)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

@@ -31,7 +31,8 @@ DTYPES = {
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.serialization.MAGIC_NUMBER
 _NEIGHBOURHOOD = 1 << 21
 _DEPTH, _NODES = 200, 4_000_000
-_END, _DIRECTORY = 22 + 65_535, 1 << 26  # the zip's end record with the longest comment; bytes of the largest directory
+# the zip's end record with the longest comment; bytes of the largest directory, and of the largest pickle
+_END, _DIRECTORY, _PICKLE = 22 + 65_535, 1 << 26, 1 << 28
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +44,14 @@ class Range:
         count: the number of bytes.
         crc: the CRC-32 that the zip directory records; `None` in the legacy layout, which has none.
         entry: the zip entry's name, or the storage's key.
+        file: which of the container's files holds them.
     """
 
     start: int
     count: int
     crc: int | None
     entry: str
+    file: int = 0
 
 
 @dataclass(slots=True)
@@ -63,6 +66,7 @@ class Container:
         value: the unpickled object, tensors as `StoredTensor`.
         globals: every global that the pickle names.
         storages: the byte range of every storage, by key.
+        others: the further files of a checkpoint that lies in several; `storages` then are those of all.
     """
 
     path: Path
@@ -72,12 +76,24 @@ class Container:
     value: Any
     globals: frozenset[Global]
     storages: dict[str, Range]
+    others: tuple[Container, ...] = ()
+
+    @property
+    def files(self) -> tuple[Container, ...]:
+        """Every file of the checkpoint, in order."""
+        return (self, *self.others)
+
+    @property
+    def size(self) -> int:
+        """The size of all files in bytes."""
+        return sum(len(one.data) for one in self.files)
 
     def close(self) -> None:
-        """Close the file."""
-        self.file.close()
-        with contextlib.suppress(BufferError):  # an error's traceback may still hold a view; it is unmapped with it
-            self.data.close()
+        """Close the files."""
+        for one in self.files:
+            one.file.close()
+            with contextlib.suppress(BufferError):  # an error's traceback may still hold a view; it is unmapped with it
+                one.data.close()
 
     def dtype(self, tensor: StoredTensor) -> tuple[str, int]:
         """Return a tensor's safetensors dtype and its bytes an element."""
@@ -166,8 +182,10 @@ def _open_zip(path: Path, file: BinaryIO, data: mmap.mmap) -> Container:
         if data[order.start : order.start + order.count] != b"little":
             raise _unreadable(path, "was written on a big-endian machine", "byteorder")
     where = _range(path, data, entries[pickles[0]])
+    if where.count > _PICKLE:
+        raise _unreadable(path, f"has a pickle of {where.count} bytes, larger than any trainer writes", "hostile-zip")
     _check_crc(path, data, where)
-    loaded = load(data[where.start : where.start + where.count], 0, path.name, len(data))
+    loaded = load(data, where.start, path.name, where.start + where.count)
     folder = f"{prefix}data/"
     storages = {
         name.removeprefix(folder): _range(path, data, info) for name, info in entries.items() if name.startswith(folder)
@@ -242,16 +260,16 @@ def corrupted(path: Path, where: Range) -> CheckpointError:
 
 
 def _open_legacy(path: Path, file: BinaryIO, data: mmap.mmap) -> Container:
-    magic = load(data, 0, path.name, len(data))
+    magic = load(data, 0, path.name)
     if magic.value != _LEGACY_MAGIC:
         raise _unreadable(path, "is a pickle that torch.save did not write", "foreign-file", _HINT)
-    version = load(data, magic.end, path.name, len(data))
-    described = load(data, version.end, path.name, len(data))
+    version = load(data, magic.end, path.name)
+    described = load(data, version.end, path.name)
     system = described.value
     if isinstance(system, dict) and system.get("little_endian") is False:
         raise _unreadable(path, "was written on a big-endian machine", "byteorder")
-    loaded = load(data, described.end, path.name, len(data))
-    listed = load(data, loaded.end, path.name, len(data))
+    loaded = load(data, described.end, path.name)
+    listed = load(data, loaded.end, path.name)
     keys, at = listed.value, listed.end
     texts = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
     if not texts or not loaded.storages.keys() <= set(keys):

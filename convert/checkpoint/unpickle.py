@@ -68,6 +68,27 @@ class StoredTensor:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
 
+    @property
+    def parts(self) -> tuple[StoredTensor, ...]:
+        """The tensors whose rows, one after the other, are this one's."""
+        return (self,)
+
+
+@dataclass(frozen=True, slots=True)
+class JoinedTensor(StoredTensor):
+    """A tensor that was not read, whose rows lie in several files.
+
+    Args:
+        pieces: the rows of each file.
+    """
+
+    pieces: tuple[StoredTensor, ...]
+
+    @property
+    def parts(self) -> tuple[StoredTensor, ...]:
+        """The tensors whose rows, one after the other, are this one's."""
+        return self.pieces
+
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
@@ -93,8 +114,9 @@ class _MalformedError(Exception):
 _MARK = object()
 _PLAIN = (str, int, float, bytes, type(None))
 # Limits far above what trainers write: opcodes of a pickle (and one more for every 64 bytes of the file, so that memory stays
-# in proportion to it), elements handed to constructors beyond those that were read, sets, bytes of one number.
-_STEPS, _COPIES, _SETS, _NUMBER = 1_000_000, 1_000_000, 10_000, 256
+# in proportion to it), elements handed to constructors beyond those that were read, sets, bytes of one number, bytes of all
+# texts together (a sparse file can claim gigabytes of them and take none of the disk).
+_STEPS, _COPIES, _SETS, _NUMBER, _TEXTS = 1_000_000, 1_000_000, 10_000, 256, 1 << 26
 _NOTHING = {"collections.OrderedDict", "collections.defaultdict", "builtins.dict", "__builtin__.dict"}
 _CONTAINERS: dict[str, Callable[[Any], Any]] = {
     "builtins.list": list,
@@ -104,18 +126,19 @@ _CONTAINERS: dict[str, Callable[[Any], Any]] = {
     "builtins.set": lambda values: _plain_set(values),
 }
 _CONTAINERS["__builtin__.set"] = _CONTAINERS["builtins.frozenset"] = _CONTAINERS["builtins.set"]
+_BYTES = {f"{module}.{name}" for module in ("builtins", "__builtin__") for name in ("bytes", "bytearray")}
 _NUMPY_SCALARS = {"f2": "<e", "f4": "<f", "f8": "<d", "i1": "<b", "i2": "<h", "i4": "<i", "i8": "<q", "u1": "<B"}
 _NUMPY_SCALARS |= {"u2": "<H", "u4": "<I", "u8": "<Q", "b1": "<?"}
 
 
-def load(data: Buffer, start: int, name: str, size: int) -> Loaded:
+def load(data: Buffer, start: int, name: str, end: int | None = None) -> Loaded:
     """Read one pickle.
 
     Args:
-        data: the bytes; only those of this pickle are looked at.
+        data: the whole file, whose size bounds the work and the memory.
         start: where the pickle starts.
         name: the file's name, for errors.
-        size: the size of the whole file, which bounds the work and the memory.
+        end: where its bytes end; by default, with the file.
 
     Returns:
         Its value, and what it names.
@@ -123,9 +146,9 @@ def load(data: Buffer, start: int, name: str, size: int) -> Loaded:
     Raises:
         CheckpointError: `corrupted-pickle`, when the stream is not a pickle of plain data.
     """
-    machine = _Machine(data, start)
+    machine = _Machine(data, start, len(data) if end is None else end)
     try:
-        value = machine.run(_STEPS + size // 64)
+        value = machine.run(_STEPS + len(data) // 64)
     except (
         _MalformedError,
         IndexError,
@@ -149,15 +172,16 @@ def load(data: Buffer, start: int, name: str, size: int) -> Loaded:
 
 
 class _Machine:
-    def __init__(self, data: Buffer, start: int) -> None:
+    def __init__(self, data: Buffer, start: int, end: int) -> None:
         self.data = data
         self.start = self.position = start
-        self.end = len(data)
+        self.end = end
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
         self.globals: set[Global] = set()
         self.storages: dict[str, tuple[str, int]] = {}
         self.copied = 0
+        self.taken = 0
         self.sets = 0
 
     def run(self, steps: int) -> Any:
@@ -182,12 +206,18 @@ class _Machine:
     def take(self, count: int) -> bytes:
         if count < 0 or self.position + count > self.end:
             raise _MalformedError(f"{count} bytes wanted at byte {self.position}, {self.end - self.position} are left")
+        if count > _NUMBER:
+            self.taken += count
+            if self.taken > _TEXTS:
+                raise _MalformedError(f"more than {_TEXTS:,} bytes of text, which no trainer writes")
         piece = bytes(self.data[self.position : self.position + count])
         self.position += count
         return piece
 
     def byte(self) -> int:
-        value = self.data[self.position]  # an IndexError behind the last one is told as any other damage
+        if self.position >= self.end:
+            raise _MalformedError(f"it ends at byte {self.position} without its stop mark")
+        value = self.data[self.position]
         self.position += 1
         return value
 
@@ -195,7 +225,7 @@ class _Machine:
         return int.from_bytes(self.take(count), "little")
 
     def line(self) -> bytes:
-        end = self.data.find(b"\n", self.position)
+        end = self.data.find(b"\n", self.position, self.end)
         if end < 0:
             raise _MalformedError(f"a line at byte {self.position} has no end")
         piece = self.take(end - self.position)
@@ -343,6 +373,8 @@ def rebuild(function: Global, args: tuple[Any, ...]) -> Any:
     if name in _CONTAINERS and len(args) <= 1:
         values = args[0] if args else ()
         return _CONTAINERS[name](values) if isinstance(values, (list, tuple, set)) else Stub(function, args)
+    if name in _BYTES and args and not isinstance(args[0], (bytes, str, list, tuple)):
+        raise _MalformedError(f"{name}({args[0]!r}), which would take that much memory from another reader")
     if name == "_codecs.encode" and len(args) == 2 and isinstance(args[0], str):
         return args[0].encode("latin1", "replace")
     if name in ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"):

@@ -1,7 +1,8 @@
 """Vocabulary, tokenizer and feature extractor, so that Hugging Face decodes and normalises what fairseq would.
 
-fairseq's CTC blank is id 0, named `<s>`; Hugging Face calls the blank `<pad>`. Only the two names are exchanged: ids and
-weights stay. fairseq turns ids into text by joining symbols with spaces and applying the criterion's `post_process`
+fairseq's CTC blank is id 0, named `<s>` (`blank_symbol` of its tasks, `CtcCriterion.blank_idx`), also where a dictionary
+lists `<ctc_blank>`, which is an ordinary symbol then; Hugging Face calls the blank `<pad>`. Only the two names are exchanged:
+ids and weights stay. fairseq turns ids into text by joining symbols with spaces and applying the criterion's `post_process`
 (`fairseq.data.data_utils.post_process`).
 """
 
@@ -16,7 +17,6 @@ from convert.checkpoint.dictionary import SPECIAL, Dictionary
 from convert.errors import Problem
 from convert.model.settings import Reader
 
-BLANK = "<ctc_blank>"  # examples/speech_recognition's decoders prefer it to <s>
 _DELIMITERS = {
     "letter": "|",
     "sentencepiece": "▁",
@@ -72,13 +72,12 @@ def make_processor(
     vocabulary = vocab(dictionary)
     decoding = _decoding(criterion, task, problems)
     names = {symbol: index for symbol, index in vocabulary.items() if index < len(dictionary)}
-    blank = BLANK if BLANK in names else "<pad>"
     tokenizer: dict[str, Any] = {
         "bos_token": "<s>",
         "clean_up_tokenization_spaces": False,
         "do_lower_case": False,
         "eos_token": "</s>",
-        "pad_token": blank,
+        "pad_token": "<pad>",
         "processor_class": "Wav2Vec2Processor",
         "unk_token": "<unk>",
     }
@@ -95,13 +94,13 @@ def make_processor(
         tokenizer["word_delimiter_token"] = "|" if "|" in names else None
     else:
         tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
-        special = (blank, *(name for name in ("<s>", "</s>", "<unk>") if name in vocabulary))
+        special = ("<pad>", *(name for name in ("<s>", "</s>", "<unk>") if name in vocabulary))
         delimiter = "▁" if decoding == "sentencepiece" else "|"
-        collapse = {"type": "CTC", "pad_token": blank, "word_delimiter_token": delimiter, "cleanup": False}
+        collapse = {"type": "CTC", "pad_token": "<pad>", "word_delimiter_token": delimiter, "cleanup": False}
         files["tokenizer.json"] = _fast(vocabulary, special, _decoder(delimiter, collapse))
     files["tokenizer_config.json"] = tokenizer
     ids = {
-        "pad_token_id": names.get(blank, 0),
+        "pad_token_id": names.get("<pad>", 0),
         "bos_token_id": names.get("<s>", 1),
         "eos_token_id": names.get("</s>", 2),
     }
@@ -162,7 +161,7 @@ def vocab(dictionary: Dictionary) -> dict[str, int]:
         {'<pad>': 0, '<s>': 1, '</s>': 2, '<unk>': 3, '|': 4, 'E': 5}
     """
     symbols = list(dictionary.symbols)
-    if BLANK not in symbols and symbols[:2] == ["<s>", "<pad>"]:
+    if symbols[:2] == ["<s>", "<pad>"]:
         symbols[0], symbols[1] = symbols[1], symbols[0]
     return {symbol: index for index, symbol in enumerate(symbols)}
 

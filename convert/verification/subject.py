@@ -12,7 +12,7 @@ from convert.errors import ConvertError
 from convert.model.architectures import KINDS, architecture_of
 from convert.model.encoder import encoder_settings
 from convert.model.languages import choose, languages_of
-from convert.model.processor import BLANK, labels_of, sequence_decoding
+from convert.model.processor import labels_of, sequence_decoding
 from convert.model.settings import Reader
 from convert.model.speech_to_text import ARCHITECTURES as SPEECH_TO_TEXT
 from convert.model.speech_to_text import LANGUAGE
@@ -80,8 +80,8 @@ def read_subject(
             architecture=architecture,
             settings=settings,
             symbols=symbols,
-            special=tuple(index for index, symbol in enumerate(symbols) if symbol in (*SPECIAL, BLANK)),
-            blank=-1 if decoder else symbols.index(BLANK) if BLANK in symbols else 0,
+            special=tuple(index for index, symbol in enumerate(symbols) if symbol in SPECIAL),
+            blank=-1 if decoder else 0,
             post_process=sequence_decoding(symbols, settings["task"]) if decoder else _post_process(settings),
             rate=int(settings["task"].get("sample_rate") or 16000),
             normalize=bool(settings["task"].get("normalize", False)),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.errors import ConvertError, Problem
-from convert.verification.fairseq_worker import PAD as PADDING
+from convert.verification.fairseq_side.tokens import PAD as PADDING
 from convert.verification.reference import Subject
 
 BLANK, PAD = "<s>", "<pad>"  # the two names that a conversion exchanges
@@ -63,7 +63,6 @@ def check_tokens(tokens: Sequence[str], subject: Subject) -> list[Problem]:
     """Compare the tokens with fairseq's symbols, id by id.
 
     fairseq calls its blank (id 0) `<s>`, transformers calls it `<pad>`: those two names are exchanged, ids are not.
-    A dictionary with a blank of its own (`<ctc_blank>`) keeps all names.
 
     Args:
         tokens: transformers' tokens by id.
