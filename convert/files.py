@@ -42,11 +42,14 @@ def open_file(path: Path) -> BinaryIO:
         ConvertError: `not-a-file`.
         OSError: it is not there, or may not be read.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    return os.fdopen(_regular(path, os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)), "rb")
+
+
+def _regular(path: Path, descriptor: int) -> int:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise ConvertError(f"{path} is not a regular file", code="not-a-file", key=str(path))
-    return os.fdopen(descriptor, "rb")
+    return descriptor
 
 
 def sha256_of(source: Path | BinaryIO, also: Callable[[memoryview], object] | None = None) -> str:
@@ -377,6 +380,12 @@ def resumable(path: Path) -> list[tuple[Path, int]]:
     """List what interrupted runs of `resumed_file` kept of a file, with the sizes."""
     found = [entry for work in workspace.leftovers(path.parent, path.name) for entry in work.iterdir()]
     return [(entry, entry.lstat().st_size) for entry in found if workspace.PART.fullmatch(entry.name)]
+
+
+def open_log(path: Path) -> BinaryIO:
+    """Open a file that grows line by line, for appending and reading; it is made when missing. A link is refused."""
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    return os.fdopen(_regular(path, os.open(path, flags, 0o666)), "a+b", buffering=0)
 
 
 @contextlib.contextmanager

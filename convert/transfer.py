@@ -79,7 +79,7 @@ def pieces(container: Container, plan: Plan, tensors: Mapping[str, StoredTensor]
         tensor, spec = without_rows(tensors[source], plan.table.skips.get(target, 0)), plan.target[target]
         kind = spec.dtype if dtype == "keep" or spec.dtype not in FLOATS else dtype
         out = TensorSpec(target, spec.shape, kind)
-        if _contiguous(tensor) and kind == spec.dtype and target not in edits:
+        if tensor.is_contiguous and kind == spec.dtype and target not in edits:
             listed.append(Piece(out, tensor, None))
         else:
             listed.append(Piece(out, tensor, _maker(container, tensor, spec.dtype, kind, edits.get(target, []))))
@@ -450,15 +450,6 @@ def _same(a: memoryview, b: memoryview) -> bool:
     words = len(a) // 8 * 8
     equal = np.array_equal(np.frombuffer(a[:words], np.uint64), np.frombuffer(b[:words], np.uint64))
     return bool(equal) and bytes(a[words:]) == bytes(b[words:])
-
-
-def _contiguous(tensor: StoredTensor) -> bool:
-    expected = 1
-    for length, stride in zip(reversed(tensor.shape), reversed(tensor.stride), strict=True):
-        if length != 1 and stride != expected:
-            return 0 in tensor.shape
-        expected *= length
-    return True
 
 
 def without_rows(tensor: StoredTensor, count: int) -> StoredTensor:

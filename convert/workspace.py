@@ -48,16 +48,18 @@ def workspace(target: Path) -> Iterator[Path]:
             sweep(target.parent, target.name)
             work = make(target, stack)
 
-            def clear_up() -> None:
-                with shielded(), contextlib.suppress(OSError):
-                    left.extend(clear(work, target))
-
-            stack.callback(clear_up)
+            stack.callback(lambda: left.extend(_cleared(work, target)))
         with naming(target, work):
             yield work
     if left:
         message = f"{target} was written; what was put into the one before at that moment is kept: {', '.join(left)}"
         raise ConvertError(message, code="kept", key=str(work), hint=f"move it out of {work}")
+
+
+def _cleared(work: Path, target: Path) -> list[str]:
+    with shielded(), contextlib.suppress(OSError):
+        return clear(work, target)
+    return []
 
 
 @contextlib.contextmanager
@@ -76,16 +78,19 @@ def make(target: Path, stack: contextlib.ExitStack) -> Path:
     """Make a working directory, locked for as long as the stack lives."""
     for _ in range(100):
         work = target.with_name(f"{_start(target.name)}{secrets.token_hex(8)}{_SUFFIX}")
-        try:
-            work.mkdir(mode=0o700)
-            lock = os.open(work / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        except FileNotFoundError:  # taken for a leftover before it had its lock
+        with naming(target, work):
             check_parent(target)
-            continue
-        except OSError as error:
-            with contextlib.suppress(OSError):
+            try:
+                work.mkdir(mode=0o700)
+            except FileExistsError:
+                continue
+            try:
+                lock = os.open(work / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            except FileNotFoundError:  # taken for a leftover before it had its lock
+                continue
+            except OSError:
                 work.rmdir()
-            raise OSError(error.errno, error.strerror, str(target)) from error
+                raise
         stack.callback(os.close, lock)
         with contextlib.suppress(OSError):  # a file system without locks: nothing is ever taken for a leftover there
             _flock(lock, wait=True)
@@ -132,7 +137,7 @@ def leftovers(folder: Path, name: str = "") -> Iterator[Path]:
     start = re.escape(_start(name)) if name else re.escape(_PREFIX) + r".+\."
     pattern = re.compile(start + "[0-9a-f]{16}" + re.escape(_SUFFIX), re.DOTALL)
     with contextlib.suppress(OSError):
-        yield from (folder / found for found in _names(folder) if pattern.fullmatch(found))
+        yield from (folder / name for name in _names(folder) if pattern.fullmatch(name) and is_directory(folder / name))
 
 
 def sweep(folder: Path, name: str = "") -> None:
@@ -144,7 +149,7 @@ def sweep(folder: Path, name: str = "") -> None:
         with shielded(), contextlib.suppress(OSError), held(work) as taken:
             if taken:
                 clear(work, folder / (name or work.name[len(_PREFIX) :].rsplit(".", 2)[0]))
-            elif is_directory(work):
+            else:
                 work.rmdir()  # its process was killed before it had made the lock
 
 
