@@ -53,19 +53,19 @@ def _regular(path: Path, descriptor: int) -> int:
 
 
 def sha256_of(source: Path | BinaryIO, also: Callable[[memoryview], object] | None = None) -> str:
-    """Hash a file in constant memory.
+    """Hash a file in constant memory; of one that grows meanwhile, what it had at first.
 
     Args:
         source: the file; the position of an open one is left alone.
         also: is given each piece too, for a second digest in the same pass.
     """
     with open_file(source) if isinstance(source, Path) else contextlib.nullcontext(source) as file:
-        digest, buffer, at = hashlib.sha256(), bytearray(PIECE), 0
-        while count := os.preadv(file.fileno(), [buffer], at):
-            piece = memoryview(buffer)[:count]
-            digest.update(piece)
+        size, at = os.fstat(file.fileno()).st_size, 0
+        digest, buffer = hashlib.sha256(), memoryview(bytearray(PIECE))
+        while count := os.preadv(file.fileno(), [buffer[: size - at]], at):
+            digest.update(buffer[:count])
             if also:
-                also(piece)
+                also(buffer[:count])
             at += count
     return digest.hexdigest()
 

@@ -199,12 +199,16 @@ def _retire(old: Path, target: Path, files: dict[str, Any]) -> list[str]:
 
 
 def _state(work: Path) -> dict[str, Any]:
-    """What the process of a working directory was about to replace; empty before it was."""
+    """What the process of a working directory was about to replace; empty before it was. What cannot be read stays."""
     try:
         state = json.loads((work / _STATE).read_bytes())
-    except (OSError, ValueError):
+    except FileNotFoundError:
         return {}
-    return state if isinstance(state, dict) and state.keys() == {"old", "new", "files"} else {}
+    except ValueError:
+        state = None
+    if not isinstance(state, dict) or state.keys() != {"old", "new", "files"} or not isinstance(state["files"], dict):
+        raise OSError(errno.EINVAL, "not a note of what was replaced", str(work / _STATE))
+    return state
 
 
 # --- into place -----------------------------------------------------------------------------------------------------

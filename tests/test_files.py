@@ -35,14 +35,20 @@ from convert.files import (
 from convert.interrupts import Interrupted, interruptible, shielded
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
-OURS = {"a.json", "b.json"}
+
+
+def ours(path: Path) -> set[str]:
+    """What a run wrote into a directory: the old one two files, the new one others."""
+    return {"a.json", "c.json"} if (path / "a.json").read_bytes() == b"new" else {"a.json", "b.json"}
 
 
 @pytest.fixture(autouse=True)
 def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was to be written to the disk: none of these tests cuts the power, and waiting for disks takes minutes."""
     seen: list[str] = []
-    monkeypatch.setattr(os, "fsync", lambda descriptor: seen.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    monkeypatch.setattr(
+        os, "fsync", lambda descriptor: seen.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+    )
     return seen
 
 
@@ -62,7 +68,7 @@ def file_anew(place: Path) -> None:
 
 
 def folder_over(place: Path) -> None:
-    with new_directory(place / "out", lambda path: OURS) as made:
+    with new_directory(place / "out", ours) as made:
         for name in ("a.json", "c.json"):
             with files.create(made / name) as file:
                 file.write(b"new")
@@ -129,11 +135,13 @@ def kept(place: Path) -> bool:
 
 
 @contextlib.contextmanager
-def without(monkeypatch: pytest.MonkeyPatch, *what: str) -> Iterator[None]:
-    """Take away what not every file system has: `exchange`, `noreplace`, `links`."""
-    rename_as = workspace._rename_as
+def without(monkeypatch: pytest.MonkeyPatch, *what: str, racing: Callable[[], object] | None = None) -> Iterator[None]:
+    """Take away what not every file system has: `exchange`, `noreplace`, `links`; race against the first such rename."""
+    rename_as, acts = workspace._rename_as, [racing] if racing else []
 
     def lacking(how: int, source: Path, target: Path) -> bool:
+        while acts:
+            acts.pop()()
         name = {workspace._NOREPLACE: "noreplace", workspace._EXCHANGE: "exchange"}[how]
         return name not in what and rename_as(how, source, target)
 
@@ -173,7 +181,7 @@ def test_killed_at_every_step(
             found.append(state(tmp_path))
             if make is folder_over and found[-1] == "nothing":  # moved aside: the next run puts it back
                 assert "exchange" in lacking
-                files.check_directory(tmp_path / "out", lambda path: OURS)
+                files.check_directory(tmp_path / "out", ours)
                 assert state(tmp_path) == "old"
             assert make is not folder_over or kept(tmp_path)
             if found[-1] == "torn":  # only a file system with neither links nor such renames comes to this
@@ -438,26 +446,13 @@ def test_without_locks_nothing_is_taken_for_a_leftover(tmp_path: Path, monkeypat
 # ---- what happens between the check and the rename
 
 
-def racing(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
-    """Do something right before the rename, once."""
-    rename_as, acts = workspace._rename_as, [act]
-
-    def late(how: int, source: Path, target: Path) -> bool:
-        while acts:
-            acts.pop()()
-        return rename_as(how, source, target)
-
-    monkeypatch.setattr(workspace, "_rename_as", late)
-
-
 @each_lack
 def test_a_file_that_appears_meanwhile_stays(
     lacking: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with without(monkeypatch, *lacking):
-        racing(monkeypatch, lambda: (tmp_path / "out").write_bytes(b"mine"))
-        with pytest.raises(ConvertError) as caught:
-            file_anew(tmp_path)
+    appear = lambda: (tmp_path / "out").write_bytes(b"mine")  # noqa: E731
+    with without(monkeypatch, *lacking, racing=appear), pytest.raises(ConvertError) as caught:
+        file_anew(tmp_path)
     assert caught.value.message == f"{tmp_path / 'out'} appeared meanwhile; nothing was written"
     assert (tmp_path / "out").read_bytes() == b"mine"
     assert names(tmp_path) == ["out"]
@@ -490,13 +485,11 @@ def test_what_is_put_into_a_directory_meanwhile_stays(
         (tmp_path / "out" / "late").mkdir()
         (tmp_path / "out" / "late" / "x").write_bytes(b"late")
 
-    with without(monkeypatch, *lacking):
-        if when == "after the check":
-            racing(monkeypatch, put)
-        with new_directory(tmp_path / "out", lambda path: OURS) as made:
-            (made / "a.json").write_bytes(b"new")
-            if when == "before the check":
-                put()
+    late = put if when == "after the check" else None
+    with without(monkeypatch, *lacking, racing=late), new_directory(tmp_path / "out", ours) as made:
+        (made / "a.json").write_bytes(b"new")
+        if when == "before the check":
+            put()
     assert names(tmp_path) == ["out"]
     assert names(tmp_path / "out") == ["README.md", "a.json", "late", "late.txt", "notes"]
     assert (tmp_path / "out" / "late" / "x").read_bytes() == b"late" and kept(tmp_path)
@@ -504,15 +497,15 @@ def test_what_is_put_into_a_directory_meanwhile_stays(
 
 def test_what_is_put_under_the_name_of_a_new_file_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare(folder_over, tmp_path)
-    with pytest.raises(ConvertError) as caught, new_directory(tmp_path / "out", lambda path: OURS) as made:
+    with pytest.raises(ConvertError) as caught, new_directory(tmp_path / "out", ours) as made:
         (made / "c.json").write_bytes(b"new")
         (tmp_path / "out" / "c.json").write_bytes(b"mine")
     assert caught.value.message == f"{tmp_path / 'out' / 'c.json'} was put there meanwhile; nothing was written"
     assert (tmp_path / "out" / "c.json").read_bytes() == b"mine" and names(tmp_path) == ["out"]
 
     (tmp_path / "out" / "c.json").unlink()
-    racing(monkeypatch, lambda: (tmp_path / "out" / "c.json").write_bytes(b"mine"))  # too late to be refused
-    with pytest.raises(ConvertError) as caught:
+    late = lambda: (tmp_path / "out" / "c.json").write_bytes(b"mine")  # noqa: E731 - too late to be refused
+    with without(monkeypatch, racing=late), pytest.raises(ConvertError) as caught:
         folder_over(tmp_path)
     assert caught.value.code == "kept" and "kept: c.json" in caught.value.message
     assert state(tmp_path) == "new" and kept(tmp_path)
@@ -532,10 +525,8 @@ def test_another_directory_that_takes_its_place_meanwhile_stays(
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "a.json").write_bytes(b"mine")
 
-    with without(monkeypatch, *lacking):
-        racing(monkeypatch, swap)
-        with pytest.raises(ConvertError) as caught:
-            folder_over(tmp_path)
+    with without(monkeypatch, *lacking, racing=swap), pytest.raises(ConvertError) as caught:
+        folder_over(tmp_path)
     assert caught.value.message == f"{tmp_path / 'out'} was replaced meanwhile; nothing was written"
     assert (tmp_path / "out" / "a.json").read_bytes() == b"mine"
     assert names(tmp_path) == ["first", "out"]
@@ -543,7 +534,7 @@ def test_another_directory_that_takes_its_place_meanwhile_stays(
 
 def test_a_directory_that_may_not_be_replaced_any_more(tmp_path: Path) -> None:
     prepare(folder_over, tmp_path)
-    answers: list[set[str]] = [OURS]
+    answers: list[set[str]] = [{"a.json"}]
 
     def once(path: Path) -> set[str]:
         if not answers:
