@@ -147,8 +147,8 @@ def _fairseq(checkpoint: Path, model_dir: Path, device: str, language: str) -> F
     if not (model_dir / "conversion.json").is_file():
         return FairseqReference(checkpoint, device, language=language)
     directory = ModelDirectory(model_dir)
-    language = language or str(directory.conversion.get("language") or "")
-    return FairseqReference(checkpoint, device, directory.dictionary, language)
+    language = language or directory.record.language
+    return FairseqReference(checkpoint, device, directory.record.dictionary, language)
 
 
 def _content(rows: tuple[Row, ...]) -> str:
