@@ -127,7 +127,7 @@ class Fairseq2Reference(Reference):
         entries = quantizer.entry_proj(features)
         self._see("quantizer", entries)
         self._see("codes", entries.reshape(*features.shape[:2], quantizer.num_codebooks, -1).argmax(-1))
-        with _uncompiled():
+        with uncompiled():
             quantized = quantizer(features).quantized_vectors
         self._see("project_q", self.model.final_target_proj(quantized))
         self._see("project_hid", self.model.final_proj(encoded))
@@ -187,7 +187,7 @@ class AsrReference(Fairseq2Reference):
 
 
 @contextlib.contextmanager
-def _uncompiled() -> Any:
+def uncompiled() -> Any:
     """Let the quantizer, which compiles a sum while it runs, run without a compiler."""
     original = torch.compile
     torch.compile = lambda *_, **__: lambda function: function  # type: ignore[assignment]
