@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import logging
 import sys
@@ -53,6 +54,8 @@ def build_fairseq2(settings: Any, symbols: int, ignored: list[str], patches: lis
     from fairseq2.utils.structured import StandardValueConverter
 
     values = {key: value for key, value in settings["model"].items() if key != "_name"}
+    inner = {field.name for field in dataclasses.fields(wav2vec2.Wav2Vec2EncoderConfig)}
+    values["encoder_config"] = {key: values.pop(key) for key in list(values) if key in inner}
     if settings["model"]["_name"] == ASR:
         configuration, create = asr.Wav2Vec2AsrConfig, asr.create_wav2vec2_asr_model
     else:
