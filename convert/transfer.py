@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from convert.checkpoint.container import Container, Range, corrupted, release
 from convert.checkpoint.unpickle import StoredTensor
@@ -189,11 +189,11 @@ class Transfer:
         self.ahead: ThreadPoolExecutor | None = None
         self.rest: Future[None] | None = None
 
-    def _read(self, at: int, view: memoryview) -> None:
-        """Fill a buffer from the source; reading beats touching a mapping, page by page."""
+    def _read(self, file: BinaryIO, at: int, view: memoryview) -> None:
+        """Fill a buffer from a file; reading beats touching a mapping, page by page."""
         done = 0
         while done < len(view):
-            count = os.preadv(self.container.file.fileno(), [view[done:]], at + done)
+            count = os.preadv(file.fileno(), [view[done:]], at + done)
             if count == 0:
                 name = self.container.path.name
                 raise CheckpointError(f"{name} became shorter while it was read", code="truncated", key=name)
@@ -201,7 +201,7 @@ class Transfer:
 
     def _hash(self, at: int, view: memoryview) -> None:
         """Hash a piece of the source, after all that stands before it; what was hashed already is passed over."""
-        if self.rest is not None:
+        if self.rest is not None or self.container.unpack is not None:  # of unpacked bytes, the file has others
             return
         self._hash_to(at)
         if at == self.hashed:
@@ -212,7 +212,7 @@ class Transfer:
     def _hash_to(self, end: int) -> None:
         while self.hashed < end and not self.stopped:
             view = memoryview(self.scratch)[: end - self.hashed]
-            self._read(self.hashed, view)
+            self._read(self.container.original.file, self.hashed, view)
             self.source.update(view)
             self.hashed += len(view)
             self.progress(len(view))
@@ -221,7 +221,7 @@ class Transfer:
         """Hash the rest of the source file, and return its SHA-256; the last call."""
         try:
             if self.rest is None:
-                self._hash_to(len(self.container.data))
+                self._hash_to(self.container.size)
             else:
                 self.rest.result()
         finally:
@@ -237,10 +237,10 @@ class Transfer:
 
     def _hash_alone(self, size: int) -> None:
         """Where much training state stands beside the model, hashing is the longer part: it gets a thread of its own."""
-        if self.rest is None and len(self.container.data) - self.hashed > 2 * size:
+        if self.rest is None and self.container.size - self.hashed > 2 * size:
             self.ahead = ThreadPoolExecutor(1)
             with _starting():
-                self.rest = self.ahead.submit(self._hash_to, len(self.container.data))
+                self.rest = self.ahead.submit(self._hash_to, self.container.size)
 
     def write(self, path: Path, listed: list[Piece]) -> Written:
         """Write one safetensors file, read it back, and compare every byte.
@@ -302,7 +302,7 @@ class Transfer:
         for start in range(whole.start, whole.start + whole.count, CHUNK):
             buffer = self.free.get()
             view = memoryview(buffer)[: whole.start + whole.count - start]
-            self._read(start, view)
+            self._read(self.container.file, start, view)
             self._hash(start, view)
             yield _Chunk(at, view, piece, whole, buffer)
             at += min(CHUNK, whole.start + whole.count - start)
