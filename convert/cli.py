@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import importlib
 import inspect
+import io
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -15,8 +15,8 @@ from typing import Any
 
 import click
 
-from convert.errors import ConvertError, Problem
-from convert.report import envelope, error_text, problem_lines
+from convert.errors import Problem, explained
+from convert.report import envelope, error_text, problem_lines, shown
 
 # One module of `convert.commands` each; it is imported when its command is asked for, so that `--help` starts at once.
 COMMANDS = {
@@ -72,15 +72,21 @@ class LazyGroup(click.Group):
         standalone_mode: bool = True,
         **extra: Any,
     ) -> Any:
-        """Run; with `--json`, errors of usage are one JSON object too."""
+        """Run; errors of usage are text that is safe to print, or with `--json` one object."""
         words = list(sys.argv[1:] if args is None else args)
-        if "--json" not in words or not standalone_mode:
-            return super().main(args, prog_name, complete_var, standalone_mode, **extra)
+        _printable("--json" in words)
+        if not standalone_mode:
+            return super().main(args, prog_name, complete_var, False, **extra)
         try:
             sys.exit(super().main(args, prog_name, complete_var, False, **extra))
         except click.UsageError as error:
-            problem = Problem("usage", words[0], error.format_message())
-            click.echo(envelope(words[0], False, [problem], hint=f"fairseq-to-hf {words[0]} --help"))
+            if "--json" in words:
+                problem = Problem("usage", words[0], error.format_message())
+                click.echo(envelope(words[0], False, [problem], hint=f"fairseq-to-hf {words[0]} --help"))
+            else:
+                text = io.StringIO()
+                error.show(text)
+                click.echo(shown(text.getvalue(), keep="\n"), err=True, nl=False)
             sys.exit(2)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -106,10 +112,12 @@ def command(name: str, *examples: str) -> Callable[[Callable[..., Outcome]], cli
             context.obj = Settings(quiet=quiet or as_json, verbose=verbose)
             try:
                 outcome = function(**arguments)
-            except (ConvertError, OSError, MemoryError) as raised:
-                error = raised if isinstance(raised, ConvertError) else _of_system(raised)
+            except (click.ClickException, click.exceptions.Exit, click.Abort):
+                raise
+            except Exception as raised:  # noqa: BLE001
+                error = explained(raised, name)
                 if verbose:
-                    traceback.print_exc()
+                    click.echo(shown(traceback.format_exc(), keep="\n"), err=True)
                 if as_json:
                     click.echo(envelope(name, False, error.problems, hint=error.hint))
                 else:
@@ -118,7 +126,7 @@ def command(name: str, *examples: str) -> Callable[[Callable[..., Outcome]], cli
             if as_json:
                 click.echo(envelope(name, outcome.ok, outcome.problems, **outcome.data))
             elif not quiet and outcome.text:
-                click.echo(outcome.text)
+                click.echo(shown(outcome.text, keep="\n"))
             elif quiet and not outcome.ok:
                 click.echo("\n".join(problem_lines(outcome.problems)) or f"{name}: no", err=True)
             context.exit(0 if outcome.ok else 1)
@@ -148,13 +156,11 @@ class Settings:
         return not self.quiet and sys.stderr.isatty()
 
 
-def _of_system(error: OSError | MemoryError) -> ConvertError:
-    if isinstance(error, MemoryError):
-        return ConvertError("not enough memory; nothing was written", code="memory")
-    name = str(error.filename or "")
-    reason = error.strerror or str(error)
-    hint = "free some space, or write to another disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-    return ConvertError(f"{name}: {reason}" if name else reason, code="system", key=name, hint=hint)
+def _printable(as_json: bool) -> None:
+    """Print every character somehow, on terminals that are not UTF-8 too; JSON is always UTF-8."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8" if as_json else None, errors="backslashreplace")
 
 
 @click.group(

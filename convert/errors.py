@@ -1,11 +1,18 @@
-"""What can go wrong, each error with the file or key it is about, the remedy, and the exit status of the command line."""
+"""Every error with the file or key it is about, the remedy and its exit status; and what other libraries raise, as one."""
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+from convert.report import shown, without_user
+
+# package -> the extra of this one that brings it
+_EXTRAS = {"matplotlib": "plot", "datasets": "evaluate", "jiwer": "evaluate", "tqdm": "evaluate"}
+_EXTRAS |= dict.fromkeys(("safetensors", "sentencepiece", "soundfile", "torch", "transformers"), "verify")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -23,7 +30,7 @@ class Problem:
     detail: str
 
     def __str__(self) -> str:
-        return f"{self.key}: {self.detail}" if self.key else self.detail
+        return shown(f"{self.key}: {self.detail}" if self.key else self.detail)
 
 
 class ConvertError(Exception):
@@ -55,7 +62,7 @@ class ConvertError(Exception):
         status: int | None = None,
         problems: Iterable[Problem] = (),
     ) -> None:
-        super().__init__(message)
+        super().__init__(shown(message, keep="\n"))
         self.message = message
         self.code = code
         self.hint = hint
@@ -94,3 +101,64 @@ def check_place(out: Path, overwrite: bool) -> None:
         raise ConvertError(f"{out} exists already; nothing was written", code="exists", key=str(out), hint=hint)
     if not out.parent.is_dir():
         raise ConvertError(f"{out.parent} is no directory; nothing was written", code="no-parent", key=str(out))
+
+
+def explained(error: Exception, command: str = "") -> ConvertError:
+    """Turn any exception into the error that the command line prints, with its exit status.
+
+    Args:
+        error: what was raised.
+        command: the command that it ended, whose extra brings the packages that are missing.
+
+    Example:
+        >>> explained(RecursionError("maximum recursion depth exceeded")).message
+        'something is nested too deeply to be read'
+    """
+    if isinstance(error, ConvertError):
+        return error
+    return next(make for kind, make in _OTHERS.items() if isinstance(error, kind))(error, command)
+
+
+def _import(error: ImportError, command: str) -> ConvertError:
+    name = (error.name or "").partition(".")[0]
+    extra = "evaluate" if command == "evaluate" else _EXTRAS.get(name, "verify")
+    missing = isinstance(error, ModuleNotFoundError) and name
+    what = f"{name}, which is not installed" if missing else f"a package that cannot be imported: {_first_line(error)}"
+    message = f"{command or 'this'} needs {what}"
+    return ConvertError(message, code="missing-package", key=name, hint=f"pip install 'fairseq-to-hf[{extra}]'")
+
+
+def _system(error: OSError, command: str) -> ConvertError:
+    name = str(error.filename or "")
+    reason = error.strerror or _first_line(error)
+    hint = "free some space, or write to another disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+    return ConvertError(f"{name}: {reason}" if name else reason, code="system", key=name, hint=hint)
+
+
+def _memory(error: Exception, command: str) -> ConvertError:
+    return ConvertError("not enough memory; nothing was written", code="memory")
+
+
+def _recursion(error: Exception, command: str) -> ConvertError:
+    return ConvertError("something is nested too deeply to be read", code="too-deep", hint="-v shows where")
+
+
+def _other(error: Exception, command: str) -> ConvertError:
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
+        return _memory(error, command)
+    message = f"{type(error).__name__}: {_first_line(error)}"
+    hint = "this is a fault of fairseq-to-hf: please report it, with what -v shows"
+    return ConvertError(message, code="unexpected", hint=hint)
+
+
+def _first_line(error: Exception) -> str:
+    return without_user(next(iter(str(error).strip().splitlines()), "without a message")[:500])
+
+
+_OTHERS: dict[type[Exception], Callable[..., ConvertError]] = {
+    ImportError: _import,
+    OSError: _system,
+    MemoryError: _memory,
+    RecursionError: _recursion,
+    Exception: _other,
+}

@@ -1,16 +1,52 @@
-"""The one place that formats: folded key lists, sizes, errors, and the single JSON object of a command."""
+"""The one place that formats: text from files, folded key lists, sizes, errors, JSON, the single JSON object of a command."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from convert.errors import ConvertError, Problem
+if TYPE_CHECKING:
+    from convert.errors import ConvertError, Problem
 
 SCHEMA = 1
-_NUMBER = re.compile(r"(?<![^. ])\d+(?![^. ])")
+_USER = re.compile(r"(?<=//)[^/\s]*@")
+_NUMBER = re.compile(r"(?<![^. ])(?:0|[1-9][0-9]{0,17})(?![^. ])")
+
+
+def shown(value: object, keep: str = "") -> str:
+    """Write a value that may come from a file for people, on one line: what does not print is escaped.
+
+    That is control characters, among them a terminal's escape codes and line ends, marks that turn the direction of
+    writing, and bytes of a file name that are not text.
+
+    Args:
+        value: the value.
+        keep: characters to leave as they are, such as the line ends of a text of several lines.
+
+    Example:
+        >>> shown("a\\x1b[31mb\\u202ec")
+        'a\\\\x1b[31mb\\\\u202ec'
+    """
+    text = str(value)
+    if text.isprintable():
+        return text
+    return "".join(
+        letter if letter.isprintable() or letter in keep else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
+
+
+def without_user(text: str) -> str:
+    """Take user and password out of the addresses in a text.
+
+    Example:
+        >>> without_user("https://me:secret@example.org/a@b did not answer")
+        'https://example.org/a@b did not answer'
+    """
+    return _USER.sub("", text)
 
 
 def fold(keys: Iterable[str]) -> list[str]:
@@ -70,17 +106,17 @@ def problem_lines(problems: Iterable[Problem]) -> list[str]:
         grouped.setdefault((problem.code, problem.detail), []).append(problem.key)
     lines = []
     for (code, detail), keys in grouped.items():
-        lines += [f"{code}: {key}: {detail}" if key else f"{code}: {detail}" for key in fold(keys)]
+        lines += [shown(f"{code}: {key}: {detail}" if key else f"{code}: {detail}") for key in fold(keys)]
     return lines
 
 
 def error_text(error: ConvertError) -> str:
     """Write an error as the command line shows it: the sentence, all problems, the remedy."""
-    lines = [f"error: {error.message}"]
+    lines = [f"error: {shown(error.message)}"]
     if [problem.detail for problem in error.problems] != [error.message]:
         lines += [f"  {line}" for line in problem_lines(error.problems)]
     if error.hint:
-        lines += ["", f"hint: {error.hint}"]
+        lines += ["", f"hint: {shown(error.hint)}"]
     return "\n".join(lines)
 
 
@@ -88,10 +124,45 @@ def envelope(command: str, ok: bool, problems: Iterable[Problem] = (), **data: A
     """Write the one JSON object of a command; `data` follows the fixed fields."""
     rows = [{"code": problem.code, "key": problem.key, "detail": problem.detail} for problem in problems]
     head: dict[str, Any] = {"schema": SCHEMA, "command": command, "ok": ok, "problems": rows}
-    text = json.dumps(head | data, indent=2, ensure_ascii=False)
-    return text.encode("utf-8", "backslashreplace").decode()  # a path may be no valid text
+    return _json(head | data)
 
 
 def json_bytes(value: Mapping[str, Any]) -> bytes:
     """Write a JSON file's bytes the way every file of a model directory is written: sorted keys, UTF-8, one newline."""
-    return (json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n").encode()
+    return (_json(value, sort_keys=True) + "\n").encode()
+
+
+def _json(value: Any, sort_keys: bool = False) -> str:
+    try:
+        text = json.dumps(value, indent=2, ensure_ascii=False, sort_keys=sort_keys, allow_nan=False)
+    except ValueError:  # a number that JSON does not have
+        text = json.dumps(_finite(value), indent=2, ensure_ascii=False, sort_keys=sort_keys)
+    return text.encode("utf-8", "backslashreplace").decode()  # a file's name may be no valid text
+
+
+def _finite(value: Any) -> Any:
+    """Write the numbers that JSON does not have as texts: `NaN`, `Infinity`, `-Infinity`."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return json.dumps(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def parse_json(content: bytes, name: str) -> Any:
+    """Read JSON that somebody else may have written.
+
+    Args:
+        content: the bytes.
+        name: where they come from, for the error.
+
+    Raises:
+        ConvertError: `not-json`: not UTF-8, not JSON, nested too deeply, or a number too long.
+    """
+    from convert.errors import ConvertError
+
+    try:
+        return json.loads(content.decode())
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ConvertError(f"{name}: not JSON: {reason}", code="not-json", key=name) from None

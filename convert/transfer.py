@@ -73,6 +73,23 @@ def sha256_of(data: mmap.mmap) -> str:
     return digest.hexdigest()
 
 
+def sha256_of_all(container: Container, used: Progress = lambda count: None) -> str:
+    """Hash a checkpoint: its file, or of several files what `sha256sum` prints of them.
+
+    Args:
+        container: the mapped checkpoint.
+        used: called with the number of bytes of each file once it is hashed; what it raises ends the work.
+    """
+    digests = []
+    for one in container.files:
+        digests.append(sha256_of(one.original.data))
+        used(len(one.original.data))
+    if len(digests) == 1:
+        return digests[0]
+    lines = [f"{digest}  {one.path.name}\n" for digest, one in zip(digests, container.files, strict=True)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
 def pieces(container: Container, plan: Plan, tensors: Mapping[str, StoredTensor], dtype: str) -> list[Piece]:
     """List the tensors to write, in the order of their bytes in the source, those that a rule makes last.
 
@@ -94,7 +111,7 @@ def pieces(container: Container, plan: Plan, tensors: Mapping[str, StoredTensor]
             listed.append(Piece(out, tensor, None))
         else:
             listed.append(Piece(out, tensor, _maker(container, tensor, spec.dtype, kind, edits.get(target, []))))
-    listed.sort(key=lambda piece: (piece.source is None, _start(container, piece.source), piece.spec.name))
+    listed.sort(key=lambda piece: (_start(container, piece.source) if piece.source else (0, 0), piece.spec.name))
     by_target = {target: source for source, target in plan.renames.items()}
     for fill in plan.fills:
         spec = plan.target[fill.target]
@@ -180,14 +197,14 @@ class Transfer:
         self.progress = progress or (lambda count: None)
         self.source = hashlib.sha256()
         self.hashed = 0
-        self.checked: set[str] = set()
+        self.checked: set[tuple[int, str]] = set()
         self.free: queue.SimpleQueue[bytearray] = queue.SimpleQueue()  # buffers go from here to the prover and back
         for _ in range(_QUEUE + 2):
             self.free.put(bytearray(CHUNK))
         self.scratch = bytearray(CHUNK)
         self.stopped = False
         self.ahead: ThreadPoolExecutor | None = None
-        self.rest: Future[None] | None = None
+        self.rest: Future[Any] | None = None
 
     def _read(self, file: BinaryIO, at: int, view: memoryview) -> None:
         """Fill a buffer from a file; reading beats touching a mapping, page by page."""
@@ -195,13 +212,14 @@ class Transfer:
         while done < len(view):
             count = os.preadv(file.fileno(), [view[done:]], at + done)
             if count == 0:
-                name = self.container.path.name
+                name = Path(file.name).name
                 raise CheckpointError(f"{name} became shorter while it was read", code="truncated", key=name)
             done += count
 
     def _hash(self, at: int, view: memoryview) -> None:
         """Hash a piece of the source, after all that stands before it; what was hashed already is passed over."""
-        if self.rest is not None or self.container.unpack is not None:  # of unpacked bytes, the file has others
+        # of several files, and of what was unpacked, these are not the bytes that are hashed next
+        if self.rest is not None or self.container.others or self.container.unpack is not None:
             return
         self._hash_to(at)
         if at == self.hashed:
@@ -218,8 +236,10 @@ class Transfer:
             self.progress(len(view))
 
     def source_sha256(self) -> str:
-        """Hash the rest of the source file, and return its SHA-256; the last call."""
+        """Hash the rest of the source file, and return its SHA-256; the last call. Of several files, see `sha256_of_all`."""
         try:
+            if self.container.others:
+                return sha256_of_all(self.container) if self.rest is None else str(self.rest.result())
             if self.rest is None:
                 self._hash_to(self.container.size)
             else:
@@ -236,11 +256,23 @@ class Transfer:
         self.ahead = self.rest = None
 
     def _hash_alone(self, size: int) -> None:
-        """Where much training state stands beside the model, hashing is the longer part: it gets a thread of its own."""
-        if self.rest is None and self.container.size - self.hashed > 2 * size:
+        """Where much training state stands beside the model, hashing is the longer part: it gets a thread of its own.
+
+        So does the hashing of several files, whose tensors are not read in the files' order.
+        """
+        several = bool(self.container.others)
+        if self.rest is None and (several or self.container.size - self.hashed > 2 * size):
             self.ahead = ThreadPoolExecutor(1)
             with _starting():
-                self.rest = self.ahead.submit(self._hash_to, self.container.size)
+                if several:
+                    self.rest = self.ahead.submit(sha256_of_all, self.container, self._used)
+                else:
+                    self.rest = self.ahead.submit(self._hash_to, self.container.size)
+
+    def _used(self, count: int) -> None:
+        if self.stopped:
+            raise InterruptedError
+        self.progress(count)
 
     def write(self, path: Path, listed: list[Piece]) -> Written:
         """Write one safetensors file, read it back, and compare every byte.
@@ -264,7 +296,7 @@ class Transfer:
                     os.posix_fallocate(file.fileno(), 0, size)
                 else:
                     os.ftruncate(file.fileno(), size)
-                with _Prover(file.fileno(), path.name, self.container.path, self.progress, self.free) as prover:
+                with _Prover(file.fileno(), path.name, self.container, self.progress, self.free) as prover:
                     self._hash_alone(size)
                     at = self._put(prover, _Chunk(0, memoryview(head)))
                     for piece in listed:
@@ -293,37 +325,42 @@ class Transfer:
 
     def _chunks(self, piece: Piece, at: int) -> Iterator[_Chunk]:
         """Yield a tensor's bytes: read, and hashed on the way, where they lie as they are written."""
-        whole = self._whole(piece)
-        if whole is None:
+        parts = piece.source.parts if piece.source is not None else ()
+        wholes = [self._whole(part, piece) for part in parts]
+        if piece.source is None or piece.made is not None:
             for data in tensor_bytes(self.container, piece):
                 yield _Chunk(at, memoryview(data).cast("B") if len(data) else memoryview(b""), piece)
                 at += len(data)
             return
-        for start in range(whole.start, whole.start + whole.count, CHUNK):
-            buffer = self.free.get()
-            view = memoryview(buffer)[: whole.start + whole.count - start]
-            self._read(self.container.file, start, view)
-            self._hash(start, view)
-            yield _Chunk(at, view, piece, whole, buffer)
-            at += min(CHUNK, whole.start + whole.count - start)
+        for part, whole in zip(parts, wholes, strict=True):
+            if whole is None:
+                for data in _part_bytes(self.container, part):
+                    yield _Chunk(at, data, piece)
+                    at += len(data)
+                continue
+            for start in range(whole.start, whole.start + whole.count, CHUNK):
+                buffer = self.free.get()
+                view = memoryview(buffer)[: whole.start + whole.count - start]
+                self._read(self.container.files[whole.file].file, start, view)
+                self._hash(start, view)
+                yield _Chunk(at, view, piece, whole, buffer)
+                at += min(CHUNK, whole.start + whole.count - start)
 
-    def _whole(self, piece: Piece) -> Range | None:
+    def _whole(self, part: StoredTensor, piece: Piece) -> Range | None:
         """Return a tensor's storage where the tensor is all of it, so that its CRC-32 is checked on the way.
 
         A storage that is only used in part, or not as it lies, is checked here.
         """
-        if piece.source is None:
-            return None
-        where = self.container.storages[piece.source.storage.key]
-        if piece.made is None and (_start(self.container, piece.source), piece.count) == (where.start, where.count):
+        where = self.container.storages[part.storage.key]
+        if piece.made is None and _range_of(self.container, part) == (where.start, where.count):
             return where
-        if where.crc is not None and where.entry not in self.checked:
-            crc = 0
+        if where.crc is not None and (where.file, where.entry) not in self.checked:
+            crc, source = 0, self.container.files[where.file]
             for at in range(where.start, where.start + where.count, CHUNK):
-                crc = zlib.crc32(self.container.data[at : min(at + CHUNK, where.start + where.count)], crc)
+                crc = zlib.crc32(source.data[at : min(at + CHUNK, where.start + where.count)], crc)
             if crc != where.crc:
-                raise corrupted(self.container.path, where)
-            self.checked.add(where.entry)
+                raise corrupted(source.path, where)
+            self.checked.add((where.file, where.entry))
         return None
 
 
@@ -356,7 +393,7 @@ class _Prover(threading.Thread):
     """
 
     def __init__(
-        self, descriptor: int, name: str, source: Path, progress: Progress, free: queue.SimpleQueue[bytearray]
+        self, descriptor: int, name: str, source: Container, progress: Progress, free: queue.SimpleQueue[bytearray]
     ) -> None:
         super().__init__(daemon=True)
         self.descriptor = descriptor
@@ -369,7 +406,7 @@ class _Prover(threading.Thread):
         self.digest = hashlib.sha256()
         self.error: BaseException | None = None
         self.non_finite: list[Problem] = []
-        self._tensor, self._crc, self._left = "", 0, 0  # the tensor in hand, its CRC-32 so far, the bytes left of it
+        self._crc, self._left = 0, 0  # the CRC-32 of the storage in hand so far, the bytes left of it
 
     def __enter__(self) -> _Prover:
         with _starting():
@@ -411,12 +448,12 @@ class _Prover(threading.Thread):
         if not _is_finite(chunk.view, chunk.piece.spec.dtype):
             self.non_finite.append(Problem("non-finite", name, "holds NaN or infinite numbers"))
         if chunk.whole is not None and chunk.whole.crc is not None:
-            if name != self._tensor:
-                self._tensor, self._crc, self._left = name, 0, chunk.whole.count
+            if self._left == 0:
+                self._crc, self._left = 0, chunk.whole.count
             self._crc = zlib.crc32(chunk.view, self._crc)
             self._left -= len(chunk.view)
             if self._left == 0 and self._crc != chunk.whole.crc:
-                raise corrupted(self.source, chunk.whole)
+                raise corrupted(self.source.files[chunk.whole.file].path, chunk.whole)
 
     def _prove(self, chunk: _Chunk) -> None:
         for start in range(0, len(chunk.view), CHUNK):
@@ -442,10 +479,16 @@ def tensor_bytes(container: Container, piece: Piece) -> Iterator[Any]:
     if piece.source is None or piece.made is not None:
         yield piece.made() if piece.made else b""
         return
-    start = _start(container, piece.source)
-    for at in range(start, start + piece.count, CHUNK):
-        yield memoryview(container.data)[at : min(at + CHUNK, start + piece.count)]
-        release(container.data, max(0, at - 2 * _QUEUE * CHUNK), CHUNK)  # tensors come in the file's order
+    for part in piece.source.parts:
+        yield from _part_bytes(container, part)
+
+
+def _part_bytes(container: Container, part: StoredTensor) -> Iterator[memoryview]:
+    start, count = _range_of(container, part)
+    data = container.files[container.storages[part.storage.key].file].data
+    for at in range(start, start + count, CHUNK):
+        yield memoryview(data)[at : min(at + CHUNK, start + count)]
+        release(data, max(0, at - 2 * _QUEUE * CHUNK), CHUNK)  # tensors come in the file's order
 
 
 def _same(a: memoryview, b: memoryview) -> bool:
@@ -482,10 +525,15 @@ def without_rows(tensor: StoredTensor, count: int) -> StoredTensor:
     return replace(tensor, offset=tensor.offset + count * tensor.stride[0], shape=shape)
 
 
-def _start(container: Container, tensor: StoredTensor | None) -> int:
-    if tensor is None:
-        return 0
-    return container.storages[tensor.storage.key].start + tensor.offset * container.dtype(tensor)[1]
+def _start(container: Container, tensor: StoredTensor) -> tuple[int, int]:
+    """In which of the container's files a tensor starts, and where."""
+    where = container.storages[tensor.parts[0].storage.key]
+    return where.file, where.start + tensor.parts[0].offset * container.dtype(tensor)[1]
+
+
+def _range_of(container: Container, part: StoredTensor) -> tuple[int, int]:
+    """Where the bytes of a contiguous tensor start in its file, and how many they are."""
+    return _start(container, part)[1], product(part.shape) * container.dtype(part)[1]
 
 
 def _is_finite(data: Any, dtype: str) -> bool:
@@ -510,11 +558,13 @@ def read_array(container: Container, tensor: StoredTensor) -> np.ndarray[Any, An
         "I64": np.int64,
     }
     kinds |= {"I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_}
+    if len(tensor.parts) > 1:
+        return np.concatenate([read_array(container, part) for part in tensor.parts])
     if 0 in tensor.shape:
         return np.zeros(tensor.shape, kinds[name])
-    start = _start(container, tensor)
+    file, start = _start(container, tensor)
     span = sum((length - 1) * step for length, step in zip(tensor.shape, tensor.stride, strict=True)) + 1
-    flat = np.frombuffer(container.data[start : start + span * width], kinds[name])
+    flat = np.frombuffer(container.files[file].data[start : start + span * width], kinds[name])
     strides = [step * width for step in tensor.stride]
     return np.array(np.lib.stride_tricks.as_strided(flat, tensor.shape, strides, writeable=False), order="C")
 

@@ -1,10 +1,8 @@
-"""What the tests of `evaluate` share: recordings, manifests, tiny random models, and a language model in a few lines."""
+"""What the tests of `evaluate` share: recordings, manifests and tiny random models."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -87,24 +85,6 @@ def write_model(
     Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True).save_pretrained(folder)
     (folder / "processor_config.json").unlink(missing_ok=True)
     return folder
-
-
-def write_arpa(path: Path, sentences: Sequence[str]) -> Path:
-    """A bigram model with back-off of these sentences, as ARPA text."""
-    split = [sentence.split() for sentence in sentences]
-    single = Counter(word for words in split for word in words)
-    pairs = Counter(pair for words in split for pair in zip(["<s>", *words], [*words, "</s>"], strict=True))
-    left: Counter[str] = Counter()
-    for (first, _), count in pairs.items():
-        left[first] += count
-    total = sum(single.values())
-    one = ["-2\t<unk>", "-99\t<s>\t-0.5", "-1\t</s>"]
-    one += [f"{math.log10(count / total):.4f}\t{word}\t-0.5" for word, count in sorted(single.items())]
-    two = [f"{math.log10(0.9 * count / left[a]):.4f}\t{a} {b}" for (a, b), count in sorted(pairs.items())]
-    head = f"\\data\\\nngram 1={len(one)}\nngram 2={len(two)}\n"
-    parts = [head, "\\1-grams:", *one, "", "\\2-grams:", *two, "", "\\end\\", ""]
-    path.write_text("\n".join(parts))
-    return path
 
 
 def run(*arguments: Any) -> tuple[int, str, str]:

@@ -24,7 +24,8 @@ from convert.errors import PlanError
 from convert.publishing import metadata
 from convert.publishing.card import compose
 from convert.restoration import restore
-from convert.verification import fairseq_worker, record, verify
+from convert.verification import record, verify
+from convert.verification.fairseq_side.arithmetic import lifted
 
 LENGTHS = (4160, 3000, 2000)
 
@@ -50,7 +51,7 @@ def sides(
 def rounding_only(reference: torch.nn.Module, twin: torch.nn.Module, wave: torch.Tensor, mask: Any = None) -> bool:
     """Whether two sides are as close as each is to itself in float64: nothing but rounding can keep them apart then."""
     theirs, ours = sides(reference, twin, wave, mask)
-    with fairseq_worker._lifted(reference.double()):
+    with lifted(reference.double()):
         exact = sides(reference, twin.double(), wave.double(), mask)
     reference.float(), twin.float()
     floor = sum(float((side - best).abs().max()) for side, best in zip((theirs, ours), exact, strict=True))

@@ -10,12 +10,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import click
 import fairseq_models
 import pytest
+from click.testing import CliRunner
 from conftest import ROOT, Ran
 from fairseq_models import save
 
-from convert.cli import COMMANDS
+from convert import cli
+from convert.cli import COMMANDS, Outcome
+from convert.errors import ConvertError
 
 Command = Callable[..., Ran]
 SHIPPED = ROOT / "checkpoints/espeak-wav2vec2-ctc.pt"
@@ -138,3 +142,74 @@ def test_json_is_one_object_on_failure_too(tmp_path: Path) -> None:
     done = plain("convert", str(tmp_path / "absent.pt"), str(tmp_path / "out"), "--json")
     assert done.returncode == 2
     assert json.loads(done.stdout)["problems"][0]["code"] == "missing-file"
+
+
+# what a command's function raises -> exit status, code, a part of the message, and of the hint
+RAISED: dict[str, tuple[Exception, int, str, str, str]] = {
+    "no": (ConvertError("no", code="no", status=1), 1, "no", "no", ""),
+    "package": (
+        ModuleNotFoundError("No module", name="torch.nn"),
+        2,
+        "missing-package",
+        "verify needs torch",
+        "[verify]",
+    ),
+    "drawing": (ModuleNotFoundError("No module", name="matplotlib"), 2, "missing-package", "matplotlib", "[plot]"),
+    "broken": (ImportError("libx.so: \x1b[1m", name="torch"), 2, "missing-package", "imported: libx.so: \\x1b[1m", ""),
+    "file": (FileNotFoundError(2, "No such file", "a\nb"), 2, "system", "a\\nb: No such file", ""),
+    "disk": (OSError(28, "No space left", "a"), 2, "system", "a: No space left", "free some space"),
+    "memory": (MemoryError(), 2, "memory", "not enough memory", ""),
+    "depth": (RecursionError("maximum recursion depth exceeded"), 2, "too-deep", "nested too deeply", ""),
+    "text": (
+        UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"),
+        2,
+        "unexpected",
+        "UnicodeDecodeError: 'utf-8'",
+        "report",
+    ),
+    "fault": (KeyError("https://me:secret@x/\nmore"), 2, "unexpected", "KeyError: 'https://x/", "please report it"),
+    "silent": (ValueError(), 2, "unexpected", "ValueError: without a message", "please report it"),
+}
+
+
+@pytest.mark.parametrize("name", RAISED)
+def test_whatever_is_raised_is_one_error(name: str) -> None:
+    raised, status, code, message, hint = RAISED[name]
+
+    def function() -> Outcome:
+        raise raised
+
+    made = cli.command("verify", "example")(function)
+    text, as_json, verbose = (CliRunner().invoke(made, words) for words in ([], ["--json"], ["-v"]))
+    assert (text.exit_code, as_json.exit_code, verbose.exit_code) == (status, status, status)
+    data = json.loads(as_json.stdout)
+    assert not data["ok"] and data["problems"][0]["code"] == code and hint in data["hint"]
+    assert text.stdout == "" and text.stderr.startswith("error: ") and message in text.stderr
+    assert "Traceback" in verbose.stderr and "Traceback" not in text.stderr and "\x1b" not in verbose.stderr
+    assert "secret" not in text.stderr + as_json.stdout
+
+
+def test_a_command_may_end_itself() -> None:
+    def function() -> Outcome:
+        click.get_current_context().exit(1)
+
+    assert CliRunner().invoke(cli.command("verify", "example")(function), []).exit_code == 1
+
+
+def test_names_from_the_command_line_are_shown() -> None:
+    for words in (["inspect", "\x07.pt"], ["\x07"], ["inspect", "a.pt", "\x07"]):
+        done = plain(*words)
+        assert done.returncode == 2 and "\\x07" in done.stderr and "\x07" not in done.stderr
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_any_terminal_and_always_utf_8_in_json(encoding: str, tmp_path: Path) -> None:
+    name = str(tmp_path / "é→.pt")
+    for words in (["inspect", name], ["inspect", "--json", name]):
+        line = [sys.executable, "-m", "convert", *words]
+        done = subprocess.run(line, capture_output=True, cwd=ROOT, env={**os.environ, "PYTHONIOENCODING": encoding})
+        assert done.returncode == 2 and b"Traceback" not in done.stderr
+        if "--json" in words:
+            assert json.loads(done.stdout.decode())["problems"][0]["key"] == "é→.pt"
+        else:
+            assert done.stderr.startswith(b"error: ")

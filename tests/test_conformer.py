@@ -25,7 +25,8 @@ from convert.mapping import infer_layout, map_state_dict, table
 from convert.publishing.card import compose
 from convert.publishing.facts import Stated, gather
 from convert.publishing.files import read
-from convert.verification import fairseq_worker, record, verify
+from convert.verification import record, verify
+from convert.verification.fairseq_side.arithmetic import lifted
 
 torch.serialization.add_safe_globals([Dictionary])
 SAMPLES = (4120, 4160, 16040)  # 102, 103 and 400 frames
@@ -88,7 +89,7 @@ def test_every_variant_computes_the_same(name: str, tmp_path: Path) -> None:
         if "head" not in name:
             assert all(torch.equal(one, other) for one, other in zip(theirs, ours, strict=True)), samples
             continue
-        with fairseq_worker._lifted(reference.double()):  # each side measured against itself
+        with lifted(reference.double()):  # each side measured against itself
             exact = outputs(reference, wave.double()), twin_outputs(load(tmp_path / "out").double(), wave.double())
         reference = build(name)  # anew: its table of positions was made in float64
         assert 0 < furthest(theirs, ours) <= furthest(theirs, exact[0]) + furthest(ours, exact[1])

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import convert
 from convert.errors import PlanError
-from convert.verification import fairseq_worker
+from convert.verification.fairseq_side.arithmetic import lifted
 
 ROOT = Path(__file__).parent.parent
 # Where the two frameworks do not do the same sums: the norm of a weight-norm-removed convolution is taken anew, and
@@ -94,7 +94,7 @@ def distance_from_float64(reference: torch.nn.Module, twin: torch.nn.Module, wav
     Measured against one side's float64, the other's mistakes would be part of what is allowed.
     """
     rounded = (outputs(reference, wave), twin_outputs(twin, wave))
-    with fairseq_worker._lifted(reference.double()):
+    with lifted(reference.double()):
         exact = (outputs(reference, wave.double()), twin_outputs(twin.double(), wave.double()))
     reference.float(), twin.float()  # as they were: float64 holds every float32
     return sum(

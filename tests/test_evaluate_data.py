@@ -232,11 +232,6 @@ OPTIONS = {
         "--reference fairseq and --checkpoint FILE need each other",
     ),
     "checkpoint": (("--folder", "f", "--checkpoint", "c"), "--reference fairseq and --checkpoint FILE need each other"),
-    "both": (
-        ("--folder", "f", "--reference", "fairseq", "--checkpoint", "c", "--kenlm", "k"),
-        "--reference compares greedy transcripts, and --kenlm decodes with a language model",
-    ),
-    "lm-dir": (("--folder", "f", "--lm-dir", "l"), "--lm-dir is where --kenlm writes, and none is given"),
     "file": (("--manifest", "nowhere.tsv"), "nowhere.tsv: there is no such file"),
     "batch": (("--folder", "f", "--batch-size", "0"), "batch size 0, expected at least 1"),
 }

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from evaluate_fixtures import BUNDLED, HELDOUT, ROOT, run, write_arpa
+from evaluate_fixtures import BUNDLED, HELDOUT, ROOT, run
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -238,19 +238,6 @@ def test_an_interrupted_comparison_asks_fairseq_only_for_the_rest(
     assert len(rest) == 5 and not set(rest) & set(asked)
 
 
-def test_a_language_model_helps(model: Path) -> None:
-    pytest.importorskip(
-        "pyctcdecode", reason="pyctcdecode is not installed: decoding with a language model was not tested"
-    )
-    pytest.importorskip("kenlm", reason="kenlm is not installed: decoding with a language model was not tested")
-    sentences = HELDOUT.with_suffix(".wrd").read_text().splitlines()
-    arpa = write_arpa(model.with_name("said.arpa"), sentences)  # knows the answers: the least it must do is not to harm
-    with_words = evaluate(model, manifest=HELDOUT, kenlm=arpa)
-    assert with_words.scores.wer == 0.0
-    other = write_arpa(arpa, [" ".join(reversed(sentence.split())) for sentence in sentences])
-    assert evaluate(model, manifest=HELDOUT, kenlm=other).decoder != with_words.decoder
-
-
 def test_the_examples_of_the_help_run(model: Path, tmp_path: Path) -> None:
     """The manifest examples as they stand, in a folder that has what they name; the Hub's is parsed only."""
     (tmp_path / "data").mkdir()
@@ -277,10 +264,11 @@ def test_the_documentation_runs(model: Path, tmp_path: Path, monkeypatch: pytest
 
     text = (ROOT / "docs" / "evaluation.md").read_text()
     lines = re.findall(r"^(?:fairseq-to-hf|accelerate launch .* -m convert) evaluate (.*)$", text, re.MULTILINE)
-    assert len(lines) == 6
+    assert len(lines) == 5
     for line in lines:
         assert command.make_context("evaluate", line.split()).params["model_dir"] == Path("my-model")
-    (snippet,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    snippets = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (snippet,) = (snippet for snippet in snippets if "pyctcdecode" not in snippet)  # which is not installed for tests
     shutil.copytree(HELDOUT.parent, tmp_path / "data")
     for suffix in (".tsv", ".ltr", ".wrd"):
         (tmp_path / "data" / f"heldout{suffix}").rename(tmp_path / "data" / f"test{suffix}")

@@ -35,9 +35,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     seen: list[list[str]] = []
     real = Recognizer.transcribe
 
-    def spied(self: Recognizer, utterances: Any, decode: Any = None) -> list[str]:
+    def spied(self: Recognizer, utterances: Any) -> list[str]:
         seen.append([utterance.name for utterance in utterances])
-        return real(self, utterances, decode)
+        return real(self, utterances)
 
     monkeypatch.setattr(Recognizer, "transcribe", spied)
     return seen

@@ -22,7 +22,8 @@ import convert
 from convert.errors import PlanError
 from convert.mapping import infer_layout, table
 from convert.publishing.card import compose
-from convert.verification import fairseq_worker, inputs, target, verify
+from convert.verification import inputs, target, verify
+from convert.verification.fairseq_side.arithmetic import lifted
 from convert.verification.inputs import Geometry
 
 COMPUTED = {"hubert_pos_conv_plain"}  # a conversion has to compute the norm that was removed
@@ -62,7 +63,7 @@ def test_every_variant_computes_the_same(name: str, tmp_path: Path) -> None:
         wave = torch.randn(1, samples, generator=torch.Generator().manual_seed(samples))
         expected, found = output(reference, wave), twin_output(twin, wave)
         if name in COMPUTED:
-            with fairseq_worker._lifted(reference.double()):  # each side measured against itself
+            with lifted(reference.double()):  # each side measured against itself
                 exact = output(reference, wave.double()), twin_output(twin.double(), wave.double())
             reference.float(), twin.float()
             floor = sum(float((side - best).abs().max()) for side, best in zip((expected, found), exact, strict=True))

@@ -27,7 +27,7 @@ from convert.errors import ConvertError, PlanError
 from convert.mapping import TensorSpec, infer_layout, map_state_dict
 from convert.transfer import sinusoids
 from convert.verification import Verification, verify
-from convert.verification.fairseq_worker import sinusoids as sinusoids_of_the_reference
+from convert.verification.fairseq_side.numerics import sinusoids as sinusoids_of_the_reference
 
 torch.serialization.add_safe_globals([Dictionary])  # fairseq's loader leaves torch.load at its default, weights only
 ENCODERS = {"wav2vec2": "Wav2Vec2Model", "hubert": "HubertModel"}

@@ -16,7 +16,8 @@ from verify_models import few_inputs, one_reference, short_inputs
 from convert.errors import ConvertError
 from convert.package import convert
 from convert.verification import record, verify
-from convert.verification.fairseq_worker import features, language_of
+from convert.verification.fairseq_side.features import features
+from convert.verification.fairseq_side.tokens import language_of
 from convert.verification.target import load
 
 Fault = Callable[[Path], None]

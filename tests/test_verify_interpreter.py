@@ -1,4 +1,4 @@
-"""The worker in other Pythons and with other fairseqs, and what makes its answers fairseq's own."""
+"""fairseq's side in other Pythons and with other fairseqs, and what makes its answers fairseq's own."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from verify_models import converted, edit, short_inputs
 
 from convert.errors import ConvertError
 from convert.package import convert
-from convert.verification import fairseq_worker, inputs, record, verify
+from convert.verification import fairseq_side, inputs, record, verify
+from convert.verification.fairseq_side.importing import hashable_dataclasses, numpy_aliases
 from convert.verification.recording import Recorded
 from convert.verification.reference import Live
 from convert.verification.subject import read_subject
@@ -31,7 +32,7 @@ from convert.verification.target import Target
 
 BUNDLED = ROOT / "checkpoints" / "espeak-wav2vec2-ctc.pt"
 SHIPPED = BUNDLED.with_suffix(".reference.safetensors")
-WORKER = Path(fairseq_worker.__file__)
+SIDE = Path(fairseq_side.__path__[0])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,30 +56,49 @@ def live(checkpoint: Path) -> tuple[Live, torch.Tensor]:
 # --- other Pythons, other fairseqs ----------------------------------------------------------------------------------
 
 
-def test_the_worker_is_one_file_for_old_pythons() -> None:
+def test_fairseqs_side_imports_nothing_of_this_project() -> None:
     """Of its own it needs torch; fairseq where a model is built, and s3prl, which holds unilm's class, for WavLM alone."""
-    tree = ast.parse(WORKER.read_text(), feature_version=(3, 7))
+    files = {path.name: ast.parse(path.read_text(), feature_version=(3, 7)) for path in sorted(SIDE.glob("*.py"))}
+    own = {name.removesuffix(".py") for name in files}
 
     def imported(nodes: Iterable[ast.AST]) -> set[str]:
-        kinds = [node for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))]
-        names = [node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in kinds]
-        assert all(isinstance(node, ast.ImportFrom) or len(node.names) == 1 for node in kinds)
-        return {str(name).split(".")[0] for name in names} - set(sys.stdlib_module_names)
+        found = set()
+        for node in nodes:
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level < 2 and (not node.level or node.module in own), ast.dump(node)
+                found |= set() if node.level else {str(node.module).split(".")[0]}
+        return found - set(sys.stdlib_module_names)
 
-    assert imported(tree.body) == {"numpy", "torch"}
-    assert imported(ast.walk(tree)) == {"fairseq", "numpy", "omegaconf", "s3prl", "torch"}
-    users = {part.name for part in tree.body for node in ast.walk(part) if "s3prl" in imported([node])}
-    assert users == {"build_wavlm"}, users
+    assert {name for tree in files.values() for name in imported(tree.body)} == {"numpy", "torch"}
+    named = {name: imported(ast.walk(tree)) for name, tree in files.items()}
+    assert set().union(*named.values()) == {"fairseq", "numpy", "omegaconf", "s3prl", "torch"}
+    assert {name for name in named if "s3prl" in named[name]} == {"wavlm.py"}
+    assert not own & set(sys.stdlib_module_names)  # the folder is first on sys.path for an instant
 
 
 @pytest.mark.parametrize("version", ["3.7", "3.8", "3.9", "3.10", "3.12", "3.13"])
-def test_the_worker_compiles_in_other_pythons(version: str, tmp_path: Path) -> None:
+def test_fairseqs_side_compiles_in_other_pythons(version: str, tmp_path: Path) -> None:
     found = sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/python")) or [shutil.which(f"python{version}")]
     if found[0] is None:
-        pytest.skip(f"there is no Python {version} here: the worker was not compiled with it")
-    copy = tmp_path / "worker.py"
-    copy.write_bytes(WORKER.read_bytes())
-    subprocess.run([str(found[0]), "-m", "py_compile", str(copy)], check=True)
+        pytest.skip(f"there is no Python {version} here: fairseq's side was not compiled with it")
+    copy = shutil.copytree(SIDE, tmp_path / "side")
+    subprocess.run([str(found[0]), "-m", "compileall", "-q", str(copy)], check=True)
+
+
+def test_the_folder_runs_by_itself_and_leaves_sys_path_alone(tmp_path: Path) -> None:
+    """Neither the folder nor what stands beside it can be imported by name from what it runs."""
+    copy = shutil.copytree(SIDE, tmp_path / "beside" / "fairseq_side")
+    (copy / "recording.py").write_text(
+        "import importlib.util, sys\n"
+        "def main(path):\n"
+        "    found = [name for name in ('intruder', 'numerics') if importlib.util.find_spec(name)]\n"
+        "    sys.exit(repr((__name__, path, found)))\n"
+    )
+    (copy.parent / "intruder.py").touch()
+    done = subprocess.run([sys.executable, str(copy), "request.json"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stderr.strip() == repr(("fairseq_side.recording", "request.json", []))
 
 
 @pytest.mark.parametrize("variant", ["ctc_base", "pretrained_large"])
@@ -103,7 +123,7 @@ def test_importing_an_old_fairseq_leaves_python_as_it_was() -> None:
     import numpy
 
     original = dataclasses.dataclass
-    with fairseq_worker._numpy_aliases([]), fairseq_worker._hashable_dataclasses():
+    with numpy_aliases([]), hashable_dataclasses():
         assert "float" in vars(numpy)
         assert dataclasses.dataclass is not original
     assert dataclasses.dataclass is original
@@ -121,7 +141,7 @@ def test_hashable_dataclasses_let_python_take_fairseqs_defaults(monkeypatch: pyt
     if sys.version_info >= (3, 11):
         with pytest.raises(ValueError, match="mutable default"):
             exec(source, {"__name__": "fairseq.made_up"})
-    with fairseq_worker._hashable_dataclasses():
+    with hashable_dataclasses():
         exec(source, {"__name__": "fairseq.made_up"})
         if sys.version_info >= (3, 11):
             with pytest.raises(ValueError, match="mutable default"):  # nobody else's dataclasses change

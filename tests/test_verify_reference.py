@@ -21,7 +21,7 @@ from verify_models import converted, edit, short_inputs
 from convert.errors import ConvertError
 from convert.package import convert
 from convert.verification import Verification, inputs, record, verify
-from convert.verification.fairseq_worker import read, write
+from convert.verification.fairseq_side.tensorfile import read, write
 from convert.verification.recording import Recorded
 
 

@@ -18,7 +18,9 @@ from wavlm_models import BASE, REFUSED, VARIANTS, build, save, unilm
 import convert
 from convert.errors import PlanError
 from convert.restoration import restore
-from convert.verification import fairseq_worker, verify
+from convert.verification import verify
+from convert.verification.fairseq_side.arithmetic import lifted
+from convert.verification.fairseq_side.wavlm import with_weights
 
 
 def wave_of(samples: int) -> torch.Tensor:
@@ -45,13 +47,13 @@ def test_every_variant_computes_the_same(name: str, tmp_path: Path) -> None:
     assert (done.model.fairseq, done.model.target, done.model.plan.drops) == ("wavlm", "WavLMModel", ())
     twin = load(tmp_path / "out")
     theirs, ours = sides(reference, twin, wave_of(EVEN[0]))
-    with fairseq_worker._lifted(reference.double()):
+    with lifted(reference.double()):
         exact = sides(reference, twin.double(), wave_of(EVEN[0]).double())
     reference.float(), twin.float()
     floor = sum(float((side - best).abs().max()) for side, best in zip((theirs, ours), exact, strict=True))
     assert float((theirs.double() - ours.double()).abs().max()) <= floor + 1e-12
     for layer in reference.encoder.layers:
-        layer.self_attn.forward = fairseq_worker._with_weights(layer.self_attn.forward)
+        layer.self_attn.forward = with_weights(layer.self_attn.forward)
     for samples in (EVEN[0], ODD[0]):
         assert torch.equal(*sides(reference, twin, wave_of(samples))), samples
     with torch.no_grad():  # the control

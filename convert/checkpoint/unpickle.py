@@ -68,6 +68,27 @@ class StoredTensor:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
 
+    @property
+    def parts(self) -> tuple[StoredTensor, ...]:
+        """The tensors whose rows, one after the other, are this one's."""
+        return (self,)
+
+
+@dataclass(frozen=True, slots=True)
+class JoinedTensor(StoredTensor):
+    """A tensor that was not read, whose rows lie in several files.
+
+    Args:
+        pieces: the rows of each file.
+    """
+
+    pieces: tuple[StoredTensor, ...]
+
+    @property
+    def parts(self) -> tuple[StoredTensor, ...]:
+        """The tensors whose rows, one after the other, are this one's."""
+        return self.pieces
+
 
 @dataclass(frozen=True, slots=True)
 class Loaded:

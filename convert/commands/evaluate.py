@@ -42,8 +42,6 @@ FILE_OPTION = click.Path(path_type=Path)
     "--reference", type=click.Choice(["fairseq"]), help="Transcribe with fairseq too; any difference is a no."
 )
 @click.option("--checkpoint", type=FILE_OPTION, help="The fairseq checkpoint, for --reference.")
-@click.option("--kenlm", type=FILE_OPTION, help="An n-gram language model to decode with, ARPA or KenLM binary.")
-@click.option("--lm-dir", type=FILE_OPTION, help="Where the processor with --kenlm goes. [default: MODEL_DIR-lm]")
 @click.option("--lang", "spoken", metavar="LANG", help="The language to speak, of several. [default: the weights']")
 @click.option("--device", help="cpu, cuda or cuda:N. [default: cuda where it is there]")
 @click.option(

@@ -29,7 +29,8 @@ class FairseqReference:
 
     def __init__(self, checkpoint: Path, device: str, kept: Dictionary | None = None, language: str = "") -> None:
         require("torch")
-        from convert.verification.fairseq_worker import CannotBuildError, open_reference
+        from convert.verification.fairseq_side.importing import CannotBuildError
+        from convert.verification.fairseq_side.opening import open_reference
         from convert.verification.subject import read_subject
 
         self.subject, _ = read_subject(checkpoint, kept=kept, language=language)
@@ -50,7 +51,7 @@ class FairseqReference:
         Raises:
             ConvertError: `fairseq`: it cannot, for want of what makes the model's input.
         """
-        from convert.verification.fairseq_worker import CannotBuildError
+        from convert.verification.fairseq_side.importing import CannotBuildError
 
         try:
             with exact():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,6 @@ FILES = (
     "special_tokens_map.json",
     "tokenizer.json",
 )
-
-Decode = Callable[[Any], str]
-
 
 GENERATING = ("SpeechEncoderDecoderModel", "Speech2TextForConditionalGeneration")
 
@@ -74,7 +71,7 @@ class Recognizer:
     """
 
     loader = "AutoModelForCTC"
-    decoding = "greedy CTC"  # how it chooses symbols without a language model
+    decoding = "greedy CTC"  # how it chooses symbols
 
     def __init__(self, model_dir: Path, device: str, language: str = "") -> None:
         self.torch, transformers = require("torch"), require("transformers")
@@ -115,12 +112,11 @@ class Recognizer:
         """Decode logits of shape (frames, vocabulary) as `processor.batch_decode` does: the best token of every frame."""
         return str(self.tokenizer.decode(logits.argmax(-1).tolist()))
 
-    def transcribe(self, utterances: Sequence[Utterance], decode: Decode | None = None) -> list[str]:
+    def transcribe(self, utterances: Sequence[Utterance]) -> list[str]:
         """Transcribe utterances in one forward pass.
 
         Args:
             utterances: of equal length, unless `may_pad`.
-            decode: logits of shape (frames, vocabulary) to text; `greedy` by default.
 
         Returns:
             One text an utterance: the same that each gives alone.
@@ -138,7 +134,7 @@ class Recognizer:
             if len(utterances) > 1 and self._near_tie(rows):
                 self.alone += 1
                 rows = self.logits([utterance.samples])[0]
-            texts.append((decode or self.greedy)(rows))
+            texts.append(self.greedy(rows))
         return texts
 
     def logits(self, waveforms: Sequence[Any]) -> list[Any]:
@@ -177,14 +173,8 @@ class Generator(Recognizer):
         extractor, tokenizer = (part.from_pretrained(model_dir, local_files_only=True) for part in parts)
         return extractor, tokenizer
 
-    def transcribe(self, utterances: Sequence[Utterance], decode: Decode | None = None) -> list[str]:
-        """Transcribe utterances, one after the other.
-
-        Raises:
-            ConvertError: `usage`, where a language model was asked for.
-        """
-        if decode is not None:
-            raise ConvertError("--kenlm is for models with a CTC head; this one generates its text", code="usage")
+    def transcribe(self, utterances: Sequence[Utterance]) -> list[str]:
+        """Transcribe utterances, one after the other."""
         return [self._generate(utterance.samples) for utterance in utterances]
 
     def _generate(self, waveform: Any) -> str:

@@ -34,8 +34,6 @@ class Request:
     normalizer: str
     reference: str | None
     checkpoint: Path | None
-    kenlm: Path | None
-    lm_dir: Path | None
     spoken: str | None
 
     def __post_init__(self) -> None:
@@ -52,11 +50,7 @@ class Request:
             _refuse(f"unknown reference {self.reference!r}, expected fairseq")
         if (self.reference is None) != (self.checkpoint is None):
             _refuse("--reference fairseq and --checkpoint FILE need each other")
-        if self.reference and self.kenlm:
-            _refuse("--reference compares greedy transcripts, and --kenlm decodes with a language model")
-        if self.lm_dir and not self.kenlm:
-            _refuse("--lm-dir is where --kenlm writes, and none is given")
-        for path in (self.manifest, self.checkpoint, self.kenlm):
+        for path in (self.manifest, self.checkpoint):
             if path is not None and not path.is_file():
                 raise ConvertError(f"{path.name}: there is no such file", code="no-file", key=path.name)
 
@@ -87,7 +81,6 @@ class Request:
             words += [word for flag, value in pairs.items() if value for word in (flag, value)]
         words += ["--normalizer", self.normalizer] if self.normalizer != "none" else []
         words += ["--lang", self.spoken] if self.spoken else []
-        words += ["--kenlm", self.kenlm.name] if self.kenlm else []
         return shlex.join(words)
 
 

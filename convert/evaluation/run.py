@@ -10,7 +10,6 @@ from convert.errors import ConvertError
 from convert.evaluation.data import Source, Utterance
 from convert.evaluation.fairseq_reference import FairseqReference
 from convert.evaluation.journal import Journal, default_path, key_of
-from convert.evaluation.language_model import LanguageModel, write_processor
 from convert.evaluation.packages import require
 from convert.evaluation.processes import Processes, join
 from convert.evaluation.recognize import Recognizer, batches, model_digest, open_recognizer
@@ -33,8 +32,6 @@ def evaluate(
     normalizer: str = "none",
     reference: str | None = None,
     checkpoint: str | Path | None = None,
-    kenlm: str | Path | None = None,
-    lm_dir: str | Path | None = None,
     spoken: str | None = None,
     device: str | None = None,
     batch_size: int = 8,
@@ -60,8 +57,6 @@ def evaluate(
         normalizer: `none` compares texts as they stand; `lowercase` lower-cases both sides.
         reference: `fairseq` transcribes the same recordings with fairseq too.
         checkpoint: the fairseq checkpoint, for `reference`.
-        kenlm: an n-gram language model (ARPA or KenLM binary) to decode with.
-        lm_dir: where the `Wav2Vec2ProcessorWithLM` directory goes; `MODEL_DIR-lm` by default.
         spoken: the language to speak, of a model with an adapter for each of several; by default the one of its weights.
         device: `cpu`, `cuda` or `cuda:N`; CUDA where it is there, by default.
         batch_size: recordings in one forward pass.
@@ -90,8 +85,6 @@ def evaluate(
         normalizer,
         reference,
         _path(checkpoint),
-        _path(kenlm),
-        _path(lm_dir),
         spoken,
     )
     if batch_size < 1:
@@ -104,16 +97,17 @@ def evaluate(
         if request.checkpoint
         else None
     )
-    language = _language(request, recognizer, here)
-    decoder = language.name if language else recognizer.decoding
     keys = _Keys(
-        model_digest(request.model_dir) + (request.spoken or ""), decoder, here.device.partition(":")[0], fairseq
+        model_digest(request.model_dir) + (request.spoken or ""),
+        recognizer.decoding,
+        here.device.partition(":")[0],
+        fairseq,
     )
     run = key_of(keys.model, keys.fairseq, str(source.dataset))
     journal = Journal(_path(transcripts) or default_path(run))
     finished = False
     try:
-        work = _transcribe(recognizer, source, batch_size, language, fairseq, keys, journal, here)
+        work = _transcribe(recognizer, source, batch_size, fairseq, keys, journal, here)
         bar = require("tqdm").tqdm(
             work,
             total=source.count and len(range(here.rank, source.count, here.count)),
@@ -134,7 +128,7 @@ def evaluate(
         reference=score(texts, [row.fairseq or "" for row in rows], normalizer) if fairseq else None,
         rows=rows,
         normalizer=normalizer,
-        decoder=decoder,
+        decoder=recognizer.decoding,
         command=request.command(source.dataset.revision),
         hint=case_hint(texts, heard, scores, normalizer),
     )
@@ -155,17 +149,6 @@ def _fairseq(checkpoint: Path, model_dir: Path, device: str, language: str) -> F
     directory = ModelDirectory(model_dir)
     language = language or str(directory.conversion.get("language") or "")
     return FairseqReference(checkpoint, device, directory.dictionary, language)
-
-
-def _language(request: Request, recognizer: Recognizer, here: Processes) -> LanguageModel | None:
-    """Write the directory with the language model, once, and load it from there in every process."""
-    if request.kenlm is None:
-        return None
-    target = request.lm_dir or request.model_dir.resolve().with_name(request.model_dir.resolve().name + "-lm")
-    if here.rank == 0:
-        write_processor(request.model_dir, recognizer, request.kenlm, target)
-    here.wait()
-    return LanguageModel(target)
 
 
 def _content(rows: tuple[Row, ...]) -> str:
@@ -189,21 +172,18 @@ def _transcribe(
     recognizer: Recognizer,
     source: Source,
     batch_size: int,
-    language: LanguageModel | None,
     fairseq: FairseqReference | None,
     keys: _Keys,
     journal: Journal,
     here: Processes,
 ) -> Iterator[Row]:
     """Transcribe this process's share; rows come in the order in which they are finished."""
-    size = 1 if language else batch_size  # a beam search sees rounding everywhere, not only where two tokens are near
-    decode = language.decode if language else None
-    for batch in batches(source.utterances(here.rank, here.count), size, recognizer.may_pad):
+    for batch in batches(source.utterances(here.rank, here.count), batch_size, recognizer.may_pad):
         digests = [utterance.digest() for utterance in batch]
         names = [key_of(keys.model, digest) for digest in digests]
         new = [(key, utterance) for key, utterance in zip(names, batch, strict=True) if journal.find(key) is None]
         if new:
-            heard = recognizer.transcribe([utterance for _, utterance in new], decode)
+            heard = recognizer.transcribe([utterance for _, utterance in new])
             journal.add(
                 _record(key, "transformers", utterance, text) for (key, utterance), text in zip(new, heard, strict=True)
             )

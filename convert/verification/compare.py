@@ -100,7 +100,7 @@ def compare(name: str, reference: Stage, values: torch.Tensor) -> Difference:
     """
     import torch
 
-    from convert.verification.fairseq_worker import digest
+    from convert.verification.fairseq_side.numerics import digest
 
     if tuple(values.shape) != reference.shape:
         note = f"shape {tuple(values.shape)}, the reference has {reference.shape}"

@@ -92,7 +92,7 @@ def describe(devices: Sequence[str], attention: Any) -> dict[str, Any]:
     import torch
     import transformers
 
-    from convert.verification.fairseq_worker import environment
+    from convert.verification.fairseq_side.numerics import environment
 
     found: dict[str, Any] = environment()
     found |= {"transformers": transformers.__version__, "numpy": numpy.__version__, "system": platform.system()}

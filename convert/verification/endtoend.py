@@ -8,7 +8,7 @@ from typing import Any
 
 from convert.errors import Problem
 from convert.verification.compare import GENERATED, Stage, Verdict, compare
-from convert.verification.fairseq_worker import language_of
+from convert.verification.fairseq_side.tokens import language_of
 from convert.verification.inputs import EPSILON, Cut, Waveform, cut
 from convert.verification.reference import Reference, Subject
 from convert.verification.target import SpeechToTextTarget, Target

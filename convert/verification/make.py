@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from convert.errors import ConvertError, check_place
-from convert.verification import fairseq_worker
 from convert.verification.devices import quiet, steady
+from convert.verification.fairseq_side import recording
+from convert.verification.fairseq_side.importing import CannotBuildError
 from convert.verification.inputs import Waveform, collect, in_languages, probes
 from convert.verification.recording import Recorded, ask, pack
-from convert.verification.reference import HINT, run_worker
+from convert.verification.reference import HINT, run_interpreter
 from convert.verification.run import pieces_of
 from convert.verification.subject import HALVES, read_subject
 
@@ -43,14 +44,14 @@ def make_recording(
     pieces = list(pieces_of(geometry, clips, wanted).values())
     request, arrays = ask(subject, clips, wanted, pieces, dtype)
     if fairseq_python is not None:
-        with run_worker(fairseq_python, request, arrays) as made:
+        with run_interpreter(fairseq_python, request, arrays) as made:
             return _finish(made, out, clips)
     with tempfile.TemporaryDirectory(prefix="fairseq-to-hf-") as folder:
         made = Path(folder) / "answers"
         try:
             with quiet(), steady():
-                fairseq_worker.record(request | {"out": str(made)}, arrays)
-        except fairseq_worker.CannotBuildError as error:
+                recording.record(request | {"out": str(made)}, arrays)
+        except CannotBuildError as error:
             raise ConvertError(f"{error}", code="no-fairseq", hint=HINT) from error
         return _finish(made, out, clips)
 

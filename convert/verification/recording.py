@@ -1,6 +1,6 @@
 """fairseq's answers in a file: asking for them, writing them, and using them where fairseq is not installed.
 
-A recording is a safetensors file that `fairseq_worker.write` wrote. Its tensors: `clip.NAME`, the waveforms (16 bit where
+A recording is a safetensors file that `fairseq_side.tensorfile.write` wrote. Its tensors: `clip.NAME`, the waveforms (16 bit where
 they are exactly that); `run.N.STAGE` and `run.N.STAGE.float64`, the numbers of a stage in the run's arithmetic and in
 float64: all of them for the outputs, every `step`-th for inner stages, which also have their SHA-256. Its metadata entry
 `recording` is JSON: `schema` 1, `fairseq`, `settings`, `ignored_settings`, `patches`, `environment`, `multiple`, `runs`
@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from convert.errors import ConvertError
-from convert.verification import fairseq_worker
 from convert.verification.compare import Answer, Stage
+from convert.verification.fairseq_side import tensorfile
+from convert.verification.fairseq_side.numerics import NAMES, environment
 from convert.verification.inputs import Cut, Probe, Waveform, cut
-from convert.verification.reference import Description, Subject, run_worker, waves_of
+from convert.verification.reference import Description, Subject, run_interpreter, waves_of
 
 SCHEMA = 1
 
@@ -33,7 +34,7 @@ def ask(
     pieces: Sequence[Cut],
     weights: str,
 ) -> tuple[dict[str, Any], dict[str, Waveform]]:
-    """Make the worker's request.
+    """Make the request to fairseq_side.
 
     Args:
         subject: the checkpoint.
@@ -80,7 +81,7 @@ def answers(
 ) -> Recorded:
     """Let another interpreter answer, now."""
     request, arrays = ask(subject, clips, probes, pieces, weights)
-    with run_worker(python, request, arrays) as path:
+    with run_interpreter(python, request, arrays) as path:
         return Recorded(path, "interpreter")
 
 
@@ -88,13 +89,13 @@ def pack(path: Path, clips: Mapping[str, Waveform]) -> None:
     """Replace the waveforms of a fresh recording by the clips that they were cut from."""
     import numpy as np
 
-    arrays, about = fairseq_worker.read(str(path))
+    arrays, about = tensorfile.read(str(path))
     kept = {name: value for name, value in arrays.items() if not name.startswith("waveform.")}
     for name, clip in clips.items():
         whole = np.round(clip * 32768)
         exact = bool((whole == clip * 32768).all()) and bool((np.abs(whole) < 32768).all())
         kept[f"clip.{name}"] = whole.astype(np.int16) if exact else clip
-    fairseq_worker.write(str(path), kept, about)
+    tensorfile.write(str(path), kept, about)
 
 
 class Recorded:
@@ -110,7 +111,7 @@ class Recorded:
 
     def __init__(self, path: Path, kind: str = "recording") -> None:
         try:
-            self.arrays, text = fairseq_worker.read(str(path))
+            self.arrays, text = tensorfile.read(str(path))
             self.about = json.loads(text)
             if self.about["schema"] != SCHEMA:
                 raise ValueError(f"its schema is {self.about['schema']}, expected {SCHEMA}")
@@ -123,7 +124,7 @@ class Recorded:
             raise _bad(path, f"is no recording of fairseq-to-hf, or a damaged one ({error})") from None
         keys = ("fairseq", "settings", "ignored_settings", "patches", "environment")
         details = {key: self.about[key] for key in keys}
-        ours, theirs = fairseq_worker.environment(), details["environment"]
+        ours, theirs = environment(), details["environment"]
         unlike = [f"{key} {theirs.get(key)} there, {ours[key]} here" for key in ours if ours[key] != theirs.get(key)]
         unlike = [text for text in unlike if not text.startswith("python ")]
         skipped = (
@@ -190,7 +191,7 @@ class Recorded:
         for stage in run["stages"]:
             values = torch.from_numpy(self.arrays[f"run.{run['number']}.{stage['name']}{suffix}"])
             kind = run["arithmetic"] if not suffix else "float64"
-            values = values.to(fairseq_worker.NAMES[kind]) if stage["name"] != "codes" else values.long()
+            values = values.to(NAMES[kind]) if stage["name"] != "codes" else values.long()
             stages[stage["name"]] = Stage(tuple(stage["shape"]), values, stage["step"], stage["sha256"])
         return Answer(run["frames"], stages)
 

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from convert.checkpoint import Checkpoint, is_harmless
 from convert.errors import ConvertError
-from convert.verification import fairseq_worker
+from convert.verification import fairseq_side
 from convert.verification.compare import Answer, Stage, distances
 from convert.verification.devices import quiet
+from convert.verification.fairseq_side import opening, tensorfile
+from convert.verification.fairseq_side.importing import CannotBuildError
 from convert.verification.inputs import Cut, Probe, Waveform, cut, normalised
 
 if TYPE_CHECKING:
@@ -64,7 +66,7 @@ class Subject:
         return replace(self, symbols=self.languages[language][0], language=language)
 
     def request(self) -> dict[str, Any]:
-        """The request of `fairseq_worker.open_reference`."""
+        """The request of `fairseq_side.opening.open_reference`."""
         return {
             "checkpoint": str(self.path),
             "architecture": self.architecture,
@@ -156,8 +158,8 @@ class Live:
     def __init__(self, subject: Subject, clips: Mapping[str, Waveform], device: str) -> None:
         try:
             with quiet():
-                self.inner = fairseq_worker.open_reference(subject.request() | {"device": device})
-        except fairseq_worker.CannotBuildError as error:
+                self.inner = opening.open_reference(subject.request() | {"device": device})
+        except CannotBuildError as error:
             raise ConvertError(f"{error}", code="no-fairseq", hint=HINT) from error
         self.subject, self.clips = subject, dict(clips)
         skipped = {} if self.inner.masks_like_main else {"padded-batch": _OLD_MASK}
@@ -220,19 +222,19 @@ def waves_of(clips: Mapping[str, Waveform], probe: Probe, normalize: bool) -> li
 
 
 @contextlib.contextmanager
-def run_worker(python: str, request: Mapping[str, Any], arrays: Mapping[str, Waveform]) -> Iterator[Path]:
-    """Run the worker in another interpreter; yield the recording that it wrote.
+def run_interpreter(python: str, request: Mapping[str, Any], arrays: Mapping[str, Waveform]) -> Iterator[Path]:
+    """Run fairseq_side in another interpreter; yield the recording that it wrote.
 
     Raises:
         ConvertError: `no-fairseq`, status 2: the interpreter, fairseq in it, or the model in that fairseq fails.
     """
     with tempfile.TemporaryDirectory(prefix="fairseq-to-hf-") as folder:
         work = Path(folder)
-        fairseq_worker.write(str(work / "waveforms"), dict(arrays), "{}")
+        tensorfile.write(str(work / "waveforms"), dict(arrays), "{}")
         asked = dict(request) | {"waveforms": str(work / "waveforms"), "out": str(work / "answers")}
         asked["checkpoint"] = str(Path(request["checkpoint"]).resolve())
         (work / "request.json").write_text(json.dumps(asked), "utf-8")
-        command = [python, str(Path(fairseq_worker.__file__).resolve()), "request.json"]
+        command = [python, str(Path(fairseq_side.__path__[0]).resolve()), "request.json"]
         try:
             done = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)
         except OSError as error:

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 from convert.errors import ConvertError, MismatchError, Problem
 from convert.verification.attention import NAME, register
 from convert.verification.compare import GENERATED
-from convert.verification.fairseq_worker import NAMES, PAD, aligned, crop, features, forced_tokens, generated_length
+from convert.verification.fairseq_side.features import features
+from convert.verification.fairseq_side.numerics import NAMES, aligned, crop
+from convert.verification.fairseq_side.tokens import PAD, forced_tokens, generated_length
 from convert.verification.inputs import Geometry
 
 if TYPE_CHECKING:

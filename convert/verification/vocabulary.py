@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.errors import ConvertError, Problem
-from convert.verification.fairseq_worker import PAD as PADDING
+from convert.verification.fairseq_side.tokens import PAD as PADDING
 from convert.verification.reference import Subject
 
 BLANK, PAD = "<s>", "<pad>"  # the two names that a conversion exchanges

@@ -1,0 +1,39 @@
+"""Adapters: stacked ones, and the languages of MMS."""
+
+from __future__ import annotations
+
+import torch
+
+from .numerics import NAMES
+from .reference import Reference
+
+
+class AdaptedReference(Reference):
+    """A model that may have a language's adapters and head."""
+
+    spoken = ""
+
+    def speak(self, language: str) -> None:
+        """Take another of the stacked adapters; or, in files of MMS, the tensors of the language instead of the model's own.
+
+        The latter is what `examples/speech_recognition/new/infer.py` does.
+        """
+        language = language or self.request.get("language", "")
+        if language == self.spoken:
+            return
+        self.spoken = language
+        if language not in self.adapters:
+            self.row = self.request["languages"].get(language, 0)
+            return
+        weights = self.adapters[language]["model"]
+        self.dictionary = self.adapters[language]["task_state"]["target_dictionary"]
+        self.request = dict(self.request, symbols=list(self.dictionary.symbols))
+        parameter = next(self.model.parameters())
+        rows, width = weights["w2v_encoder.proj.weight"].shape
+        head = torch.nn.Linear(width, rows).to(parameter.device, parameter.dtype)
+        self.model.w2v_encoder.proj = head.requires_grad_(False)
+        for name, parameter in self.model.named_parameters():
+            if name in weights:
+                value = weights[name]
+                parameter.copy_(value.to(NAMES[self.rounded]) if self.rounded else value)
+        self._filled(weights)

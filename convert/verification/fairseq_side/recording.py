@@ -1,0 +1,87 @@
+"""Recording fairseq's answers."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import torch
+
+from .importing import CannotBuildError
+from .numerics import digest, distance, environment, step_of
+from .opening import open_reference
+from .tensorfile import read, write
+
+
+def record(request: Any, arrays: Any, reference: Any = None) -> None:
+    """Run everything that is asked for and write the answers.
+
+    Args:
+        request: what `open_reference` takes, and `threads`, `rate`, `special` and `blank` (ids), `out` (the file to write),
+            `description` (kept as it is), and `runs`: a list of `{"arrays": [names], "multiple": number or None,
+            "padded": whether the arrays are a padded batch with a mask, "weights": "" or the type they are rounded to,
+            "arithmetic": a type, "language": what the model is to speak, empty for its own, "raw": whether fairseq is to
+            normalise them}`, whatever else they hold is kept.
+        arrays: the waveforms by name, float32, one dimension each.
+        reference: an opened reference; by default one is opened.
+    """
+    torch.set_num_threads(request["threads"])
+    reference = reference or open_reference(request)
+    tensors: dict[str, Any] = {"waveform." + name: value for name, value in arrays.items()}
+    runs: list[Any] = []
+    rounded = ""
+    for number, wanted in sorted(enumerate(request["runs"]), key=lambda pair: pair[1]["weights"]):
+        if wanted["weights"] != rounded:
+            rounded = wanted["weights"]
+            reference.round_weights(rounded)
+        runs.append(dict(wanted, number=number, **_answer(reference, wanted, arrays, tensors, "run.%d." % number)))
+    about = dict(reference.info, environment=environment(), multiple=reference.multiple, schema=1)
+    about["padded_batches"] = reference.masks_like_main
+    about["spelling"] = reference.spell()
+    about["spellings"] = {}
+    for language in sorted({wanted["language"] for wanted in request["runs"] if wanted["language"]}):
+        about["spellings"][language] = reference.spell(language)
+    about = dict(about, description=request["description"], runs=sorted(runs, key=lambda run: run["number"]))
+    write(request["out"], tensors, json.dumps(about, sort_keys=True))
+
+
+def _answer(reference: Any, wanted: Any, arrays: Any, tensors: Any, prefix: str) -> dict[str, Any]:
+    signals = [torch.as_tensor(arrays[name]) for name in wanted["arrays"]]
+    if wanted["raw"]:
+        signals = [reference.normalise(signal, reference.request["rate"]) for signal in signals]
+    batch = torch.nn.utils.rnn.pad_sequence(signals, batch_first=True)
+    reference.speak(wanted["language"])
+    lengths = [len(signal) for signal in signals] if wanted["padded"] else None
+    with reference.arithmetic(wanted["arithmetic"]):
+        frames, stages = reference.run(batch, lengths, wanted["multiple"])
+    with reference.arithmetic("float64"):
+        _, exact = reference.run(batch, lengths, wanted["multiple"])
+    kept = []
+    for name, value in stages.items():
+        outcomes = ("encoder", "logits", "project_hid", "decoder.logits", "generated")
+        if wanted["raw"] and name not in outcomes:  # of a raw waveform, the outcome is kept
+            continue
+        step = step_of(name, value.numel())
+        same = (stages["codes"] == exact["codes"]).all(-1) if name == "project_q" else slice(None)
+        chosen = name == "codes" or name.startswith("generated")
+        floor = None if chosen else distance(value[same], exact[name][same])
+        kept.append({"name": name, "shape": list(value.shape), "sha256": digest(value), "step": step, "floor": floor})
+        tensors[prefix + name] = value.reshape(-1)[::step].float().cpu().numpy()
+        tensors[prefix + name + ".float64"] = exact[name].reshape(-1)[::step].double().cpu().numpy()
+    answer: dict[str, Any] = {"frames": frames, "stages": kept}
+    texts = [reference.transcribe(path.tolist()) for path in reference.paths(stages, frames)]
+    return dict(answer, texts=texts) if texts else answer
+
+
+def main(path: str) -> int:
+    """Answer the request in a file, and say on stderr why not."""
+    with open(path, "rb") as file:
+        request = json.loads(file.read().decode())
+    arrays, _ = read(request["waveforms"])
+    try:
+        record(request, arrays)
+    except CannotBuildError as error:
+        sys.stderr.write("%s\n" % error)
+        return 3
+    return 0

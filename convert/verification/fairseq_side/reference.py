@@ -1,0 +1,260 @@
+"""fairseq's model with every stage of it visible: what all kinds share."""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from typing import Any
+
+import torch
+
+from .arithmetic import forget_positions, lifted, nothing
+from .importing import CannotBuildError
+from .numerics import NAMES, aligned, crop, same, swap_first, swap_last
+from .tokens import dictionary_of
+
+
+class Reference:
+    """fairseq's model as it was pretrained, with every stage of it visible; the base of all other kinds of model.
+
+    Stages have the shape (batch, channels, time) for `conv.*`, (batch, channels) for what is pooled over the frames, and
+    (valid frames of the whole batch, channels) otherwise.
+    """
+
+    prefix = ""  # of the encoder's tensors
+
+    def __init__(self, model: Any, fairseq: Any, request: Any, settings: Any) -> None:
+        self.model = model
+        self.fairseq = fairseq
+        self.request = request
+        self.settings = settings
+        self.dictionary: Any = None
+        self.info: Any = {}
+        self.device = torch.device(request.get("device", "cpu"))
+        self.seen: dict[str, Any] = {}
+        self.w2v = self.encoder()
+        self.multiple = getattr(self.w2v.encoder, "required_seq_len_multiple", 1)
+        self.masks_like_main = hasattr(self.w2v, "_get_feat_extract_output_lengths")
+        self.magnitude: Any = None  # what a conversion makes of a positional convolution without weight norm
+        self.exact_blank: Any = None  # blank_weight, once its sum with the head's bias has been rounded
+        self.row = 0  # of the stacked adapters
+        self.adapters: Any = {}  # language -> its tensors and its dictionary, in files of MMS
+        self.rounded = ""  # the type that the weights were rounded to
+
+    def encoder(self) -> Any:
+        """The encoder that was pretrained, inside the model."""
+        return self.model
+
+    def fill(self, weights: Any) -> None:
+        """Load the checkpoint's tensors, every one, as float32."""
+        plain = weights.get(self.prefix + "encoder.pos_conv.0.weight")
+        if plain is not None and plain.dim() == 3:  # of one dimension, it is a batch norm's
+            torch.nn.utils.remove_weight_norm(self.w2v.encoder.pos_conv[0])
+            self.magnitude = plain.double().norm(dim=(0, 1), keepdim=True).float()
+            self.info["patches"].append("weight norm removed from pos_conv: the checkpoint has the plain weight")
+        if hasattr(self.model, "upgrade_state_dict"):
+            self.model.upgrade_state_dict(weights)
+        try:
+            torch.nn.Module.load_state_dict(self.model, weights, strict=True, assign=True)
+        except TypeError:  # before torch 2.1
+            torch.nn.Module.load_state_dict(self.model, weights, strict=True)
+        self.model.float().to(self.device).eval()
+        self._filled(weights)
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(False)
+            parameter.data = aligned(parameter.data)
+        self._hook()
+
+    def _filled(self, weights: Any) -> None:
+        """What is to be done once the tensors are in their places."""
+
+    def adapter(self, source: Any) -> dict[str, Any]:
+        """Which of its stacked adapters the model is to take, for each utterance of a batch; most models have none."""
+        adapted = any(hasattr(layer, "adapter_layer") for layer in self.w2v.encoder.layers)
+        return {"corpus_key": [self.row] * len(source)} if adapted else {}
+
+    def speak(self, language: str) -> None:
+        """Turn to a language; to the one that the request names, if it is empty. Most models have none."""
+
+    def round_weights(self, name: str) -> None:
+        """Round every weight to float16 or bfloat16, and keep it as float32, as a converted model of that type has it."""
+        kind, self.rounded = NAMES[name], name
+        if self.magnitude is not None:
+            self.magnitude = self.magnitude.to(kind).float()
+        self.model.to(kind).float()
+        forget_positions(self.w2v)
+
+    @contextlib.contextmanager
+    def as_converted(self) -> Any:
+        """Give the model the numbers that a conversion has to round, so that in float64 both sides have the same weights.
+
+        A positional convolution without weight norm gets its magnitude back. In float32 fairseq computes as it was built.
+        """
+        if self.magnitude is None:
+            yield
+            return
+        convolution = self.w2v.encoder.pos_conv[0]
+        weight = convolution.weight.data
+        scale = self.magnitude.to(weight.device).double() / weight.double().norm(dim=(0, 1), keepdim=True)
+        convolution.weight.data = weight * scale.to(weight.dtype)
+        try:
+            yield
+        finally:
+            convolution.weight.data = weight
+
+    @contextlib.contextmanager
+    def arithmetic(self, name: str) -> Any:
+        """Compute in another floating point type; float64 lifts the islands where fairseq computes in float32."""
+        if name == "float32":
+            yield
+            return
+        with lifted(self.w2v) if name == "float64" else nothing():
+            self.model.to(NAMES[name])
+            forget_positions(self.w2v)
+            try:
+                with self.as_converted() if name == "float64" else nothing():
+                    yield
+            finally:
+                forget_positions(self.w2v)
+                self.model.float()  # exact: from float64 always, from a half type because the weights are rounded
+
+    def _watch(self, module: Any, name: str, shape: Any) -> None:
+        def hook(_: Any, __: Any, output: Any) -> None:
+            self._see(name, shape(output[0] if isinstance(output, tuple) else output))
+
+        module.register_forward_hook(hook)
+
+    def _see(self, name: str, value: Any) -> None:
+        """Keep what a stage computed first."""
+        self.seen.setdefault(name, value.clone())
+
+    def _hook(self) -> None:
+        watch = self._watch
+        for index, layer in enumerate(self.w2v.feature_extractor.conv_layers):
+            watch(layer, "conv.%d" % index, same)
+        watch(self.w2v.layer_norm, "feature_norm", same)
+        if self.w2v.post_extract_proj is not None:
+            watch(self.w2v.post_extract_proj, "projection", same)
+        watch(self.w2v.encoder.pos_conv, "pos_conv", swap_last)  # conformers have one and do not use it
+        for index, layer in enumerate(self.w2v.encoder.layers):
+            watch(layer, "layer.%d" % index, swap_first)
+        watch(self.w2v.encoder, "encoder", same)
+        if getattr(self.w2v, "quantizer", None) is not None:
+            watch(self.w2v.quantizer.weight_proj, "quantizer", same)
+
+    def run(self, waveforms: Any, lengths: Any = None, multiple: Any = None) -> tuple[list[int], dict[str, Any]]:
+        """Compute every stage.
+
+        Args:
+            waveforms: (batch, samples), padded with zeros; what the model gets, normalised already.
+            lengths: the samples of each utterance; `None` for a single one, which then has no padding mask.
+            multiple: replaces fairseq's `required_seq_len_multiple`; `None` leaves it.
+
+        Returns:
+            The valid frames of each utterance, and the stages by name, in the order of their computation.
+        """
+        kind = next(self.model.parameters()).dtype
+        source = torch.as_tensor(waveforms).to(self.device).to(kind)
+        padding = None
+        if lengths is not None:
+            padding = torch.arange(source.shape[1])[None] >= torch.as_tensor(lengths)[:, None]
+            padding = padding.to(self.device)
+        if hasattr(self.w2v.encoder, "required_seq_len_multiple"):
+            self.w2v.encoder.required_seq_len_multiple = self.multiple if multiple is None else multiple
+        self.seen = {}
+        with torch.no_grad():
+            mask = self.compute(source, padding)
+            total = self.seen["feature_norm"].shape[1]
+            frames = [total] * len(source) if mask is None else [int(n) for n in (total - mask.long().sum(1))]
+        if "projection" not in self.seen:  # no projection: the features go on as they are
+            self.seen["projection"] = self.seen["feature_norm"]
+        stages = {name: crop(name, value, frames) for name, value in self.seen.items()}
+        self.seen = {}
+        return frames, stages
+
+    def compute(self, source: Any, padding: Any) -> Any:
+        """Run the model, and put what no hook sees into `seen`.
+
+        Args:
+            source: (batch, samples).
+            padding: (batch, samples), true where there is padding; `None` for a single utterance.
+
+        Returns:
+            (batch, frames), true where there is padding, or `None`.
+        """
+        output = self.model(source, padding_mask=padding, mask=False, features_only=True, **self.adapter(source))
+        if getattr(self.w2v, "quantizer", None) is not None:
+            self._pretraining(output["x"])
+        return output["padding_mask"]
+
+    def _pretraining(self, x: Any) -> None:
+        """What `Wav2Vec2Model.forward` computes after the encoder, for every frame instead of the masked ones."""
+        features = self.seen["feature_norm"]
+        quantized = self.model.quantizer(features, produce_targets=True)
+        self.seen["quantizer"] = self.seen["quantizer"].reshape(features.shape[0], features.shape[1], -1)
+        self.seen["codes"] = quantized["targets"]
+        self.seen["project_q"] = self.model.project_q(quantized["x"])
+        self.seen["project_hid"] = self.model.final_proj(x)
+
+    def normalise(self, waveform: Any, rate: int) -> Any:
+        """Prepare a waveform with `RawAudioDataset.postprocess`, as fairseq's tasks do."""
+        from fairseq.data.audio.raw_audio_dataset import RawAudioDataset
+
+        task = self.settings["task"]
+        dataset = types.SimpleNamespace(sample_rate=rate, normalize=bool(task.get("normalize", False)))
+        return RawAudioDataset.postprocess(dataset, torch.as_tensor(waveform).float(), rate)
+
+    def paths(self, stages: Any, frames: list[int]) -> Any:
+        """The best symbol of every frame, for each utterance; nothing without a vocabulary."""
+        return stages["logits"].float().argmax(-1).split(frames) if "logits" in stages else ()
+
+    def spell(self, language: str = "") -> str:
+        """Transcribe a path that holds every symbol of the dictionary that is not special, in order, twice."""
+        self.speak(language)
+        special, blank = self.request["special"], self.request["blank"]
+        ids = [i for i in range(len(self.request["symbols"])) if i not in special]
+        return self.transcribe([part for i in ids * 2 for part in (i, blank)]) if ids else ""
+
+    def words(self) -> Any:
+        """fairseq's dictionary: the checkpoint's own, or one of the symbols that were passed."""
+        if self.dictionary is None or not hasattr(self.dictionary, "string"):
+            self.dictionary = dictionary_of(self.request["symbols"])
+        return self.dictionary
+
+    def hear(self, waveform: Any, rate: int) -> str:
+        """Transcribe a waveform as fairseq does when it counts errors.
+
+        Args:
+            waveform: (samples,), float32, as recorded.
+            rate: its samples a second.
+
+        Raises:
+            CannotBuildError: the model writes no text.
+        """
+        raise CannotBuildError("%s writes no text" % type(self.model).__name__)
+
+    def transcribe(self, path: Any) -> str:
+        """Turn a greedy path (an id for each frame) into text, as `CtcCriterion` does; special symbols count as blank."""
+        from fairseq.data import data_utils
+
+        blank = self.request["blank"]
+        ids: Any = torch.as_tensor([blank if i in self.request["special"] else i for i in path])
+        kept = ids.unique_consecutive()
+        return str(data_utils.post_process(self.words().string(kept[kept != blank]), self.request["post_process"]))
+
+
+class HeadlessReference(Reference):
+    """A model without the head of its pretraining, as in fine-tuning: no output depends on it."""
+
+    head: tuple[str, ...] = ()  # how the names of its entries start
+
+    def fill(self, weights: Any) -> None:
+        """Load the checkpoint's tensors but for the pretraining head."""
+        self.w2v.remove_pretraining_modules()
+        head = tuple(self.prefix + start for start in self.head)
+        left_out = [key for key in weights if key.startswith(head)]
+        for key in left_out:
+            del weights[key]
+        if left_out:
+            self.info["patches"].append("left out, as in fine-tuning: %s" % ", ".join(left_out))
+        super().fill(weights)
