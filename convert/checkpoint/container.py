@@ -47,12 +47,14 @@ class Range:
         count: the number of bytes.
         crc: the CRC-32 that the zip directory records; `None` in the other layouts, which have none.
         entry: the zip entry's name, or the storage's key.
+        file: which of the container's files holds them.
     """
 
     start: int
     count: int
     crc: int | None
     entry: str
+    file: int = 0
 
 
 @dataclass(slots=True)
@@ -82,6 +84,7 @@ class Container:
         storages: the byte range of every storage, by key, in `file`.
         unpack: makes the file that `storages` are in, where they are compressed; it is called when a byte is asked for.
         unpacked: how many bytes that file has; those of the file itself, where nothing is compressed.
+        others: the further files of a checkpoint that lies in several; `storages` then are those of all.
     """
 
     path: Path
@@ -92,7 +95,13 @@ class Container:
     storages: dict[str, Range]
     unpack: Callable[[], Opened] | None = None
     unpacked: int = 0
+    others: tuple[Container, ...] = ()
     _place: Opened | None = None
+
+    @property
+    def files(self) -> tuple[Container, ...]:
+        """Every file of the checkpoint, in order."""
+        return (self, *self.others)
 
     @property
     def file(self) -> BinaryIO:
@@ -106,8 +115,8 @@ class Container:
 
     @property
     def size(self) -> int:
-        """The size of the file itself in bytes."""
-        return len(self.original.data)
+        """The size of all files in bytes, as they are."""
+        return sum(len(one.original.data) for one in self.files)
 
     def _storages(self) -> Opened:
         if self._place is None:
@@ -115,10 +124,11 @@ class Container:
         return self._place
 
     def close(self) -> None:
-        """Close the file, and remove what was unpacked."""
-        for opened in (self.original, self._place):
-            if opened is not None:
-                opened.close()
+        """Close the files, and remove what was unpacked."""
+        for one in self.files:
+            one.original.close()
+            if one._place is not None:
+                one._place.close()
 
     def dtype(self, tensor: StoredTensor) -> tuple[str, int]:
         """Return a tensor's safetensors dtype and its bytes an element."""
