@@ -55,7 +55,7 @@ OTHER_FILES: dict[str, tuple[bytes, str, str]] = {
     "zeros": (bytes(4096), "foreign-file", "begins with the bytes 00 00 00 00, as no file of torch.save"),
     "text": (b"wav2vec_small.pt 950500491\n", "foreign-file", "is a text file"),
     "html": (b"\n<!DOCTYPE html><html><body>404</body></html>", "foreign-file", "is a web page: the download failed"),
-    "safetensors": (struct.pack("<Q", 8) + b"{\"a\": 1}", "truncated", "is a damaged or truncated safetensors file"),
+    "safetensors": (struct.pack("<Q", 8) + b'{"a": 1}', "truncated", "is a damaged or truncated safetensors file"),
     "no-tensors": (struct.pack("<Q", 2) + b"{}      ", "foreign-file", "holds an empty dict"),
     "pickle": (b"\x80\x02}q\x00.", "foreign-file", "is a pickle that torch.save did not write"),
     "tar": (b"storages\0" + bytes(248) + b"ustar" + bytes(250), "foreign-file", "is a tar archive"),

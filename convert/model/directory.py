@@ -58,6 +58,11 @@ class ModelDirectory:
         return record
 
     @property
+    def ema(self) -> bool:
+        """Whether the weights are the checkpoint's moving average."""
+        return bool((self.conversion.get("request") or {}).get("ema"))
+
+    @property
     def dictionary(self) -> Dictionary | None:
         """fairseq's dictionary as conversion.json keeps it."""
         kept = self.conversion.get("dictionary")

@@ -56,6 +56,7 @@ def _dictionary(value: Any) -> bool:
 
 
 _ASKED = {"head?": Or(str, type(None)), "keep_final_proj?": bool, "language?": Or(str, type(None))}
+_ASKED |= {"ema?": bool}
 # A type, a predicate, a list of one kind, or a dict by key. A key with a question mark may be absent, as earlier versions
 # wrote fewer; with `...?`, others may be there.
 RECORD = {

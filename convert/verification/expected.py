@@ -23,7 +23,7 @@ def fresh_plan(opened: Checkpoint, directory: ModelDirectory, **options: Any) ->
     Args:
         opened: the checkpoint.
         directory: the model directory.
-        options: `dictionary` and `base`, as for `convert.plan`.
+        options: `dictionary`, as for `convert.plan`.
 
     Raises:
         PlanError: the checkpoint cannot be converted.
@@ -107,7 +107,7 @@ def compare_records(directory: ModelDirectory, model: Model) -> list[Problem]:
     """
     record = directory.conversion
     fills = [{"key": fill.target, "rule": fill.rule, "reason": fill.reason} for fill in model.plan.fills]
-    drops = [drop.record for drop in model.plan.drops]
+    drops = [drop.record for drop in model.drops]
     named = ("key", "row", "rule", "value")
     edits = [dict(zip(named, (e.target, e.row, e.rule, e.value), strict=True)) for e in model.plan.table.edits]
     found_edits = [{name: edit.get(name) for name in named} for edit in record.get("edits") or ()]

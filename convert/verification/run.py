@@ -48,7 +48,13 @@ def verify(
     trusted = trust_checkpoint or reference is not None
     asked = str((directory.conversion.get("request") or {}).get("language") or "")
     subject, geometry = read_subject(
-        checkpoint, dictionary=dictionary, base=base, kept=directory.dictionary, trusted=trusted, language=asked
+        checkpoint,
+        dictionary=dictionary,
+        base=base,
+        ema=directory.ema,
+        kept=directory.dictionary,
+        trusted=trusted,
+        language=asked,
     )
     check_source(directory, subject)
     others = _others(subject, asked, languages)
@@ -77,7 +83,7 @@ def verify(
         if progress:
             progress(min(steps[0], total), total)
 
-    _check_files(checkpoint, directory, {"dictionary": dictionary, "base": base}, findings)
+    _check_files(checkpoint, base, directory, {"dictionary": dictionary}, findings)
     advance()
     work = Work(subject, directory, clips, wanted, pieces, half, rounded, require, advance)
     description = None
@@ -153,10 +159,12 @@ def _recording(path: Path, subject: Subject) -> Recorded:
     return recorded
 
 
-def _check_files(checkpoint: Path, directory: ModelDirectory, options: Mapping[str, Any], findings: Findings) -> None:
+def _check_files(
+    checkpoint: Path, base: Path | None, directory: ModelDirectory, options: Mapping[str, Any], findings: Findings
+) -> None:
     """Check what needs no model: every tensor's bytes, every value of every JSON file; and that both checks see."""
 
-    with open_checkpoint(checkpoint) as opened:
+    with open_checkpoint(checkpoint, base=base, ema=directory.ema) as opened:
 
         def bytes_of(path: Path) -> list[Problem]:
             return compare_opened(opened, path, **options)
