@@ -172,11 +172,15 @@ def request_again(
         opened: the checkpoint.
         dictionary: as for `convert.plan`.
     """
-    record = directory.conversion
-    asked = dict(record.get("request") or {"head": (record.get("architecture") or {}).get("head")})
-    asked.pop("data_config", None)
-    training_only = tuple(record.get("training_only") or ())
-    made = make_request(dictionary=dictionary, training_only=training_only, **asked)
+    record = directory.record
+    made = make_request(
+        dictionary=dictionary,
+        training_only=tuple(record.training_only),
+        ema=record.asked.ema,
+        head=record.asked.head,
+        keep_final_proj=record.asked.keep_final_proj,
+        language=record.asked.language,
+    )
     if made.dictionary is None and opened.dictionary is None:
-        made = replace(made, dictionary=directory.dictionary)
+        made = replace(made, dictionary=record.dictionary)
     return replace(made, data_config=directory.data_config)
