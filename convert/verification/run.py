@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from convert.checkpoint import open_checkpoint
+from convert.checkpoint import Checkpoint, open_checkpoint
 from convert.errors import ConvertError, MismatchError, Problem
 from convert.model.directory import ModelDirectory
 from convert.package import compare_opened
