@@ -134,7 +134,7 @@ def _post_process(settings: Mapping[str, Any]) -> str:
 def half_type(directory: Any) -> tuple[str, str]:
     """Say which half type a model directory's weights have, and which the conversion rounded them to (each may be empty)."""
     stored = str(directory.config.get("torch_dtype") or directory.config.get("dtype") or "float32")
-    rounded = str(directory.conversion.get("dtype", "keep"))
+    rounded = directory.record.dtype
     half = stored if stored in HALVES else ""
     return half, half if rounded != "keep" else ""
 
@@ -145,10 +145,10 @@ def check_source(directory: Any, subject: Subject) -> None:
     Raises:
         ConvertError: `other-checkpoint`, status 1.
     """
-    source = directory.conversion.get("source") or {}
-    if source.get("sha256") != subject.sha256:
+    source = directory.record.source
+    if source.sha256 != subject.sha256:
         raise ConvertError(
-            f"{directory.path.name} was made from {source.get('name')} ({str(source.get('sha256'))[:12]}…), "
+            f"{directory.path.name} was made from {source.name} ({source.sha256[:12]}…), "
             f"not from {subject.name} ({subject.sha256[:12]}…)",
             code="other-checkpoint",
             key=subject.name,
