@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from convert.checkpoint.dictionary import SPECIAL, Dictionary
 from convert.checkpoint.settings import TooLargeError, plain_data
-from convert.errors import ConvertError
+from convert.errors import ConvertError, Problem
 from convert.report import parse_json
 from convert.typed import Misfit, read
 
@@ -313,3 +314,39 @@ def without_paths(value: Any) -> Any:
         parts = value.replace("\\", "/").split("/")
         return parts[-1] or (parts[-2] if len(parts) > 1 else "") if len(parts) > 1 else value
     return value
+
+
+def differences(name: str, expected: Any, found: Any, key: str = "") -> Iterator[Problem]:
+    """Name the values of a JSON file that are not what they should be.
+
+    Example:
+        >>> [str(problem) for problem in differences("config.json", {"a": {"b": 1}}, {"a": {"b": 2}})]
+        ['config.json: a.b is 2, expected 1']
+    """
+    inside: Any
+    if isinstance(expected, dict) and isinstance(found, dict):
+        inside = sorted({*expected, *found})
+    elif isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
+        inside = range(len(expected))
+    else:
+        if json_text(expected) != json_text(found):
+            yield Problem("file", name, f"{key or 'the whole'} is {_short(found)}, expected {_short(expected)}")
+        return
+    for part in inside:
+        inner = f"{key}[{part}]" if isinstance(part, int) else f"{key}.{part}" if key else part
+        if part not in found and not isinstance(part, int):
+            yield Problem("file", name, f"{inner} is missing, expected {_short(expected[part])}")
+        elif part not in expected and not isinstance(part, int):
+            yield Problem("file", name, f"{inner} is {_short(found[part])}, expected nothing")
+        elif expected[part] is not found[part]:
+            yield from differences(name, expected[part], found[part], inner)
+
+
+def json_text(value: Any) -> str:
+    """Write a value so that two are equal only if they are of one type: to Python, `True == 1 == 1.0`."""
+    return json.dumps(value, sort_keys=True)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -11,18 +11,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from convert.checkpoint import open_checkpoint
+from convert.checkpoint import Checkpoint, open_checkpoint
 from convert.checkpoint.dictionary import SPECIAL, Dictionary
 from convert.checkpoint.writer import NewNamespace, NewTensor, write_checkpoint
-from convert.conversion import File, Record
+from convert.conversion import File, Record, differences
 from convert.errors import MismatchError, PlanError, Problem, check_place
 from convert.mapping import adapters
 from convert.mapping.data2vec import TEACHER
 from convert.mapping.rules import Table, TensorSpec
 from convert.mapping.wav2vec2 import NO_HEAD, Layout, table
+from convert.model.architectures import describe
 from convert.model.directory import ModelDirectory, Place
 from convert.model.fields import ACTIVATIONS, LAYER_SETTINGS, WAV2VEC2
 from convert.model.speech_to_text import ARCHITECTURES as SPEECH_TO_TEXT
+from convert.model.types import request_again
 from convert.package import beside, into_place
 from convert.transfer import CHUNK, WIDTHS
 
@@ -123,22 +125,46 @@ def restore(model_dir: str | Path, out: str | Path, *, overwrite: bool = False) 
     with beside(out) as work:
         path = work / out.name
         write_checkpoint(path, {**model, **teacher}, state)
-        _prove(path, draft)
+        _prove(path, draft, directory if ours else None)
         into_place(path, out)
     return Restored(out, len(model), tuple(draft.notes))
 
 
-def _prove(path: Path, draft: _Draft) -> None:
-    """Read the checkpoint back with the reader that knows nothing of the writer, and compare every byte."""
+def _prove(path: Path, draft: _Draft, directory: ModelDirectory | None) -> None:
+    """Read the checkpoint back with the reader that knows nothing of the writer, and compare every byte.
+
+    Args:
+        path: the checkpoint.
+        draft: what it was made from.
+        directory: the directory that a conversion made: a conversion of the checkpoint has to give its settings again.
+    """
     from convert.transfer import read_array
 
     with open_checkpoint(path) as opened:
+        if directory is not None:
+            _compare_settings(opened, directory)
         for name, part in {"": draft, **draft.languages}.items():
             if opened.inventory_of(name) != part.specs:
                 raise MismatchError(f"{path.name} read back with other tensors; nothing was kept", code="read-back")
             for key, tensor in opened.tensors_of(name).items():
                 if read_array(opened.container, tensor).tobytes() != b"".join(part.bytes[key]()):
                     raise MismatchError(f"{key} read back differently; nothing was kept", code="read-back", key=key)
+
+
+def _compare_settings(opened: Checkpoint, directory: ModelDirectory) -> None:
+    """Plan the conversion again: settings that it refuses, or makes something else of, are not those of a conversion."""
+    again = replace(opened, settings=dict(directory.record.settings))  # as they were, the criterion's with them
+    meant = describe(again, request_again(directory, again)).configuration
+    if directory.record.dtype != "keep":
+        meant["torch_dtype"] = directory.record.dtype
+    problems = list(differences("config.json", meant, directory.config))
+    if problems:
+        raise PlanError(
+            f"{directory.path}: conversion.json and config.json disagree about the model; nothing was written",
+            code="changed",
+            problems=problems,
+            hint="convert the checkpoint again",
+        )
 
 
 def _reader(directory: ModelDirectory, place: Place) -> Callable[[], Iterator[bytes]]:

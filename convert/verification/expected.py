@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from convert.checkpoint import Checkpoint
 from convert.conversion import NAME as RECORD
-from convert.conversion import record_of
+from convert.conversion import differences, json_text, record_of
 from convert.errors import Problem
 from convert.model.architectures import describe
 from convert.model.directory import ModelDirectory
@@ -94,32 +94,6 @@ def compare_files(directory: ModelDirectory, expected: Mapping[str, Any]) -> lis
     return problems
 
 
-def differences(name: str, expected: Any, found: Any, key: str = "") -> Iterator[Problem]:
-    """Name the values of a JSON file that are not what they should be.
-
-    Example:
-        >>> [str(problem) for problem in differences("config.json", {"a": {"b": 1}}, {"a": {"b": 2}})]
-        ['config.json: a.b is 2, expected 1']
-    """
-    inside: Any
-    if isinstance(expected, dict) and isinstance(found, dict):
-        inside = sorted({*expected, *found})
-    elif isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
-        inside = range(len(expected))
-    else:
-        if _text(expected) != _text(found):
-            yield Problem("file", name, f"{key or 'the whole'} is {_short(found)}, expected {_short(expected)}")
-        return
-    for part in inside:
-        inner = f"{key}[{part}]" if isinstance(part, int) else f"{key}.{part}" if key else part
-        if part not in found and not isinstance(part, int):
-            yield Problem("file", name, f"{inner} is missing, expected {_short(expected[part])}")
-        elif part not in expected and not isinstance(part, int):
-            yield Problem("file", name, f"{inner} is {_short(found[part])}, expected nothing")
-        elif expected[part] is not found[part]:
-            yield from differences(name, expected[part], found[part], inner)
-
-
 def compare_records(directory: ModelDirectory, expected: Expected) -> tuple[list[Problem], dict[str, str]]:
     """Compare conversion.json as a whole with what a conversion writes today, and with the files that it names.
 
@@ -141,7 +115,7 @@ def compare_records(directory: ModelDirectory, expected: Expected) -> tuple[list
         found["tool"] = _but(found.get("tool"), version=meant["tool"]["version"])
         for key, without in _WORDS.items():
             ours, theirs = without(meant.get(key)), without(found.get(key))
-            if _text(meant.get(key)) != _text(found.get(key)) and _text(ours) == _text(theirs):
+            if json_text(meant.get(key)) != json_text(found.get(key)) and json_text(ours) == json_text(theirs):
                 differing[f"conversion.json: {key}"] = words
                 found[key] = meant[key]
     for key in [key for key in meant.keys() - found.keys() if not meant[key]]:
@@ -152,7 +126,7 @@ def compare_records(directory: ModelDirectory, expected: Expected) -> tuple[list
         found["source"] = _but(found.get("source"), name=meant["source"]["name"])
     for key in sorted({*meant, *found}):  # key by key, so that what is equal is compared at once
         ours, theirs = ({key: side[key]} if key in side else {} for side in (meant, found))
-        if _text(ours) != _text(theirs):
+        if json_text(ours) != json_text(theirs):
             problems += differences(RECORD, ours, theirs)
     return problems, differing
 
@@ -200,13 +174,3 @@ def hashes(folder: Path) -> dict[str, str]:
                     digest.update(block)
             found[path.name] = digest.hexdigest()
     return found
-
-
-def _text(value: Any) -> str:
-    """Write a value so that two are equal only if they are of one type: to Python, `True == 1 == 1.0`."""
-    return json.dumps(value, sort_keys=True)
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from convert.errors import ConvertError, check_place
-from convert.verification.devices import quiet, steady
+from convert.loading import quiet
+from convert.verification.devices import steady
 from convert.verification.fairseq_side import recording
 from convert.verification.fairseq_side.importing import CannotBuildError
 from convert.verification.inputs import Waveform, collect, in_languages, probes
