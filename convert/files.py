@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from convert import workspace
 from convert.errors import ConvertError
@@ -167,7 +167,7 @@ def _stored(entry: dict[str, Any], first: int) -> Stored:
     dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     if dtype not in WIDTHS:
         raise ValueError(f"unknown dtype {dtype}")
-    if not all(type(length) is int and length >= 0 for length in (*shape, start, end)):
+    if len(shape) > 64 or not all(type(length) is int and 0 <= length < 2**62 for length in (*shape, start, end)):
         raise ValueError(f"shape {shape}, bytes {start} to {end}")
     count = WIDTHS[dtype] * math.prod(shape)
     if end - start != count:
@@ -386,6 +386,11 @@ def open_log(path: Path) -> BinaryIO:
     """Open a file that grows line by line, for appending and reading; it is made when missing. A link is refused."""
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     return os.fdopen(_regular(path, os.open(path, flags, 0o666)), "a+b", buffering=0)
+
+
+def scratch_file() -> BinaryIO:
+    """Open a private file for what is not kept; it goes when it is closed. Its `name` is its path."""
+    return cast(BinaryIO, tempfile.NamedTemporaryFile(prefix="fairseq-to-hf-"))
 
 
 @contextlib.contextmanager

@@ -154,8 +154,8 @@ def _fairseq(options: Options, device: str) -> FairseqReference | None:
     if not (options.model_dir / "conversion.json").is_file():
         return FairseqReference(options.checkpoint, device, language=options.language)
     directory = ModelDirectory(options.model_dir)
-    language = options.language or str(directory.conversion.get("language") or "")
-    return FairseqReference(options.checkpoint, device, directory.dictionary, language)
+    language = options.language or directory.record.language
+    return FairseqReference(options.checkpoint, device, directory.record.dictionary, language)
 
 
 def _one_by_one(fairseq: FairseqReference) -> Transcribe:

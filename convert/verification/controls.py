@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from convert.conversion import differences
 from convert.errors import Problem
 from convert.files import header_bytes, scratch_directory, write_file
 from convert.verification.compare import Difference, first_different
-from convert.verification.expected import differences
 from convert.verification.judge import Judged, compared
 from convert.verification.reference import Subject
 from convert.verification.target import Seq2SeqTarget, SpeechToTextTarget, Target
