@@ -7,9 +7,8 @@ from typing import Any
 
 from convert.checkpoint.dictionary import Dictionary
 from convert.errors import ConvertError
-from convert.evaluation.packages import require
-from convert.evaluation.processes import exact
-from convert.verification.devices import quiet
+from convert.loading import quiet
+from convert.verification.devices import without_tf32
 
 
 class FairseqReference:
@@ -28,7 +27,6 @@ class FairseqReference:
     """
 
     def __init__(self, checkpoint: Path, device: str, kept: Dictionary | None = None, language: str = "") -> None:
-        require("torch")
         from convert.verification.fairseq_side.importing import CannotBuildError
         from convert.verification.fairseq_side.opening import open_reference
         from convert.verification.subject import read_subject
@@ -38,11 +36,11 @@ class FairseqReference:
             raise ConvertError(f"{checkpoint.name}: has no dictionary to write with", code="no-vocabulary")
         self.digest = self.subject.sha256
         with quiet():
-            require("fairseq", "fairseq")
             try:
                 self.reference = open_reference(self.subject.request() | {"device": device})
             except CannotBuildError as error:
-                raise ConvertError(f"{checkpoint.name}: {error}", code="fairseq", key=checkpoint.name) from error
+                hint = "install fairseq here, or leave --reference out"
+                raise ConvertError(f"{checkpoint.name}: {error}", code="fairseq", hint=hint) from error
         self.version = str(self.reference.info["fairseq"])
 
     def transcribe(self, samples: Any) -> str:
@@ -54,7 +52,7 @@ class FairseqReference:
         from convert.verification.fairseq_side.importing import CannotBuildError
 
         try:
-            with exact():
+            with without_tf32():
                 return str(self.reference.hear(samples, self.subject.rate))
         except CannotBuildError as error:
             raise ConvertError(f"{self.subject.name}: {error}", code="fairseq", hint="leave --reference out") from error
