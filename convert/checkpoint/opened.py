@@ -53,6 +53,23 @@ class Base:
     whole: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a file was fetched from.
+
+    Args:
+        address: without user, password and token.
+        catalogue: its name in the catalogue of released checkpoints, or empty.
+        sha256: of the bytes that came from there, or empty where that is not recorded.
+        dictionary: the dictionary that lies beside it there.
+    """
+
+    address: str
+    catalogue: str
+    sha256: str
+    dictionary: Path | None
+
+
 @dataclass(slots=True)
 class Checkpoint:
     """An opened fairseq checkpoint: everything but the tensors' bytes. Use it as a context manager.
@@ -77,6 +94,7 @@ class Checkpoint:
         base: where settings were taken from, if not from this file.
         averages: where exponential moving averages of the weights are.
         notes: what else there is to say of it.
+        origin: where the file was fetched from, if it was.
     """
 
     path: Path
@@ -97,6 +115,7 @@ class Checkpoint:
     base: Base | None = None
     averages: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    origin: Origin | None = None
 
     def __enter__(self) -> Checkpoint:
         return self
