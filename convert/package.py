@@ -8,13 +8,13 @@ import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from convert.checkpoint import Checkpoint, open_checkpoint
+from convert.checkpoint import Checkpoint
 from convert.conversion import DTYPES as DTYPES
 from convert.conversion import record_of
 from convert.errors import ConvertError, MismatchError, Problem
@@ -22,6 +22,7 @@ from convert.model.architectures import describe
 from convert.model.directory import SUBWORDS, ModelDirectory
 from convert.model.types import Model, Request, make_request, request_again
 from convert.report import json_bytes
+from convert.sources import dictionary_beside, locate, open_source
 from convert.transfer import Transfer, Written, pieces, split
 
 MAX_SHARD_SIZE = 5_000_000_000  # what transformers' save_pretrained splits at
@@ -69,7 +70,7 @@ def plan(
     """Decide what a conversion of a checkpoint would do. Reads no tensor bytes, but of buffers that must repeat each other.
 
     Args:
-        checkpoint: the file that fairseq's trainer wrote.
+        checkpoint: a path, a name of the catalogue, an address, or a file on the Hub; see `convert.sources.open_source`.
         head: `encoder` for the model without its head; by default what the checkpoint is.
         dictionary: a `dict.*.txt`, for checkpoints that carry none.
         base: the pretrained checkpoint, for one that does not carry its settings, or not those that it was fine-tuned from.
@@ -83,17 +84,21 @@ def plan(
         CheckpointError: the file cannot be read.
         PlanError: it cannot be converted completely; every reason is in `problems`.
     """
-    request = make_request(
-        head=head,
-        dictionary=dictionary,
-        training_only=training_only,
-        keep_final_proj=keep_final_proj,
-        language=language,
-        data_config=data_config,
-        ema=ema,
-    )
-    with open_checkpoint(checkpoint, base=base, ema=ema) as opened:
+    asked: dict[str, Any] = {"head": head, "dictionary": dictionary, "training_only": training_only}
+    asked |= {"keep_final_proj": keep_final_proj, "language": language, "data_config": data_config}
+    with _opened(checkpoint, base, ema, asked) as (opened, request):
         return describe(opened, request)
+
+
+@contextlib.contextmanager
+def _opened(
+    checkpoint: str | Path, base: str | Path | None, ema: bool, asked: Mapping[str, Any]
+) -> Iterator[tuple[Checkpoint, Request]]:
+    """Open a checkpoint, wherever it is, and read the files that are asked for with it."""
+    with open_source(checkpoint, base=base, ema=ema) as opened:
+        given = asked["dictionary"]
+        dictionary = locate(given)[0] if given is not None else dictionary_beside(opened)
+        yield opened, make_request(**{**asked, "dictionary": dictionary, "ema": ema})
 
 
 def convert(
@@ -117,7 +122,7 @@ def convert(
     """Turn a fairseq checkpoint into a Hugging Face model directory, completely or not at all.
 
     Args:
-        checkpoint: the file that fairseq's trainer wrote.
+        checkpoint: a path, a name of the catalogue, an address, or a file on the Hub; see `convert.sources.open_source`.
         out: the directory to make.
         head, dictionary, base, training_only, keep_final_proj, language, data_config, ema: as for `plan`.
         dtype: `keep`, `float32`, `float16` or `bfloat16`.
@@ -147,16 +152,9 @@ def convert(
     if max_shard_size < 1:
         raise ConvertError(f"a shard of {max_shard_size} bytes is too small", code="usage", key="--max-shard-size")
     _check_target(out, overwrite, Path(checkpoint))
-    request = make_request(
-        head=head,
-        dictionary=dictionary,
-        training_only=training_only,
-        keep_final_proj=keep_final_proj,
-        language=language,
-        data_config=data_config,
-        ema=ema,
-    )
-    with open_checkpoint(checkpoint, base=base, ema=ema) as opened:
+    asked: dict[str, Any] = {"head": head, "dictionary": dictionary, "training_only": training_only}
+    asked |= {"keep_final_proj": keep_final_proj, "language": language, "data_config": data_config}
+    with _opened(checkpoint, base, ema, asked) as (opened, request):
         model = describe(opened, request)
         with beside(out) as work:
             files, digest = _write(
@@ -241,7 +239,7 @@ def compare_weights(
         ConvertError: `not-a-model`, when the directory holds no conversion of ours.
     """
     directory = ModelDirectory(Path(model_dir))
-    with open_checkpoint(checkpoint, base=base, ema=directory.record.asked.ema) as opened:
+    with open_source(checkpoint, base=base, ema=directory.record.asked.ema) as opened:
         return compare_opened(opened, directory, dictionary=dictionary)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 
 from convert.checkpoint import Checkpoint, Origin, open_checkpoint
 from convert.errors import ConvertError
-from convert.fetching import Entry, bring, catalogue, fetch
+from convert.fetching import bring, catalogue, fetch
 from convert.network import public_address
 
 DIRECTORY = Path("checkpoints")  # where downloads go
@@ -39,31 +39,40 @@ def open_source(source: str | Path, *, base: str | Path | None = None, ema: bool
     return replace(opened, origin=origin)
 
 
-def locate(source: str | Path, entries: Mapping[str, Entry] | None = None) -> tuple[Path, Origin | None]:
-    """Find a file on this machine, or fetch it; and say where it came from, as far as that is known.
+def dictionary_beside(opened: Checkpoint) -> Path | None:
+    """Return the dictionary that lay where a checkpoint was fetched from, if the checkpoint has none of its own."""
+    own = opened.dictionary is not None or opened.groups
+    return None if own or opened.origin is None else opened.origin.dictionary
+
+
+def locate(source: str | Path) -> tuple[Path, Origin | None]:
+    """Find a file on this machine, or fetch it; and say where it was fetched from.
 
     Args:
         source: as for `open_source`.
-        entries: the catalogue to look in; by default the one that ships.
 
     Raises:
         ConvertError: it cannot be fetched.
     """
-    entries = catalogue() if entries is None else entries
     text = os.fspath(source)
     if isinstance(source, Path) or os.path.lexists(text):
         return Path(text), None
+    return _fetched(text)
+
+
+@functools.cache  # a command may open a file more than once: what was fetched is fetched, and hashed, once
+def _fetched(text: str) -> tuple[Path, Origin | None]:
     scheme = _ADDRESS.match(text)
     if scheme and scheme[1] == "hf":
         return _from_hub(text)
     if scheme and scheme[1] in ("http", "https"):
         return _from_address(text)
     if scheme:
-        message = f"{text}: {scheme[1]}:// is not read here; nothing was fetched"
+        message = f"{public_address(text)}: {scheme[1]}:// is not read here; nothing was fetched"
         hint = "give an https address, hf://USER/REPO/FILE.pt, or download the file yourself"
-        raise ConvertError(message, code="unknown-address", key=text, hint=hint)
-    if text in entries or (not Path(text).suffix and Path(text).name == text):
-        done = fetch(text, DIRECTORY, entries=entries, progress=_progress())
+        raise ConvertError(message, code="unknown-address", key=public_address(text), hint=hint)
+    if text in catalogue() or (not Path(text).suffix and Path(text).name == text):
+        done = fetch(text, DIRECTORY, progress=_progress())
         return done.checkpoint, Origin(done.record.address, text, done.record.sha256, done.dictionary)
     return Path(text), None
 
