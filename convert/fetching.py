@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.resources import files
@@ -38,6 +38,21 @@ class Entry:
     datasets: tuple[str, ...]  # Hub ids, as far as its training data is on the Hub
     base_model: str | None  # the Hub id of what it was fine-tuned from
     citation: str  # arXiv number
+    symbols: bool = False  # whether it has a vocabulary or labels, so that a conversion needs a dictionary
+
+    @property
+    def needs(self) -> str:
+        """Say what a conversion needs beside the file."""
+        if not self.symbols:
+            return "nothing"
+        if self.dictionary:
+            return "its dictionary, which is fetched with it"
+        return "a dictionary, of which fairseq lists none: --dict FILE, unless the checkpoint carries it"
+
+    def matches(self, words: Iterable[str]) -> bool:
+        """Say whether an entry speaks of all of these words."""
+        text = " ".join((self.name, self.title, self.description, *(self.language or ()), *self.datasets)).lower()
+        return all(word.lower() in text for word in words)
 
 
 @dataclass(frozen=True, slots=True)

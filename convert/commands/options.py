@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import click
 
 F = TypeVar("F", bound=Callable[..., Any])
+# a path, a name of the catalogue, https://... or hf://USER/REPO/FILE.pt
+source = click.argument("checkpoint", metavar="SOURCE")
 
 
 def planning(function: F) -> F:
@@ -20,11 +22,9 @@ def planning(function: F) -> F:
             help="Default: what the checkpoint is; `encoder` leaves its head out.",
         ),
         click.option(
-            "--dict", "dictionary", type=click.Path(path_type=Path), help="dict.*.txt, where the checkpoint has none."
+            "--dict", "dictionary", metavar="FILE", help="dict.*.txt, where the checkpoint has none."
         ),
-        click.option(
-            "--base", type=click.Path(path_type=Path), help="Pretrained checkpoint, where the settings are only there."
-        ),
+        click.option("--base", metavar="SOURCE", help="Pretrained checkpoint, where the settings are only there."),
         click.option("--ema", is_flag=True, help="Take the moving average of the weights that stands beside them."),
         click.option(
             "--training-only",
