@@ -21,21 +21,21 @@ _ADDRESS = re.compile(r"(\w[\w+.-]*)://")
 _DICTIONARY = re.compile(r"dict\b[\w.-]*\.txt")
 
 
-def open_source(source: str | Path, *, base: str | Path | None = None, ema: bool = False) -> Checkpoint:
+def open_source(source: str | Path, *, base: str | Path | None = None, **options: Any) -> Checkpoint:
     """Open a checkpoint wherever it is; what is not on this machine is fetched first.
 
     Args:
         source: a path, a name of the catalogue (`wav2vec2-base-960h`), an address (`https://...`), or
             `hf://USER/REPO/FILE.pt`, with a revision as `hf://USER/REPO@REVISION/FILE.pt`.
         base: as for `open_checkpoint`; a source as well.
-        ema: as for `open_checkpoint`.
+        options: as for `open_checkpoint`.
 
     Raises:
         ConvertError: it cannot be fetched.
         CheckpointError: it cannot be read, as for `open_checkpoint`.
     """
     path, origin = locate(source)
-    opened = open_checkpoint(path, base=None if base is None else locate(base)[0], ema=ema)
+    opened = open_checkpoint(path, base=None if base is None else locate(base)[0], **options)
     return replace(opened, origin=origin)
 
 

@@ -47,7 +47,7 @@ def command(checkpoint: str, out: Path, every: bool, **asked: Any) -> Outcome:
         done = package.convert(checkpoint, out, **asked, progress=progress)
     weights = sum(file["size"] for name, file in done.files.items() if name.endswith(".safetensors"))
     model = done.model
-    base = f" --base {quoted(asked['base'])}" if asked["base"] and done.needed_base else ""
+    base = f" --base {quoted(asked['base'])}" if asked["base"] and done.based else ""
     lines = [
         f"{out}: {model.target}, {len(model.plan.target)} tensors, {size(weights)}, each byte read back and compared",
         f"dropped {len(model.dropped)}, made {len(model.plan.fills)}: see conversion.json",

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import click
-
 from convert.cli import Outcome
 from convert.cli import command as make
 from convert.commands.options import planning, source
@@ -43,6 +41,7 @@ def as_data(model: Model) -> dict[str, Any]:
         "edits": [{"key": e.target, "row": e.row, "rule": e.rule, "value": e.value} for e in model.plan.table.edits],
         "config": {value.name: {"value": value.value, "origin": value.origin} for value in model.config},
         "training_only": dict(model.training_only),
+        "notes": list(model.notes),
         "language": model.language,
         "languages": sorted(model.languages),
         "files": sorted(
@@ -60,6 +59,7 @@ def describe(model: Model) -> str:
     lines = [
         f"{model.fairseq} becomes {model.target}",
         *model.spoken,
+        *(f"note: {note}" for note in model.notes),
         "",
         f"tensors renamed: {len(model.plan.renames)}",
     ]
