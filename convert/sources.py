@@ -12,8 +12,6 @@ from urllib.parse import unquote, urlsplit
 
 from convert.checkpoint import Checkpoint, Origin, open_checkpoint
 from convert.errors import ConvertError
-from convert.fetching import bring, catalogue, fetch
-from convert.network import public_address
 
 DIRECTORY = Path("checkpoints")  # where downloads go
 _HUB = re.compile(r"hf://([\w.-]+/[\w.-]+?)(?:@([^/]+))?/(.+)")
@@ -62,6 +60,9 @@ def locate(source: str | Path) -> tuple[Path, Origin | None]:
 
 @functools.cache  # a command may open a file more than once: what was fetched is fetched, and hashed, once
 def _fetched(text: str) -> tuple[Path, Origin | None]:
+    from convert.fetching import catalogue, fetch
+    from convert.network import public_address
+
     scheme = _ADDRESS.match(text)
     if scheme and scheme[1] == "hf":
         return _from_hub(text)
@@ -78,11 +79,18 @@ def _fetched(text: str) -> tuple[Path, Origin | None]:
 
 
 def _from_address(address: str) -> tuple[Path, Origin]:
+    from convert.fetching import bring
+    from convert.network import public_address
+
+    public = public_address(address)
+    if "@" in urlsplit(address).netloc:
+        message = f"{public}: an address with a user and a password is not fetched: they would go to every redirect"
+        raise ConvertError(message, code="unknown-address", key=public, hint="download the file yourself")
     name = re.sub(r"[^\w.+-]", "_", unquote(urlsplit(address).path).rpartition("/")[2]).lstrip(".")
     target = DIRECTORY / (name or "checkpoint.pt")
     target.parent.mkdir(parents=True, exist_ok=True)
     record, _ = bring(target.stem, address, target, progress=_progress())
-    return target, Origin(public_address(address), "", record.sha256, None)
+    return target, Origin(public, "", record.sha256, None)
 
 
 def _from_hub(text: str) -> tuple[Path, Origin]:

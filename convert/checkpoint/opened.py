@@ -419,8 +419,9 @@ def _based(opened: Checkpoint, base: Path | None) -> Checkpoint:
                     hint="pass the pretrained checkpoint that it was made from",
                 )
         found = Base(base.name, other.sha256(), not opened.settings)
-        note = f"settings from {base.name} (SHA-256 {found.sha256[:12]}…); their geometry is held against the tensors' shapes, "
-        opened = replace(opened, notes=(*opened.notes, note + "heads and strides do not show in those"))
+        shapes = "their geometry is held against the tensors' shapes; heads and strides do not show in those"
+        told = f"settings from {base.name} (SHA-256 {found.sha256[:12]}…): {shapes}"
+        opened = replace(opened, notes=(*opened.notes, told))
         if opened.settings:  # `w2v_args` alone is missing
             model = {**opened.settings["model"], "w2v_args": pretrained}
             return replace(opened, settings=opened.settings | {"model": model}, base=found)
