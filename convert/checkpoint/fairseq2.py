@@ -18,7 +18,7 @@ from convert.checkpoint.beside import read_bytes, read_yaml
 from convert.checkpoint.container import Container
 from convert.checkpoint.dictionary import Dictionary, of_pieces
 from convert.checkpoint.fairseq2_architectures import ARCHITECTURES, ASR, NORMALISED, PRETRAINED
-from convert.checkpoint.sentencepiece import UNKNOWN, SentencePieceModel, read_model
+from convert.checkpoint.sentencepiece import NORMAL, SentencePieceModel, read_model
 from convert.checkpoint.unpickle import JoinedTensor, Storage, StoredTensor
 from convert.errors import CheckpointError
 
@@ -437,14 +437,14 @@ def find_tokenizer(run: Run, options: Options) -> Path | None:
     return None
 
 
-def read_tokenizer(path: Path) -> tuple[Dictionary, dict[str, Any]]:
+def read_tokenizer(path: Path) -> tuple[Dictionary, dict[str, Any], bytes]:
     """Read a tokenizer: its pieces, and what decides how they become text.
 
     Args:
         path: the `.model` file.
 
     Returns:
-        A dictionary of the pieces, and settings as plain data.
+        A dictionary of the pieces, settings as plain data, and the file as it is.
 
     Raises:
         CheckpointError: `bad-dictionary`: it is not a sentencepiece model.
@@ -453,24 +453,21 @@ def read_tokenizer(path: Path) -> tuple[Dictionary, dict[str, Any]]:
         path, "sentencepiece model", lambda what: _bad(path, f"{path.name} {what}", "bad-dictionary", _DICT)
     )
     model = read_model(data)
-    return of_pieces(model, path), {
-        "name": path.name,
-        "sha256": hashlib.sha256(data).hexdigest(),
-        **_decoding(model),
-    }
+    return of_pieces(model, path), _decoding(path, model, data), data
 
 
 _DICT = "name the tokenizer's .model with --dict FILE"
 
 
-def _decoding(model: SentencePieceModel) -> dict[str, Any]:
+def _decoding(path: Path, model: SentencePieceModel, data: bytes) -> dict[str, Any]:
     return {
-        "kinds": {str(index): kind for index, kind in enumerate(model.kinds) if kind != 1},
+        "name": path.name,
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "kinds": {str(index): kind for index, kind in enumerate(model.kinds) if kind != NORMAL},
         "ids": dict(model.ids),
         "unk_surface": model.unk_surface,
         "dummy_prefix": model.dummy_prefix,
         "extra_whitespace": model.extra_whitespace,
-        "unknown": [model.pieces[index] for index, kind in enumerate(model.kinds) if kind == UNKNOWN],
     }
 
 

@@ -99,7 +99,7 @@ class Checkpoint:
         averages: where exponential moving averages of the weights are.
         notes: what else there is to say of it.
         origin: where the file was fetched from, if it was.
-        tokenizer: the sentencepiece model that belongs to a checkpoint of fairseq2.
+        tokenizer: the sentencepiece model that belongs to a checkpoint of fairseq2, as it is; empty without one.
     """
 
     path: Path
@@ -121,7 +121,7 @@ class Checkpoint:
     averages: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     origin: Origin | None = None
-    tokenizer: Path | None = None
+    tokenizer: bytes = b""
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -274,10 +274,10 @@ def _of_fairseq2(run: fairseq2.Run, parts: Sequence[Checkpoint], options: fairse
     family = fairseq2.family_of(names, name)
     container, tensors = fairseq2.join([(part.container, part.tensors) for part in parts], name)
     settings, base = fairseq2.read_settings(run, family, options)
-    tokenizer = fairseq2.find_tokenizer(run, options) if family == ASR else None
-    dictionary = None
-    if tokenizer is not None:
-        dictionary, settings["task"]["tokenizer"] = fairseq2.read_tokenizer(tokenizer)
+    file = fairseq2.find_tokenizer(run, options) if family == ASR else None
+    dictionary, tokenizer = None, b""
+    if file is not None:
+        dictionary, settings["task"]["tokenizer"], tokenizer = fairseq2.read_tokenizer(file)
     return replace(
         first,
         path=run.path,

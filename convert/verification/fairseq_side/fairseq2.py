@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import dataclasses
 import importlib
@@ -167,7 +168,7 @@ class Fairseq2Reference(Reference):
         from sentencepiece import SentencePieceProcessor
 
         if self.dictionary is None:
-            self.dictionary = SentencePieceProcessor(model_file=self.request["tokenizer"])
+            self.dictionary = SentencePieceProcessor(model_proto=base64.b64decode(self.request["tokenizer"]))
         return self.dictionary
 
     def transcribe(self, path: Any) -> str:
