@@ -28,6 +28,7 @@ def make_recording(
     dtype: str,
     dictionary: Path | None,
     base: Path | None,
+    ema: bool,
     trusted: bool,
     long: bool,
     language: str,
@@ -37,7 +38,9 @@ def make_recording(
     check_place(out, overwrite)
     if dtype and dtype not in HALVES:
         raise ConvertError(f"{dtype!r} is neither float16 nor bfloat16", code="usage", key="--dtype")
-    subject, geometry = read_subject(checkpoint, dictionary=dictionary, base=base, trusted=trusted, language=language)
+    subject, geometry = read_subject(
+        checkpoint, dictionary=dictionary, base=base, ema=ema, trusted=trusted, language=language
+    )
     clips = collect(audio, subject.rate, geometry)
     wanted = [one for one in probes(geometry, clips, rate=subject.rate) if long or one.name != "30-seconds"]
     if not language:

@@ -16,7 +16,6 @@ from convert.model.processor import labels_of, sequence_decoding
 from convert.model.settings import Reader
 from convert.model.speech_to_text import ARCHITECTURES as SPEECH_TO_TEXT
 from convert.model.speech_to_text import LANGUAGE
-from convert.model.types import Request
 from convert.verification.inputs import Geometry
 from convert.verification.reference import Subject, check_pickle
 
@@ -29,6 +28,7 @@ def read_subject(
     *,
     dictionary: Path | None = None,
     base: Path | None = None,
+    ema: bool = False,
     kept: Dictionary | None = None,
     trusted: bool = False,
     language: str = "",
@@ -37,7 +37,7 @@ def read_subject(
 
     Args:
         path: the checkpoint.
-        dictionary, base: as for `convert.package.plan`.
+        dictionary, base, ema: as for `convert.package.plan`.
         kept: the dictionary that a model directory keeps, for checkpoints that carry none.
         trusted: whether its pickle may name what no trainer writes.
         language: the one language that a conversion was asked for, of a checkpoint with several.
@@ -47,22 +47,13 @@ def read_subject(
         ConvertError: `unsafe-pickle`.
         PlanError: it was fine-tuned, and its pretrained model's settings are missing; it has no such language.
     """
-    with open_checkpoint(path) as opened:
+    with open_checkpoint(path, base=base, ema=ema) as opened:
         check_pickle(opened, trusted)
         if architecture_of(opened) in SPEECH_TO_TEXT:
             return _speech_to_text(opened, from_file(dictionary) if dictionary else kept)
         settings: dict[str, Any] = {key: dict(value) for key, value in opened.settings.items()}
-        inner = None
-        if base is not None:
-            with open_checkpoint(base) as other:
-                inner = other.settings
         fine_tuned = any(name.startswith(("w2v_encoder.", "encoder.w2v_model.")) for name in opened.tensors)
-        if fine_tuned:
-            reader = encoder_settings(opened, Request(base=inner))
-            if not isinstance(settings["model"].get("w2v_args"), dict):
-                settings["model"]["w2v_args"] = inner
-        else:
-            reader = Reader(dict(settings["model"]), {})
+        reader = encoder_settings(opened) if fine_tuned else Reader(dict(settings["model"]), {})
         architecture = architecture_of(opened)
         known = from_file(dictionary) if dictionary else opened.dictionary or kept
         if known and dictionary and architecture in KINDS and not KINDS[architecture].text:
