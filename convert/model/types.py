@@ -120,7 +120,7 @@ class Request:
         keep_final_proj: whether the pretraining head that transformers has no class for is kept in a sidecar.
         language: the one language of several: to take of adapters, or to translate into.
         data_config: the task's config.yaml with what it names, for a speech-to-text model.
-        ema: whether the checkpoint's moving average of the weights is taken, as it was opened.
+        ema, arch, normalize: how the checkpoint was opened.
     """
 
     head: str = ""
@@ -130,12 +130,16 @@ class Request:
     language: str = ""
     data_config: DataConfig | None = None
     ema: bool = False
+    arch: str = ""
+    normalize: bool | None = None
 
     @property
     def record(self) -> dict[str, Any]:
         """What `conversion.json` keeps of it, so that the same can be asked for again."""
         made: dict[str, Any] = {"head": self.head, "keep_final_proj": self.keep_final_proj, "language": self.language}
         made |= {"ema": True} if self.ema else {}
+        made |= {"arch": self.arch} if self.arch else {}
+        made |= {} if self.normalize is None else {"normalize": self.normalize}
         return made if self.data_config is None else made | {"data_config": dict(self.data_config.values)}
 
 
@@ -148,6 +152,8 @@ def make_request(
     language: str | None = None,
     data_config: str | Path | None = None,
     ema: bool = False,
+    arch: str = "",
+    normalize: bool | None = None,
 ) -> Request:
     """Read the files that a request names; the arguments are those of `convert.plan`.
 
@@ -156,7 +162,9 @@ def make_request(
     """
     data = read_data_config(Path(data_config)) if data_config else None
     symbols = from_file(Path(dictionary)) if dictionary else data.dictionary if data else None
-    return Request(head or "", symbols, tuple(training_only), keep_final_proj, language or "", data, ema)
+    return Request(
+        head or "", symbols, tuple(training_only), keep_final_proj, language or "", data, ema, arch, normalize
+    )
 
 
 def request_again(
@@ -176,7 +184,7 @@ def request_again(
     made = make_request(
         dictionary=dictionary,
         training_only=tuple(record.training_only),
-        ema=record.asked.ema,
+        **record.asked.opening,
         head=record.asked.head,
         keep_final_proj=record.asked.keep_final_proj,
         language=record.asked.language,
