@@ -1,5 +1,6 @@
 """A checkpoint by its name in the catalogue, by its address, on the Hub, and all those of a folder."""
 
+# ruff: noqa: F811 - fixtures that are imported come again as arguments
 from __future__ import annotations
 
 import hashlib
@@ -48,7 +49,7 @@ def source_of(model: Path) -> dict[str, object]:
     return record
 
 
-def test_a_name_of_the_catalogue(server: Server, old: bytes, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_a_name_of_the_catalogue(server: Server, old: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(test_fetch, "DICTIONARY", LETTERS)
     monkeypatch.setattr(fetching, "catalogue", lambda: {"tiny": test_fetch.entry(server, dictionary="/dict.txt")})
     server.content = old
@@ -74,7 +75,7 @@ def test_a_name_that_nobody_knows() -> None:
     assert "did you mean wav2vec2-base-960h" in raised.value.hint
 
 
-def test_an_address(server: Server, old: bytes) -> None:  # noqa: F811
+def test_an_address(server: Server, old: bytes) -> None:
     server.content = old
     address = f"http://127.0.0.1:{server.server_port}/model.pt?signature=secret"
     Path("dict.txt").write_bytes(LETTERS)
@@ -101,7 +102,7 @@ def test_what_is_no_source(source: str, code: str, said: str) -> None:
     assert (raised.value.code, raised.value.message) == (code, said)
 
 
-def published(hub: Hub, files: dict[str, bytes]) -> str:  # noqa: F811
+def published(hub: Hub, files: dict[str, bytes]) -> str:
     """Put files into a repository of the tests' Hub, large ones as it stores them; return its name."""
     hub.store.create("lab/checkpoints", True, "alice")
     blobs = {}
@@ -114,7 +115,7 @@ def published(hub: Hub, files: dict[str, bytes]) -> str:  # noqa: F811
     return "lab/checkpoints"
 
 
-def run(hub: Hub, home: Path, *words: str, token: str | None = hub_fixtures.TOKEN) -> Ran:  # noqa: F811
+def run(hub: Hub, home: Path, *words: str, token: str | None = hub_fixtures.TOKEN) -> Ran:
     environment = hub_fixtures.Publisher(hub, home).environment(token)
     command = [sys.executable, "-m", "convert", *words, "--json"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -122,7 +123,7 @@ def run(hub: Hub, home: Path, *words: str, token: str | None = hub_fixtures.TOKE
     return Ran(done.returncode, done.stdout, done.stderr, json.loads(done.stdout))
 
 
-def test_a_file_on_the_hub(hub: Hub, old: bytes, tmp_path: Path) -> None:  # noqa: F811
+def test_a_file_on_the_hub(hub: Hub, old: bytes, tmp_path: Path) -> None:
     name = published(hub, {"runs/old.pt": old, "runs/dict.ltr.txt": LETTERS, "dict.other.txt": b"a 1\n"})
     source = f"hf://{name}/runs/old.pt"
     done = run(hub, tmp_path / "home", "convert", source, "model")
@@ -149,14 +150,14 @@ def test_what_the_hub_does_not_give(
     code: str,
     hub: Hub,
     old: bytes,
-    tmp_path: Path,  # noqa: F811
+    tmp_path: Path,
 ) -> None:
     name = published(hub, {"old.pt": old})
     done = run(hub, tmp_path / "home", "plan", f"hf://{name}/{file}", token=token)
     assert done.status == 2 and done.data["problems"][0]["code"] in (code, "token")
 
 
-def test_two_dictionaries_are_asked_for(hub: Hub, old: bytes, tmp_path: Path) -> None:  # noqa: F811
+def test_two_dictionaries_are_asked_for(hub: Hub, old: bytes, tmp_path: Path) -> None:
     name = published(hub, {"old.pt": old, "dict.ltr.txt": LETTERS, "dict.wrd.txt": LETTERS})
     done = run(hub, tmp_path / "home", "plan", f"hf://{name}/old.pt")
     assert done.status == 1 and {problem["code"] for problem in done.data["problems"]} == {"no-dictionary"}
