@@ -9,17 +9,17 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from convert.checkpoint import Checkpoint, open_checkpoint
-from convert.checkpoint.dictionary import Dictionary
+from convert.checkpoint.data_config import read_data_config
+from convert.checkpoint.dictionary import Dictionary, from_file
 from convert.errors import ConvertError, MismatchError, Problem
-from convert.model.architectures import describe
-from convert.model.directory import SUBWORDS
-from convert.model.types import Model, Request, make_request, request_again
+from convert.families import Conversion, Request, describe
+from convert.model.directory import SUBWORDS, ModelDirectory
 from convert.report import json_bytes
 from convert.transfer import Transfer, Written, pieces, split
 
@@ -49,7 +49,7 @@ class Converted:
     """
 
     path: Path
-    model: Model
+    model: Conversion
     files: dict[str, dict[str, Any]]
     source_sha256: str
 
@@ -64,7 +64,7 @@ def plan(
     keep_final_proj: bool = False,
     language: str | None = None,
     data_config: str | Path | None = None,
-) -> Model:
+) -> Conversion:
     """Decide what a conversion of a checkpoint would do. Reads no tensor bytes, but of buffers that must repeat each other.
 
     Args:
@@ -163,9 +163,57 @@ def convert(
     return Converted(out, model, files, digest)
 
 
+def make_request(
+    *,
+    head: str | None = None,
+    dictionary: str | Path | None = None,
+    base: str | Path | None = None,
+    training_only: Sequence[str] = (),
+    keep_final_proj: bool = False,
+    language: str | None = None,
+    data_config: str | Path | None = None,
+) -> Request:
+    """Read the files that a request names; the arguments are those of `convert.plan`.
+
+    Raises:
+        CheckpointError: one of them cannot be read.
+    """
+    settings = None
+    if base is not None:
+        with open_checkpoint(base) as opened:
+            settings = opened.settings
+    data = read_data_config(Path(data_config)) if data_config else None
+    symbols = from_file(Path(dictionary)) if dictionary else data.dictionary if data else None
+    return Request(head or "", symbols, settings, tuple(training_only), keep_final_proj, language or "", data)
+
+
+def request_again(
+    directory: ModelDirectory,
+    opened: Checkpoint,
+    *,
+    dictionary: str | Path | None = None,
+    base: str | Path | None = None,
+) -> Request:
+    """Ask for the same as a conversion did.
+
+    Args:
+        directory: what it made: its record names no files, and keeps the dictionary of checkpoints that carry none.
+        opened: the checkpoint.
+        dictionary, base: as for `convert.plan`.
+    """
+    record = directory.conversion
+    asked = dict(record.get("request") or {"head": (record.get("architecture") or {}).get("head")})
+    asked.pop("data_config", None)
+    training_only = tuple(record.get("training_only") or ())
+    made = make_request(dictionary=dictionary, base=base, training_only=training_only, **asked)
+    if made.dictionary is None and opened.dictionary is None:
+        made = replace(made, dictionary=directory.dictionary)
+    return replace(made, data_config=directory.data_config)
+
+
 def _write(
     opened: Checkpoint,
-    model: Model,
+    model: Conversion,
     request: Request,
     work: Path,
     dtype: str,
@@ -215,7 +263,7 @@ def _write(
 
 
 def _record(
-    opened: Checkpoint, model: Model, request: Request, digest: str, dtype: str, files: dict[str, Any]
+    opened: Checkpoint, model: Conversion, request: Request, digest: str, dtype: str, files: dict[str, Any]
 ) -> dict[str, Any]:
     """The content of conversion.json: what the result was made from and how, with nothing private or volatile."""
     return {
@@ -241,11 +289,8 @@ def _record(
         "table": {"name": model.plan.table.name, "digest": model.plan.table.digest},
         "tensors": {target: source for source, target in model.plan.renames.items()},
         "drops": [drop.record for drop in model.plan.drops],
-        "fills": [{"key": fill.target, "rule": fill.rule, "reason": fill.reason} for fill in model.plan.fills],
-        "edits": [
-            {"key": edit.target, "row": edit.row, "rule": edit.rule, "value": edit.value, "reason": edit.reason}
-            for edit in model.plan.table.edits
-        ],
+        "fills": [fill.record for fill in model.plan.fills],
+        "edits": [edit.record for edit in model.plan.table.edits],
         "edited_rows": _kept_rows(opened, model),
         "left_rows": _left_rows(opened, model, dtype),
         "sidecars": {
@@ -264,7 +309,7 @@ def _symbols(dictionary: Dictionary) -> dict[str, Any]:
     return {name: list(getattr(dictionary, name)) for name in ("symbols", "counts", "special")}
 
 
-def _kept_rows(opened: Checkpoint, model: Model) -> dict[str, dict[str, str]]:
+def _kept_rows(opened: Checkpoint, model: Conversion) -> dict[str, dict[str, str]]:
     """The bytes of every row that is edited as they were before, in hexadecimal, for the way back."""
     from convert.transfer import read_array
 
@@ -277,7 +322,7 @@ def _kept_rows(opened: Checkpoint, model: Model) -> dict[str, dict[str, str]]:
     return kept
 
 
-def _left_rows(opened: Checkpoint, model: Model, dtype: str) -> dict[str, str]:
+def _left_rows(opened: Checkpoint, model: Conversion, dtype: str) -> dict[str, str]:
     """The bytes of the rows before those that a tensor takes, of the same type as it, in hexadecimal, for the way back."""
     from convert.transfer import cast, read_array
 
@@ -341,8 +386,6 @@ def compare_opened(
     base: str | Path | None = None,
 ) -> list[Problem]:
     """Compare every tensor of a model directory with an opened checkpoint, as `compare_weights` does."""
-    from convert.model.directory import ModelDirectory
-
     directory = ModelDirectory(Path(model_dir))
     record = directory.conversion
     dtype = DTYPES[record["dtype"]]
@@ -433,8 +476,6 @@ def _check_target(out: Path, overwrite: bool, checkpoint: Path) -> None:
 
 def _foreign_files(out: Path) -> list[str]:
     """Name what stands in a model directory beside the files that this tool writes there."""
-    from convert.model.directory import ModelDirectory
-
     try:
         written = set(ModelDirectory(out).conversion["files"])
     except ConvertError:  # damaged, and so one more reason to replace it; what it was made of is not known any more

@@ -12,10 +12,10 @@ from typing import Any
 from convert.checkpoint.container import Container, open_container, tensors_in
 from convert.checkpoint.dictionary import Dictionary, from_pickle
 from convert.checkpoint.settings import read_settings
+from convert.checkpoint.stacks import is_unstacked, stacked, unstack
 from convert.checkpoint.unpickle import StoredTensor, Stub
 from convert.errors import CheckpointError
-from convert.mapping.adapters import is_unstacked, stacked, unstack
-from convert.mapping.rules import TensorSpec
+from convert.rules import TensorSpec
 
 __all__ = ["Checkpoint", "is_harmful", "is_harmless", "open_checkpoint"]
 

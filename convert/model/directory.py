@@ -13,8 +13,8 @@ from convert.checkpoint import Checkpoint
 from convert.checkpoint.data_config import DataConfig
 from convert.checkpoint.dictionary import SPECIAL, Dictionary
 from convert.errors import ConvertError, Problem
-from convert.mapping.rules import TensorSpec
 from convert.model.record import misfits
+from convert.rules import TensorSpec
 from convert.transfer import WIDTHS, Piece, product, tensor_bytes
 
 _REMEDY = "convert the checkpoint again"

@@ -10,14 +10,14 @@ from typing import Any
 
 from convert.checkpoint import Checkpoint
 from convert.errors import Problem
-from convert.model.architectures import describe
+from convert.families import Conversion, describe
 from convert.model.directory import ModelDirectory
-from convert.model.types import Model, request_again
+from convert.package import request_again
 
 AFTERWARDS = ("verification.json", "evaluation.json", "README.md")  # written later, and read by no model
 
 
-def fresh_plan(opened: Checkpoint, directory: ModelDirectory, **options: Any) -> Model:
+def fresh_plan(opened: Checkpoint, directory: ModelDirectory, **options: Any) -> Conversion:
     """Plan the conversion again, with what the directory's conversion.json says was asked for.
 
     Args:
@@ -32,7 +32,7 @@ def fresh_plan(opened: Checkpoint, directory: ModelDirectory, **options: Any) ->
     return describe(opened, request_again(directory, opened, **options))
 
 
-def expected_files(model: Model, dtype: str) -> dict[str, Any]:
+def expected_files(model: Conversion, dtype: str) -> dict[str, Any]:
     """Return the content that a conversion gives each JSON file beside the weights.
 
     Args:
@@ -98,7 +98,7 @@ def differences(name: str, meant: Any, found: Any) -> Iterator[Problem]:
             yield Problem("file", name, f"{key} is {_short(found[key])}, expected {_short(meant[key])}")
 
 
-def compare_records(directory: ModelDirectory, model: Model) -> list[Problem]:
+def compare_records(directory: ModelDirectory, model: Conversion) -> list[Problem]:
     """Compare conversion.json with the files it speaks of, and with the fresh plan.
 
     Args:
@@ -106,10 +106,10 @@ def compare_records(directory: ModelDirectory, model: Model) -> list[Problem]:
         model: the fresh plan.
     """
     record = directory.conversion
-    fills = [{"key": fill.target, "rule": fill.rule, "reason": fill.reason} for fill in model.plan.fills]
+    fills = [fill.record for fill in model.plan.fills]
     drops = [drop.record for drop in model.plan.drops]
     named = ("key", "row", "rule", "value")
-    edits = [dict(zip(named, (e.target, e.row, e.rule, e.value), strict=True)) for e in model.plan.table.edits]
+    edits = [{name: e.record[name] for name in named} for e in model.plan.table.edits]
     found_edits = [{name: edit.get(name) for name in named} for edit in record.get("edits") or ()]
     meant = {"fills": fills, "drops": drops, "edits": edits, "sidecars": sorted(one.file for one in model.sidecars)}
     stated = {"fills": record.get("fills"), "drops": record.get("drops"), "edits": found_edits}

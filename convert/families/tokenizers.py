@@ -15,7 +15,7 @@ from typing import Any
 
 from convert.checkpoint.dictionary import SPECIAL, Dictionary
 from convert.errors import Problem
-from convert.model.settings import Reader
+from convert.families.settings import Reader
 
 _DELIMITERS = {
     "letter": "|",
