@@ -9,21 +9,22 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from convert.checkpoint import Checkpoint, open_checkpoint
-from convert.checkpoint.data_config import read_data_config
-from convert.checkpoint.dictionary import Dictionary, from_file
+from convert.conversion import DTYPES as DTYPES
+from convert.conversion import record_of
+from convert.directory import ModelDirectory
 from convert.errors import ConvertError, MismatchError, Problem
 from convert.families import Conversion, Request, describe
-from convert.model.directory import SUBWORDS, ModelDirectory
+from convert.families.tokenizers import SUBWORDS
 from convert.report import json_bytes
+from convert.request import make_request, request_again
 from convert.transfer import Transfer, Written, pieces, split
 
-DTYPES = {"keep": "keep", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 MAX_SHARD_SIZE = 5_000_000_000  # what transformers' save_pretrained splits at
 _USUAL = {
     "config.json",
@@ -64,6 +65,7 @@ def plan(
     keep_final_proj: bool = False,
     language: str | None = None,
     data_config: str | Path | None = None,
+    ema: bool = False,
 ) -> Conversion:
     """Decide what a conversion of a checkpoint would do. Reads no tensor bytes, but of buffers that must repeat each other.
 
@@ -71,11 +73,12 @@ def plan(
         checkpoint: the file that fairseq's trainer wrote.
         head: `encoder` for the model without its head; by default what the checkpoint is.
         dictionary: a `dict.*.txt`, for checkpoints that carry none.
-        base: the pretrained checkpoint, for a fine-tuned one that does not carry its settings.
+        base: the pretrained checkpoint, for one that does not carry its settings, or not those that it was fine-tuned from.
         training_only: settings unknown to this version that act while training only.
         keep_final_proj: keep the pretraining head of a model whose class has no place for it, in `final_proj.safetensors`.
         language: the one language to take of an MMS checkpoint that has adapters for several, or to translate into.
         data_config: the config.yaml of a speech-to-text task; its dictionary and its sentencepiece model lie beside it.
+        ema: take the exponential moving average of the weights that the checkpoint holds beside them.
 
     Raises:
         CheckpointError: the file cannot be read.
@@ -84,13 +87,13 @@ def plan(
     request = make_request(
         head=head,
         dictionary=dictionary,
-        base=base,
         training_only=training_only,
         keep_final_proj=keep_final_proj,
         language=language,
         data_config=data_config,
+        ema=ema,
     )
-    with open_checkpoint(checkpoint) as opened:
+    with open_checkpoint(checkpoint, base=base, ema=ema) as opened:
         return describe(opened, request)
 
 
@@ -105,6 +108,7 @@ def convert(
     keep_final_proj: bool = False,
     language: str | None = None,
     data_config: str | Path | None = None,
+    ema: bool = False,
     dtype: str = "keep",
     max_shard_size: int = MAX_SHARD_SIZE,
     overwrite: bool = False,
@@ -116,7 +120,7 @@ def convert(
     Args:
         checkpoint: the file that fairseq's trainer wrote.
         out: the directory to make.
-        head, dictionary, base, training_only, keep_final_proj, language, data_config: as for `plan`.
+        head, dictionary, base, training_only, keep_final_proj, language, data_config, ema: as for `plan`.
         dtype: `keep`, `float32`, `float16` or `bfloat16`.
         max_shard_size: the largest safetensors file, in bytes.
         overwrite: whether an existing model directory is replaced, once the new one is proved.
@@ -147,13 +151,13 @@ def convert(
     request = make_request(
         head=head,
         dictionary=dictionary,
-        base=base,
         training_only=training_only,
         keep_final_proj=keep_final_proj,
         language=language,
         data_config=data_config,
+        ema=ema,
     )
-    with open_checkpoint(checkpoint) as opened:
+    with open_checkpoint(checkpoint, base=base, ema=ema) as opened:
         model = describe(opened, request)
         with beside(out) as work:
             files, digest = _write(
@@ -161,54 +165,6 @@ def convert(
             )
             into_place(work, out, overwrite)
     return Converted(out, model, files, digest)
-
-
-def make_request(
-    *,
-    head: str | None = None,
-    dictionary: str | Path | None = None,
-    base: str | Path | None = None,
-    training_only: Sequence[str] = (),
-    keep_final_proj: bool = False,
-    language: str | None = None,
-    data_config: str | Path | None = None,
-) -> Request:
-    """Read the files that a request names; the arguments are those of `convert.plan`.
-
-    Raises:
-        CheckpointError: one of them cannot be read.
-    """
-    settings = None
-    if base is not None:
-        with open_checkpoint(base) as opened:
-            settings = opened.settings
-    data = read_data_config(Path(data_config)) if data_config else None
-    symbols = from_file(Path(dictionary)) if dictionary else data.dictionary if data else None
-    return Request(head or "", symbols, settings, tuple(training_only), keep_final_proj, language or "", data)
-
-
-def request_again(
-    directory: ModelDirectory,
-    opened: Checkpoint,
-    *,
-    dictionary: str | Path | None = None,
-    base: str | Path | None = None,
-) -> Request:
-    """Ask for the same as a conversion did.
-
-    Args:
-        directory: what it made: its record names no files, and keeps the dictionary of checkpoints that carry none.
-        opened: the checkpoint.
-        dictionary, base: as for `convert.plan`.
-    """
-    record = directory.conversion
-    asked = dict(record.get("request") or {"head": (record.get("architecture") or {}).get("head")})
-    asked.pop("data_config", None)
-    training_only = tuple(record.get("training_only") or ())
-    made = make_request(dictionary=dictionary, base=base, training_only=training_only, **asked)
-    if made.dictionary is None and opened.dictionary is None:
-        made = replace(made, dictionary=directory.dictionary)
-    return replace(made, data_config=directory.data_config)
 
 
 def _write(
@@ -258,98 +214,9 @@ def _write(
     files = {
         file.name: {"size": file.size, "sha256": file.sha256} for file in sorted(written, key=lambda file: file.name)
     }
-    _json(work, "conversion.json", _record(opened, model, request, digest, names_of_dtypes.get(dtype, "keep"), files))
+    named = names_of_dtypes.get(dtype, "keep")
+    _json(work, "conversion.json", record_of(opened, model, request, digest, named, files, tool_version()))
     return files, digest
-
-
-def _record(
-    opened: Checkpoint, model: Conversion, request: Request, digest: str, dtype: str, files: dict[str, Any]
-) -> dict[str, Any]:
-    """The content of conversion.json: what the result was made from and how, with nothing private or volatile."""
-    return {
-        "schema": 1,
-        "tool": {"name": "fairseq-to-hf", "version": tool_version()},
-        "source": {
-            "name": opened.path.name.encode("utf-8", "backslashreplace").decode(),  # file names may be any bytes
-            "size": opened.size,
-            "sha256": digest,
-            "container": opened.container.kind,
-            "layout": opened.layout,
-        },
-        "architecture": {"fairseq": model.fairseq, "class": model.target, "head": model.head},
-        "request": without_paths(request.record),
-        "settings": without_paths(opened.settings),
-        "training_only": without_paths(dict(model.training_only)),
-        "config": {value.name: value.origin for value in model.config},
-        "dictionary": None if model.dictionary is None else _symbols(model.dictionary),
-        "dictionaries": [_symbols(dictionary) for dictionary in opened.dictionaries],
-        "language": model.language,
-        "languages": {name: _symbols(dictionary) for name, dictionary in model.languages.items()},
-        "decoding": model.processor.decoding,
-        "table": {"name": model.plan.table.name, "digest": model.plan.table.digest},
-        "tensors": {target: source for source, target in model.plan.renames.items()},
-        "drops": [drop.record for drop in model.plan.drops],
-        "fills": [fill.record for fill in model.plan.fills],
-        "edits": [edit.record for edit in model.plan.table.edits],
-        "edited_rows": _kept_rows(opened, model),
-        "left_rows": _left_rows(opened, model, dtype),
-        "sidecars": {
-            sidecar.file: {
-                "group": sidecar.group,
-                "tensors": {target: source for source, target in sidecar.plan.renames.items()},
-            }
-            for sidecar in model.sidecars
-        },
-        "dtype": dtype,
-        "files": files,
-    }
-
-
-def _symbols(dictionary: Dictionary) -> dict[str, Any]:
-    return {name: list(getattr(dictionary, name)) for name in ("symbols", "counts", "special")}
-
-
-def _kept_rows(opened: Checkpoint, model: Conversion) -> dict[str, dict[str, str]]:
-    """The bytes of every row that is edited as they were before, in hexadecimal, for the way back."""
-    from convert.transfer import read_array
-
-    sources = {target: source for source, target in model.plan.renames.items()}
-    tensors = opened.over(model.group)
-    kept: dict[str, dict[str, str]] = {}
-    for edit in model.plan.table.edits:
-        before: bytes = read_array(opened.container, tensors[sources[edit.target]])[edit.row].tobytes()
-        kept.setdefault(edit.target, {})[str(edit.row)] = before.hex()
-    return kept
-
-
-def _left_rows(opened: Checkpoint, model: Conversion, dtype: str) -> dict[str, str]:
-    """The bytes of the rows before those that a tensor takes, of the same type as it, in hexadecimal, for the way back."""
-    from convert.transfer import cast, read_array
-
-    sources = {target: source for source, target in model.plan.renames.items()}
-    left: dict[str, str] = {}
-    for target, count in model.plan.table.skips.items():
-        rows = read_array(opened.container, opened.over(model.group)[sources[target]])[:count]
-        kind = model.plan.target[target].dtype
-        left[target] = cast(rows, kind, kind if dtype == "keep" else DTYPES[dtype]).hex()
-    return left
-
-
-def without_paths(value: Any) -> Any:
-    """Keep only the last component of every path in settings: the rest is somebody's machine.
-
-    Example:
-        >>> without_paths({"data": "/home/me/manifests", "w2v_path": "base.pt"})
-        {'data': 'manifests', 'w2v_path': 'base.pt'}
-    """
-    if isinstance(value, dict):
-        return {key: without_paths(child) for key, child in value.items()}
-    if isinstance(value, list):
-        return [without_paths(child) for child in value]
-    if isinstance(value, str) and not value.isspace():
-        parts = value.replace("\\", "/").split("/")
-        return parts[-1] or (parts[-2] if len(parts) > 1 else "") if len(parts) > 1 else value
-    return value
 
 
 def compare_weights(
@@ -374,22 +241,17 @@ def compare_weights(
         CheckpointError, PlanError: the checkpoint cannot be read or converted.
         ConvertError: `not-a-model`, when the directory holds no conversion of ours.
     """
-    with open_checkpoint(checkpoint) as opened:
-        return compare_opened(opened, model_dir, dictionary=dictionary, base=base)
+    directory = ModelDirectory(Path(model_dir))
+    with open_checkpoint(checkpoint, base=base, ema=directory.record.asked.ema) as opened:
+        return compare_opened(opened, directory, dictionary=dictionary)
 
 
 def compare_opened(
-    opened: Checkpoint,
-    model_dir: str | Path,
-    *,
-    dictionary: str | Path | None = None,
-    base: str | Path | None = None,
+    opened: Checkpoint, directory: ModelDirectory, *, dictionary: str | Path | None = None
 ) -> list[Problem]:
     """Compare every tensor of a model directory with an opened checkpoint, as `compare_weights` does."""
-    directory = ModelDirectory(Path(model_dir))
-    record = directory.conversion
-    dtype = DTYPES[record["dtype"]]
-    asked = request_again(directory, opened, dictionary=dictionary, base=base)
+    dtype = DTYPES[directory.record.dtype]
+    asked = request_again(directory, opened, dictionary=dictionary)
     model = describe(opened, asked)
     problems = directory.compare(opened, pieces(opened.container, model.plan, opened.over(model.group), dtype))
     for sidecar in model.sidecars:
@@ -477,7 +339,7 @@ def _check_target(out: Path, overwrite: bool, checkpoint: Path) -> None:
 def _foreign_files(out: Path) -> list[str]:
     """Name what stands in a model directory beside the files that this tool writes there."""
     try:
-        written = set(ModelDirectory(out).conversion["files"])
+        written = set(ModelDirectory(out).record.files)
     except ConvertError:  # damaged, and so one more reason to replace it; what it was made of is not known any more
         written = {file.name for file in out.glob("*.safetensors*")}
     return sorted({file.name for file in out.iterdir()} - written - _USUAL)

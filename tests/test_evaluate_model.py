@@ -262,7 +262,7 @@ def test_what_cannot_be_evaluated_is_refused(tmp_path: Path) -> None:
     )
     status, out, _ = run("evaluate", model, "--manifest", manifest, "--json")
     assert status == 2
-    assert [(p["code"], p["key"]) for p in json.loads(out)["problems"]] == [("missing", "lm_head.weight")]
+    assert [(p["code"], p["key"]) for p in json.loads(out)["problems"]] == [("missing-keys", "lm_head.weight")]
     assert refused("unknown-language", model, "--manifest", manifest, "--lang", "deu") == "model has no language 'deu'"
     (model / "vocab.json").unlink()
     assert "writes no text" in refused("no-vocabulary", model, "--manifest", manifest)

@@ -163,7 +163,11 @@ def test_a_head_that_is_not_there() -> None:
 
 def test_another_geometry_is_another_table() -> None:
     layout = infer_layout({key: value.shape for key, value in build("ctc_base").state_dict().items()})
-    assert table(layout).digest == table(layout).digest != table(replace(layout, encoder=replace(layout.encoder, layers=3))).digest
+    assert (
+        table(layout).digest
+        == table(layout).digest
+        != table(replace(layout, encoder=replace(layout.encoder, layers=3))).digest
+    )
 
 
 def test_it_needs_the_standard_library_only() -> None:

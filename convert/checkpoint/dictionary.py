@@ -36,6 +36,17 @@ class Dictionary:
         return len(self.symbols)
 
 
+def is_dictionary(value: Any) -> bool:
+    """Say whether an unpickled object is a dictionary: fairseq's class, one made of it, or a copy under another name."""
+    state = value.state if isinstance(value, Stub) else None
+    return isinstance(state, dict) and "symbols" in state and ("indices" in state or "count" in state)
+
+
+def from_symbols(symbols: Sequence[str], name: str) -> Dictionary:
+    """Make a dictionary of its symbols alone, special ones first."""
+    return _checked(symbols, [1] * len(symbols), SPECIAL if tuple(symbols[:4]) == SPECIAL else (), name)
+
+
 def from_pickle(value: Any, name: str) -> Dictionary | None:
     """Read a pickled `fairseq.data.dictionary.Dictionary`; `None` when the value is something else.
 
@@ -46,7 +57,7 @@ def from_pickle(value: Any, name: str) -> Dictionary | None:
     Raises:
         CheckpointError: `corrupted-dictionary`, when its symbols are no list of distinct texts.
     """
-    if not isinstance(value, Stub) or value.type.name != "Dictionary" or not isinstance(value.state, dict):
+    if not is_dictionary(value):
         return None
     state = value.state
     symbols, counts = state.get("symbols"), state.get("count")

@@ -23,8 +23,9 @@ def planning(function: F) -> F:
             "--dict", "dictionary", type=click.Path(path_type=Path), help="dict.*.txt, where the checkpoint has none."
         ),
         click.option(
-            "--base", type=click.Path(path_type=Path), help="Pretrained checkpoint, where the settings refer to it."
+            "--base", type=click.Path(path_type=Path), help="Pretrained checkpoint, where the settings are only there."
         ),
+        click.option("--ema", is_flag=True, help="Take the moving average of the weights that stands beside them."),
         click.option(
             "--training-only",
             multiple=True,

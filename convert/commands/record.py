@@ -30,6 +30,7 @@ from convert.report import size
 @click.option("--overwrite", is_flag=True, help="Replace an existing recording, once the new one is made.")
 @click.option("--dict", "dictionary", type=click.Path(path_type=Path), help="As for convert.")
 @click.option("--base", type=click.Path(path_type=Path), help="As for convert.")
+@click.option("--ema", is_flag=True, help="As for convert.")
 @click.option(
     "--trust-checkpoint",
     is_flag=True,

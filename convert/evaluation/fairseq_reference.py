@@ -7,7 +7,8 @@ from typing import Any
 
 from convert.checkpoint.dictionary import Dictionary
 from convert.errors import ConvertError
-from convert.verification.devices import quiet, without_tf32
+from convert.loading import quiet
+from convert.verification.devices import without_tf32
 
 
 class FairseqReference:

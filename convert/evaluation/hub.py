@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from contextlib import redirect_stderr
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from convert.audio import Waveform, bad_audio, read_audio
 from convert.errors import ConvertError
 from convert.evaluation.data import Dataset, Item, Source
 from convert.evaluation.options import Options
-from convert.verification.devices import quiet
+from convert.loading import quiet
 
 TEXT_COLUMNS = ("text", "sentence", "transcription", "transcript")
 
@@ -39,7 +38,7 @@ def hub_source(options: Options, rate: int) -> Source:
     if not local:
         revision = _commit(name, revision)
     try:
-        with quiet(), redirect_stderr(io.StringIO()):  # loading bars
+        with quiet():
             stream = datasets.load_dataset(name, name=options.config, split=split, revision=revision, streaming=True)
         columns = stream.features or dict.fromkeys(next(iter(stream.take(1)), {}))
     except (OSError, ValueError, RuntimeError) as error:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import redirect_stderr
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convert.errors import ConvertError, Problem
+from convert.errors import ConvertError
 from convert.evaluation.data import Utterance
-from convert.verification.devices import quiet, without_tf32
+from convert.loading import load, load_model, quiet
+from convert.verification.devices import without_tf32
 
 if TYPE_CHECKING:
     import torch
@@ -59,20 +58,13 @@ class Recognizer:
     def __init__(self, model_dir: Path, device: str, language: str = "") -> None:
         import transformers
 
-        try:
-            with quiet(), redirect_stderr(io.StringIO()):  # bars and warnings: what they report is checked below
-                self.model, loading = getattr(transformers, self.loader).from_pretrained(
-                    model_dir, local_files_only=True, output_loading_info=True
-                )
-                if language:
-                    self.model.load_adapter(language, local_files_only=True)
-                self.extractor, self.tokenizer = self._processor(model_dir, language)
-        except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ConvertError(f"{model_dir.name}: transformers cannot load it: {reason}", code="load") from error
-        _check_complete(model_dir.name, loading)
+        model = load_model(getattr(transformers, self.loader), model_dir)
+        if language:
+            with quiet():
+                model.load_adapter(language, local_files_only=True)
+        self.extractor, self.tokenizer = self._processor(model_dir, language)
         self.device = device
-        self.model = self.model.float().eval().to(device)
+        self.model = model.float().eval().to(device)
         self.rate = int(self.extractor.sampling_rate)
         # A group norm runs over all frames, padding too, and a model without a mask attends to it.
         layered = getattr(self.model.config, "feat_extract_norm", "") == "layer"
@@ -80,10 +72,10 @@ class Recognizer:
         self.alone = 0  # utterances that a near tie sent through the model a second time
 
     def _processor(self, model_dir: Path, language: str) -> tuple[Any, Any]:
-        import transformers
+        from transformers import AutoProcessor
 
-        chosen = {"target_lang": language} if language else {}
-        processor = transformers.AutoProcessor.from_pretrained(model_dir, local_files_only=True, **chosen)
+        chosen: dict[str, Any] = {"target_lang": language} if language else {}
+        processor = load(AutoProcessor, model_dir, **chosen)
         return processor.feature_extractor, processor.tokenizer
 
     def transcribe(self, utterances: Sequence[Utterance]) -> list[str]:
@@ -147,8 +139,7 @@ class Generator(Recognizer):
     def _processor(self, model_dir: Path, language: str) -> tuple[Any, Any]:
         from transformers import AutoFeatureExtractor, AutoTokenizer
 
-        extractor = AutoFeatureExtractor.from_pretrained(model_dir, local_files_only=True)
-        return extractor, AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+        return load(AutoFeatureExtractor, model_dir), load(AutoTokenizer, model_dir)
 
     def transcribe(self, utterances: Sequence[Utterance]) -> list[str]:
         """Transcribe utterances one after the other."""
@@ -184,21 +175,3 @@ def _check_language(model_dir: Path, language: str) -> None:
         hint = f"it has: {', '.join(known)}" if known else "leave --lang out: this model has one language"
         message = f"{model_dir.name} has no language {language!r}"
         raise ConvertError(message, code="unknown-language", key=language, hint=hint)
-
-
-def _check_complete(name: str, loading: dict[str, Any]) -> None:
-    """Refuse a model that transformers would fill with random numbers, as it does with a warning only."""
-    codes = {"missing_keys": "missing", "unexpected_keys": "unexpected", "mismatched_keys": "shape"}
-    detail = "differs between the model's class and the weights file"
-    problems = [
-        Problem(code, str(key[0] if isinstance(key, tuple) else key), detail)
-        for field, code in codes.items()
-        for key in sorted(loading.get(field, ()), key=str)
-    ]
-    if problems:
-        raise ConvertError(
-            f"{name}: its weights are not those of a complete CTC model; nothing was measured",
-            code="incomplete",
-            problems=problems,
-            hint="evaluation needs a model with a CTC head: a pretrained model has none",
-        )

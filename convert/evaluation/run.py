@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from convert.directory import ModelDirectory
 from convert.errors import ConvertError
 from convert.evaluation.data import Source, Utterance
 from convert.evaluation.fairseq_reference import FairseqReference
@@ -17,7 +18,6 @@ from convert.evaluation.recognize import batches, open_recognizer
 from convert.evaluation.result import Evaluation, Row, write_result
 from convert.evaluation.score import case_hint, score
 from convert.evaluation.transcripts import Transcribe, Transcripts, default_path, key_of
-from convert.model.directory import ModelDirectory
 from convert.verification.expected import hashes
 
 
@@ -154,8 +154,8 @@ def _fairseq(options: Options, device: str) -> FairseqReference | None:
     if not (options.model_dir / "conversion.json").is_file():
         return FairseqReference(options.checkpoint, device, language=options.language)
     directory = ModelDirectory(options.model_dir)
-    language = options.language or str(directory.conversion.get("language") or "")
-    return FairseqReference(options.checkpoint, device, directory.dictionary, language)
+    language = options.language or directory.record.language
+    return FairseqReference(options.checkpoint, device, directory.record.dictionary, language)
 
 
 def _one_by_one(fairseq: FairseqReference) -> Transcribe:

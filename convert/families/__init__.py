@@ -11,13 +11,15 @@ import importlib
 import pkgutil
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 
 from convert.checkpoint import Checkpoint
 from convert.errors import PlanError
 from convert.families.base import Conversion, Family, Request, Sources
-from convert.families.encoder_settings import encoder_settings
+from convert.families.encoder_settings import encoder_settings, origin_of
 from convert.families.planning import unknown_language
 from convert.families.settings import Reader
+from convert.rules import Drop
 
 __all__ = ["FAMILIES", "Conversion", "Family", "Request", "architecture_of", "describe", "family_of", "settings_of"]
 
@@ -51,7 +53,7 @@ def describe(checkpoint: Checkpoint, request: Request) -> Conversion:
     owner, kind = ARCHITECTURES[name]
     if request.data_config is not None and not kind.data_config:
         raise PlanError(f"{name} has no config.yaml: leave --data-config out", code="usage", key="--data-config")
-    reader = settings_of(checkpoint, request)
+    reader = settings_of(checkpoint)
     family = family_of(checkpoint, reader)
     whole = family if owner.encoders else owner
     outer, task = (
@@ -66,10 +68,12 @@ def describe(checkpoint: Checkpoint, request: Request) -> Conversion:
     model = whole.describe(sources)
     if request.language and not model.language:
         raise unknown_language(checkpoint.path.name, request.language, ())
-    return model
+    reason = f"does not start with {checkpoint.prefix}, as the model's names do: it belongs to another model"
+    # a relic: fairseq's model does not have it, so that the way back leaves it out
+    return replace(model, left_out=tuple(Drop(name, reason, relic=True) for name in checkpoint.outside))
 
 
-def settings_of(checkpoint: Checkpoint, request: Request) -> Reader:
+def settings_of(checkpoint: Checkpoint) -> Reader:
     """Read the settings of a model, or of the encoder in it, with what fine-tuning replaced.
 
     Raises:
@@ -77,9 +81,9 @@ def settings_of(checkpoint: Checkpoint, request: Request) -> Reader:
     """
     _, kind = ARCHITECTURES.get(architecture_of(checkpoint), (None, None))
     if kind is not None and kind.nested:
-        return encoder_settings(checkpoint, request)
+        return encoder_settings(checkpoint)
     model = checkpoint.settings["model"]
-    return Reader(dict(model), dict.fromkeys(model, "model"))
+    return Reader(dict(model), dict.fromkeys(model, origin_of(checkpoint)))
 
 
 def family_of(checkpoint: Checkpoint, reader: Reader) -> Family:

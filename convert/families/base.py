@@ -67,6 +67,7 @@ class Conversion:
         language: the language that the weights speak, where the checkpoint names it.
         group: where that language's tensors are, a key of `Checkpoint.groups`; empty for those of the model.
         languages: the dictionaries of all languages that the model directory has, where there are several.
+        left_out: what stands beside the model in the checkpoint, and belongs to another one.
     """
 
     fairseq: str
@@ -81,6 +82,12 @@ class Conversion:
     language: str = ""
     group: str = ""
     languages: Mapping[str, Dictionary] = field(default_factory=dict)
+    left_out: tuple[Drop, ...] = ()
+
+    @property
+    def drops(self) -> tuple[Drop, ...]:
+        """The checkpoint's tensors that are not among the weights."""
+        return (*self.plan.drops, *self.left_out)
 
     @property
     def configuration(self) -> dict[str, Any]:
@@ -95,7 +102,7 @@ class Conversion:
     def dropped(self) -> list[Drop]:
         """What is in no file: not what stands in a sidecar, though the weights leave it out."""
         kept = {source for sidecar in self.sidecars if not sidecar.group for source in sidecar.plan.renames}
-        return [drop for drop in self.plan.drops if drop.source not in kept]
+        return [drop for drop in self.drops if drop.source not in kept or drop in self.left_out]
 
     @property
     def kept(self) -> list[str]:
@@ -135,25 +142,26 @@ class Request:
     Args:
         head: `encoder`, a kind of checkpoint such as `ctc`, or empty for what the checkpoint is.
         dictionary: the dictionary of `--dict`.
-        base: the settings of the pretrained checkpoint, for a fine-tuned one without `w2v_args`.
         training_only: settings that the caller knows to act while training only.
         keep_final_proj: whether the pretraining head that transformers has no class for is kept in a sidecar.
         language: the one language of several: to take of adapters, or to translate into.
         data_config: the task's config.yaml with what it names, for a speech-to-text model.
+        ema: whether the checkpoint's moving average of the weights is taken, as it was opened.
     """
 
     head: str = ""
     dictionary: Dictionary | None = None
-    base: Mapping[str, Any] | None = None
     training_only: Sequence[str] = ()
     keep_final_proj: bool = False
     language: str = ""
     data_config: DataConfig | None = None
+    ema: bool = False
 
     @property
     def record(self) -> dict[str, Any]:
         """What `conversion.json` keeps of it, so that the same can be asked for again."""
-        made = {"head": self.head, "keep_final_proj": self.keep_final_proj, "language": self.language}
+        made: dict[str, Any] = {"head": self.head, "keep_final_proj": self.keep_final_proj, "language": self.language}
+        made |= {"ema": True} if self.ema else {}
         return made if self.data_config is None else made | {"data_config": dict(self.data_config.values)}
 
 

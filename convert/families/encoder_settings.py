@@ -11,7 +11,7 @@ from typing import Any
 
 from convert.checkpoint import Checkpoint
 from convert.errors import PlanError, Problem
-from convert.families.base import Request, Sources
+from convert.families.base import Sources
 from convert.families.settings import MISSING, Reader, Value
 
 # fairseq.utils.get_activation_fn -> transformers.activations.ACT2FN
@@ -119,13 +119,16 @@ TRAINING_ONLY = frozenset(
 )
 
 
-def encoder_settings(checkpoint: Checkpoint, request: Request) -> Reader:
+def origin_of(checkpoint: Checkpoint, section: str = "model") -> str:
+    """Say where settings stand: in a section of the checkpoint's own, or of those of the one that was passed with --base."""
+    return section if checkpoint.base is None or not checkpoint.base.whole else f"the base checkpoint's {section}"
+
+
+def encoder_settings(checkpoint: Checkpoint) -> Reader:
     """Join a fine-tuned model's settings the way `Wav2VecEncoder.__init__` does: the pretrained model's, overridden."""
     outer = checkpoint.settings["model"]
     inner = outer.get("w2v_args")
-    origin = "model.w2v_args.model"
-    if not isinstance(inner, dict) and request.base is not None:
-        inner, origin = request.base, "the base checkpoint's model"
+    origin = "model.w2v_args.model" if checkpoint.base is None else "the base checkpoint's model"
     if not isinstance(inner, dict):
         raise PlanError(
             f"{checkpoint.path.name} was fine-tuned, and the pretrained model's settings are not in it (w2v_args is empty)",

@@ -21,8 +21,7 @@ from convert.families.encoder import count
 from convert.families.encoder_settings import ACTIVATIONS
 from convert.families.planning import classify, finish, prove, read_dictionary
 from convert.families.settings import MISSING, Limit, Reader, Settings, Value, off, only
-from convert.families.tokenizers import Processor
-from convert.model.directory import SUBWORDS
+from convert.families.tokenizers import SUBWORDS, Processor
 from convert.rules import Drop, Edit, Rename, Rule, Table
 
 NAME = "speech_to_text"

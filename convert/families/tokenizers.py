@@ -17,6 +17,7 @@ from convert.checkpoint.dictionary import SPECIAL, Dictionary
 from convert.errors import Problem
 from convert.families.settings import Reader
 
+SUBWORDS = "sentencepiece.bpe.model"  # what transformers' Speech2TextTokenizer calls it
 _DELIMITERS = {
     "letter": "|",
     "sentencepiece": "▁",

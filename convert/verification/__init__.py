@@ -137,6 +137,7 @@ def record(
     dtype: str | None = None,
     dictionary: str | Path | None = None,
     base: str | Path | None = None,
+    ema: bool = False,
     trust_checkpoint: bool = False,
     long: bool = True,
     language: str | None = None,
@@ -150,7 +151,7 @@ def record(
         audio: recordings to run beside the bundled clip.
         fairseq_python: another interpreter, with torch and fairseq; by default this one.
         dtype: `float16` or `bfloat16`, to answer for weights rounded to it too.
-        dictionary, base: as for `convert`.
+        dictionary, base, ema: as for `convert`.
         trust_checkpoint: as for `verify`.
         long: whether 30 seconds of speech are among the inputs.
         language: as for `convert`; by default all languages are among the answers.
@@ -175,6 +176,7 @@ def record(
         dtype=dtype or "",
         dictionary=_path(dictionary),
         base=_path(base),
+        ema=ema,
         trusted=trust_checkpoint,
         long=long,
         language=language or "",

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from convert.conversion import differences
 from convert.errors import Problem
 from convert.verification.compare import Difference, first_different
-from convert.verification.expected import differences
 from convert.verification.judge import Judged, compared
 from convert.verification.reference import Subject
 from convert.verification.target import Seq2SeqTarget, SpeechToTextTarget, Target
@@ -379,7 +379,7 @@ def one_unit(model_dir: Path, name: str, compare_weights: Callable[[Path], list[
         name: the tensor.
         compare_weights: the byte comparison of a model directory.
     """
-    from convert.model.directory import ModelDirectory
+    from convert.directory import ModelDirectory
 
     directory = ModelDirectory(model_dir)
     data = bytearray(directory.read(name))

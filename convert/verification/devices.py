@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import platform
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -48,22 +46,6 @@ def choose(wanted: Sequence[str]) -> tuple[list[str], dict[str, str]]:
             )
         chosen.append(full)
     return list(dict.fromkeys(chosen)), {}
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence warnings and log messages of the libraries that are used inside, and drop log handlers that they add."""
-    before, root = logging.root.manager.disable, logging.root
-    handlers, level = list(root.handlers), root.level
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
-        root.handlers[:] = handlers
-        root.setLevel(level)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from convert.errors import ConvertError, check_place
-from convert.verification.devices import quiet, steady
+from convert.loading import quiet
+from convert.verification.devices import steady
 from convert.verification.fairseq_side import recording
 from convert.verification.fairseq_side.importing import CannotBuildError
 from convert.verification.inputs import Waveform, collect, in_languages, probes
@@ -27,6 +28,7 @@ def make_recording(
     dtype: str,
     dictionary: Path | None,
     base: Path | None,
+    ema: bool,
     trusted: bool,
     long: bool,
     language: str,
@@ -36,7 +38,9 @@ def make_recording(
     check_place(out, overwrite)
     if dtype and dtype not in HALVES:
         raise ConvertError(f"{dtype!r} is neither float16 nor bfloat16", code="usage", key="--dtype")
-    subject, geometry = read_subject(checkpoint, dictionary=dictionary, base=base, trusted=trusted, language=language)
+    subject, geometry = read_subject(
+        checkpoint, dictionary=dictionary, base=base, ema=ema, trusted=trusted, language=language
+    )
     clips = collect(audio, subject.rate, geometry)
     wanted = [one for one in probes(geometry, clips, rate=subject.rate) if long or one.name != "30-seconds"]
     if not language:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from convert.checkpoint import Checkpoint, is_harmless
 from convert.errors import ConvertError
+from convert.loading import quiet
 from convert.verification import fairseq_side
 from convert.verification.compare import Answer, Stage, distances
-from convert.verification.devices import quiet
 from convert.verification.fairseq_side import opening, tensorfile
 from convert.verification.fairseq_side.importing import CannotBuildError
 from convert.verification.inputs import Cut, Probe, Waveform, cut, normalised

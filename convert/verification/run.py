@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from convert.checkpoint import open_checkpoint
+from convert.checkpoint import Checkpoint, open_checkpoint
+from convert.directory import ModelDirectory
 from convert.errors import ConvertError, MismatchError, Problem
-from convert.model.directory import ModelDirectory
 from convert.package import compare_opened
 from convert.verification import controls, expected
 from convert.verification.device_run import LONG, Work, on_device
@@ -46,9 +46,15 @@ def verify(
     directory = ModelDirectory(model_dir)
     # with a recording, fairseq does not open the file: then there is nothing to trust
     trusted = trust_checkpoint or reference is not None
-    asked = str((directory.conversion.get("request") or {}).get("language") or "")
+    asked = directory.record.asked.language or ""
     subject, geometry = read_subject(
-        checkpoint, dictionary=dictionary, base=base, kept=directory.dictionary, trusted=trusted, language=asked
+        checkpoint,
+        dictionary=dictionary,
+        base=base,
+        ema=directory.record.asked.ema,
+        kept=directory.record.dictionary,
+        trusted=trusted,
+        language=asked,
     )
     check_source(directory, subject)
     others = _others(subject, asked, languages)
@@ -77,7 +83,8 @@ def verify(
         if progress:
             progress(min(steps[0], total), total)
 
-    _check_files(checkpoint, directory, {"dictionary": dictionary, "base": base}, findings)
+    with open_checkpoint(checkpoint, base=base, ema=directory.record.asked.ema) as opened:
+        _check_files(opened, directory, subject.sha256, {"dictionary": dictionary}, findings)
     advance()
     work = Work(subject, directory, clips, wanted, pieces, half, rounded, require, advance)
     description = None
@@ -153,21 +160,22 @@ def _recording(path: Path, subject: Subject) -> Recorded:
     return recorded
 
 
-def _check_files(checkpoint: Path, directory: ModelDirectory, options: Mapping[str, Any], findings: Findings) -> None:
+def _check_files(
+    opened: Checkpoint, directory: ModelDirectory, sha256: str, options: Mapping[str, Any], findings: Findings
+) -> None:
     """Check what needs no model: every tensor's bytes, every value of every JSON file; and that both checks see."""
 
-    with open_checkpoint(checkpoint) as opened:
+    def bytes_of(path: Path) -> list[Problem]:
+        return compare_opened(opened, ModelDirectory(path), **options)
 
-        def bytes_of(path: Path) -> list[Problem]:
-            return compare_opened(opened, path, **options)
-
-        findings.problems += bytes_of(directory.path)
-        findings.controls.append(controls.one_unit(directory.path, _some_tensor(directory), bytes_of))
-        model = expected.fresh_plan(opened, directory, **options)
-    meant = expected.expected_files(model, str(directory.conversion.get("dtype", "keep")))
-    findings.problems += expected.compare_files(directory, meant)
-    findings.problems += expected.compare_records(directory, model)
-    findings.controls.append(controls.wrong_setting(meant["config.json"]))
+    findings.problems += bytes_of(directory.path)
+    findings.controls.append(controls.one_unit(directory.path, _some_tensor(directory), bytes_of))
+    meant = expected.expect(opened, directory, sha256, **options)
+    findings.problems += expected.compare_files(directory, meant.files)
+    problems, differing = expected.compare_records(directory, meant)
+    findings.problems += problems
+    findings.skipped |= differing
+    findings.controls.append(controls.wrong_setting(meant.files["config.json"]))
 
 
 def _some_tensor(directory: ModelDirectory) -> str:

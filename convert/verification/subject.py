@@ -9,7 +9,7 @@ from typing import Any
 from convert.checkpoint import Checkpoint, open_checkpoint
 from convert.checkpoint.dictionary import SPECIAL, Dictionary, from_file
 from convert.errors import ConvertError
-from convert.families import ARCHITECTURES, Request, architecture_of
+from convert.families import ARCHITECTURES, architecture_of
 from convert.families.adapters import choose, languages_of
 from convert.families.encoder_settings import encoder_settings
 from convert.families.settings import Reader
@@ -28,6 +28,7 @@ def read_subject(
     *,
     dictionary: Path | None = None,
     base: Path | None = None,
+    ema: bool = False,
     kept: Dictionary | None = None,
     trusted: bool = False,
     language: str = "",
@@ -36,7 +37,7 @@ def read_subject(
 
     Args:
         path: the checkpoint.
-        dictionary, base: as for `convert.package.plan`.
+        dictionary, base, ema: as for `convert.package.plan`.
         kept: the dictionary that a model directory keeps, for checkpoints that carry none.
         trusted: whether its pickle may name what no trainer writes.
         language: the one language that a conversion was asked for, of a checkpoint with several.
@@ -46,22 +47,13 @@ def read_subject(
         ConvertError: `unsafe-pickle`.
         PlanError: it was fine-tuned, and its pretrained model's settings are missing; it has no such language.
     """
-    with open_checkpoint(path) as opened:
+    with open_checkpoint(path, base=base, ema=ema) as opened:
         check_pickle(opened, trusted)
         if architecture_of(opened) in SPEECH_TO_TEXT:
             return _speech_to_text(opened, from_file(dictionary) if dictionary else kept)
         settings: dict[str, Any] = {key: dict(value) for key, value in opened.settings.items()}
-        inner = None
-        if base is not None:
-            with open_checkpoint(base) as other:
-                inner = other.settings
         fine_tuned = any(name.startswith(("w2v_encoder.", "encoder.w2v_model.")) for name in opened.tensors)
-        if fine_tuned:
-            reader = encoder_settings(opened, Request(base=inner))
-            if not isinstance(settings["model"].get("w2v_args"), dict):
-                settings["model"]["w2v_args"] = inner
-        else:
-            reader = Reader(dict(settings["model"]), {})
+        reader = encoder_settings(opened) if fine_tuned else Reader(dict(settings["model"]), {})
         architecture = architecture_of(opened)
         known = from_file(dictionary) if dictionary else opened.dictionary or kept
         if known and dictionary and architecture in ARCHITECTURES and not ARCHITECTURES[architecture][1].text:
@@ -133,7 +125,7 @@ def _post_process(settings: Mapping[str, Any]) -> str:
 def half_type(directory: Any) -> tuple[str, str]:
     """Say which half type a model directory's weights have, and which the conversion rounded them to (each may be empty)."""
     stored = str(directory.config.get("torch_dtype") or directory.config.get("dtype") or "float32")
-    rounded = str(directory.conversion.get("dtype", "keep"))
+    rounded = directory.record.dtype
     half = stored if stored in HALVES else ""
     return half, half if rounded != "keep" else ""
 
@@ -144,10 +136,10 @@ def check_source(directory: Any, subject: Subject) -> None:
     Raises:
         ConvertError: `other-checkpoint`, status 1.
     """
-    source = directory.conversion.get("source") or {}
-    if source.get("sha256") != subject.sha256:
+    source = directory.record.source
+    if source.sha256 != subject.sha256:
         raise ConvertError(
-            f"{directory.path.name} was made from {source.get('name')} ({str(source.get('sha256'))[:12]}…), "
+            f"{directory.path.name} was made from {source.name} ({source.sha256[:12]}…), "
             f"not from {subject.name} ({subject.sha256[:12]}…)",
             code="other-checkpoint",
             key=subject.name,
