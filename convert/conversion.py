@@ -71,6 +71,13 @@ class Asked:
     language: str | None = None
     data_config: Mapping[str, Any] | None = None
     ema: bool = False
+    arch: str = ""
+    normalize: bool | None = None
+
+    @property
+    def opening(self) -> dict[str, Any]:
+        """The arguments of `open_checkpoint` among it."""
+        return {"ema": self.ema, "arch": self.arch, "normalize": self.normalize}
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,19 +66,23 @@ def plan(
     language: str | None = None,
     data_config: str | Path | None = None,
     ema: bool = False,
+    arch: str = "",
+    normalize: bool | None = None,
 ) -> Conversion:
     """Decide what a conversion of a checkpoint would do. Reads no tensor bytes, but of buffers that must repeat each other.
 
     Args:
         checkpoint: the file that fairseq's trainer wrote.
         head: `encoder` for the model without its head; by default what the checkpoint is.
-        dictionary: a `dict.*.txt`, for checkpoints that carry none.
+        dictionary: a `dict.*.txt`, for checkpoints that carry none, or the `.model` of fairseq2's tokenizer.
         base: the pretrained checkpoint, for one that does not carry its settings, or not those that it was fine-tuned from.
         training_only: settings unknown to this version that act while training only.
         keep_final_proj: keep the pretraining head of a model whose class has no place for it, in `final_proj.safetensors`.
         language: the one language to take of an MMS checkpoint that has adapters for several, or to translate into.
         data_config: the config.yaml of a speech-to-text task; its dictionary and its sentencepiece model lie beside it.
         ema: take the exponential moving average of the weights that the checkpoint holds beside them.
+        arch: the architecture that fairseq2 registers by this name, for its files without settings.
+        normalize: whether waveforms were normalised, for checkpoints of fairseq2 that lie without their config.yaml.
 
     Raises:
         CheckpointError: the file cannot be read.
@@ -92,8 +96,12 @@ def plan(
         language=language,
         data_config=data_config,
         ema=ema,
+        arch=arch,
+        normalize=normalize,
     )
-    with open_checkpoint(checkpoint, base=base, ema=ema) as opened:
+    with open_checkpoint(
+        checkpoint, base=base, ema=ema, arch=arch, normalize=normalize, dictionary=dictionary
+    ) as opened:
         return describe(opened, request)
 
 
@@ -109,6 +117,8 @@ def convert(
     language: str | None = None,
     data_config: str | Path | None = None,
     ema: bool = False,
+    arch: str = "",
+    normalize: bool | None = None,
     dtype: str = "keep",
     max_shard_size: int = MAX_SHARD_SIZE,
     overwrite: bool = False,
@@ -120,7 +130,7 @@ def convert(
     Args:
         checkpoint: the file that fairseq's trainer wrote.
         out: the directory to make.
-        head, dictionary, base, training_only, keep_final_proj, language, data_config, ema: as for `plan`.
+        head, dictionary, base, training_only, keep_final_proj, language, data_config, ema, arch, normalize: as for `plan`.
         dtype: `keep`, `float32`, `float16` or `bfloat16`.
         max_shard_size: the largest safetensors file, in bytes.
         overwrite: whether an existing model directory is replaced, once the new one is proved.
@@ -156,8 +166,12 @@ def convert(
         language=language,
         data_config=data_config,
         ema=ema,
+        arch=arch,
+        normalize=normalize,
     )
-    with open_checkpoint(checkpoint, base=base, ema=ema) as opened:
+    with open_checkpoint(
+        checkpoint, base=base, ema=ema, arch=arch, normalize=normalize, dictionary=dictionary
+    ) as opened:
         model = describe(opened, request)
         with beside(out) as work:
             files, digest = _write(
@@ -242,7 +256,7 @@ def compare_weights(
         ConvertError: `not-a-model`, when the directory holds no conversion of ours.
     """
     directory = ModelDirectory(Path(model_dir))
-    with open_checkpoint(checkpoint, base=base, ema=directory.record.asked.ema) as opened:
+    with open_checkpoint(checkpoint, base=base, dictionary=dictionary, **directory.record.asked.opening) as opened:
         return compare_opened(opened, directory, dictionary=dictionary)
 
 

@@ -22,6 +22,8 @@ def make_request(
     language: str | None = None,
     data_config: str | Path | None = None,
     ema: bool = False,
+    arch: str = "",
+    normalize: bool | None = None,
 ) -> Request:
     """Read the files that a request names; the arguments are those of `convert.plan`.
 
@@ -30,7 +32,9 @@ def make_request(
     """
     data = read_data_config(Path(data_config)) if data_config else None
     symbols = from_file(Path(dictionary)) if dictionary else data.dictionary if data else None
-    return Request(head or "", symbols, tuple(training_only), keep_final_proj, language or "", data, ema)
+    return Request(
+        head or "", symbols, tuple(training_only), keep_final_proj, language or "", data, ema, arch, normalize
+    )
 
 
 def request_again(
@@ -50,7 +54,7 @@ def request_again(
     made = make_request(
         dictionary=dictionary,
         training_only=tuple(record.training_only),
-        ema=record.asked.ema,
+        **record.asked.opening,
         head=record.asked.head,
         keep_final_proj=record.asked.keep_final_proj,
         language=record.asked.language,

@@ -152,7 +152,10 @@ def _prove(path: Path, draft: _Draft, directory: ModelDirectory | None) -> None:
 def _compare_settings(opened: Checkpoint, directory: ModelDirectory) -> None:
     """Plan the conversion again: settings that it refuses, or makes something else of, are not those of a conversion."""
     again = replace(opened, settings=dict(directory.record.settings))  # as they were, the criterion's with them
-    meant = describe(again, request_again(directory, again)).configuration
+    request = request_again(directory, again)
+    if request.data_config is None:  # of several adapters, the one that was taken is now the model's own
+        request = replace(request, language="")
+    meant = describe(again, request).configuration
     if directory.record.dtype != "keep":
         meant["torch_dtype"] = directory.record.dtype
     problems = list(differences("config.json", meant, directory.config))

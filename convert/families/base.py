@@ -146,7 +146,7 @@ class Request:
         keep_final_proj: whether the pretraining head that transformers has no class for is kept in a sidecar.
         language: the one language of several: to take of adapters, or to translate into.
         data_config: the task's config.yaml with what it names, for a speech-to-text model.
-        ema: whether the checkpoint's moving average of the weights is taken, as it was opened.
+        ema, arch, normalize: how the checkpoint was opened.
     """
 
     head: str = ""
@@ -156,12 +156,16 @@ class Request:
     language: str = ""
     data_config: DataConfig | None = None
     ema: bool = False
+    arch: str = ""
+    normalize: bool | None = None
 
     @property
     def record(self) -> dict[str, Any]:
         """What `conversion.json` keeps of it, so that the same can be asked for again."""
         made: dict[str, Any] = {"head": self.head, "keep_final_proj": self.keep_final_proj, "language": self.language}
         made |= {"ema": True} if self.ema else {}
+        made |= {"arch": self.arch} if self.arch else {}
+        made |= {} if self.normalize is None else {"normalize": self.normalize}
         return made if self.data_config is None else made | {"data_config": dict(self.data_config.values)}
 
 

@@ -83,7 +83,7 @@ def verify(
         if progress:
             progress(min(steps[0], total), total)
 
-    with open_checkpoint(checkpoint, base=base, ema=directory.record.asked.ema) as opened:
+    with open_checkpoint(checkpoint, base=base, dictionary=dictionary, **directory.record.asked.opening) as opened:
         _check_files(opened, directory, subject.sha256, {"dictionary": dictionary}, findings)
     advance()
     work = Work(subject, directory, clips, wanted, pieces, half, rounded, require, advance)
