@@ -240,7 +240,7 @@ def record_of(
             "sha256": digest,
             "container": opened.container.kind,
             "layout": opened.layout,
-            **_place(opened),
+            **_place(opened, digest),
         },
         **({} if opened.base is None else {"base": asdict(opened.base)}),
         "architecture": {"fairseq": model.fairseq, "class": model.target, "head": model.head},
@@ -272,10 +272,12 @@ def record_of(
     }
 
 
-def _place(opened: Checkpoint) -> dict[str, Any]:
-    """Where the model is in its file, if that is not where fairseq's trainer puts it."""
+def _place(opened: Checkpoint, digest: str) -> dict[str, Any]:
+    """Where the model is in its file, if that is not where fairseq's trainer puts it; where the file is from, if known."""
     made = {"where": opened.where, "prefix": opened.prefix, "renamed": dict(opened.renamed)}
-    usual = {"where": "model", "prefix": "", "renamed": {}}
+    usual: dict[str, Any] = {"where": "model", "prefix": "", "renamed": {}, "address": "", "catalogue": ""}
+    if opened.origin is not None and opened.origin.sha256 in ("", digest):
+        made |= {"address": opened.origin.address, "catalogue": opened.origin.catalogue}
     return {key: value for key, value in made.items() if value != usual[key]}
 
 

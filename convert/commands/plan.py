@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
-
-import click
 
 from convert.cli import Outcome
 from convert.cli import command as make
-from convert.commands.options import planning
+from convert.commands.options import planning, source
 from convert.families import Conversion
 from convert.package import plan
 from convert.report import fold
@@ -21,9 +18,9 @@ from convert.report import fold
     "fairseq-to-hf plan checkpoint_best.pt --head encoder",
     "fairseq-to-hf plan --json checkpoint_best.pt",
 )
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@source
 @planning
-def command(checkpoint: Path, **asked: Any) -> Outcome:
+def command(checkpoint: str, **asked: Any) -> Outcome:
     """Show what a conversion would do, or why it is refused.
 
     Lists every tensor that is renamed, dropped or made, every value of config.json with its origin, and the settings that
@@ -44,6 +41,7 @@ def as_data(model: Conversion) -> dict[str, Any]:
         "edits": [edit.record for edit in model.plan.table.edits],
         "config": {value.name: {"value": value.value, "origin": value.origin} for value in model.config},
         "training_only": dict(model.training_only),
+        "notes": list(model.notes),
         "language": model.language,
         "languages": sorted(model.languages),
         "files": sorted(
@@ -61,6 +59,7 @@ def describe(model: Conversion) -> str:
     lines = [
         f"{model.fairseq} becomes {model.target}",
         *model.spoken,
+        *(f"note: {note}" for note in model.notes),
         "",
         f"tensors renamed: {len(model.plan.renames)}",
     ]

@@ -70,7 +70,8 @@ def describe(checkpoint: Checkpoint, request: Request) -> Conversion:
         raise unknown_language(checkpoint.path.name, request.language, ())
     reason = f"does not start with {checkpoint.prefix}, as the model's names do: it belongs to another model"
     # a relic: fairseq's model does not have it, so that the way back leaves it out
-    return replace(model, left_out=tuple(Drop(name, reason, relic=True) for name in checkpoint.outside))
+    left_out = tuple(Drop(name, reason, relic=True) for name in checkpoint.outside)
+    return replace(model, left_out=left_out, notes=checkpoint.notes)
 
 
 def settings_of(checkpoint: Checkpoint) -> Reader:

@@ -68,6 +68,7 @@ class Conversion:
         group: where that language's tensors are, a key of `Checkpoint.groups`; empty for those of the model.
         languages: the dictionaries of all languages that the model directory has, where there are several.
         left_out: what stands beside the model in the checkpoint, and belongs to another one.
+        notes: what else people should know of the checkpoint.
     """
 
     fairseq: str
@@ -83,6 +84,7 @@ class Conversion:
     group: str = ""
     languages: Mapping[str, Dictionary] = field(default_factory=dict)
     left_out: tuple[Drop, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def drops(self) -> tuple[Drop, ...]:
