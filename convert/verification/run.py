@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from convert.checkpoint import Checkpoint
+from convert.directory import ModelDirectory
 from convert.errors import ConvertError, MismatchError, Problem
-from convert.model.directory import ModelDirectory
 from convert.package import compare_opened
 from convert.sources import open_source
 from convert.verification import controls, expected
