@@ -208,8 +208,10 @@ def survey(path: str | Path) -> Survey:
         top = container.value if isinstance(container.value, dict) else {}
         found = states(container.value)
         layout, settings = read_settings(top, path.name) or ("", None)
-        averages = tuple(state for state in found if state.is_average and state.roots)
-        plain = tuple(state for state in found if state not in averages)
+        plain = tuple(state for state in found if not (state.is_average and state.roots))
+        averages = tuple(state for state in found if state not in plain)
+        # fairseq's own: beside it, `ema_fp32_params` is the same in a wider type
+        averages = tuple(state for state in averages if state.where == "extra_state.ema") or averages
         return Survey(path, container, top, plain, averages, layout, settings)
     except BaseException:
         container.close()
@@ -380,8 +382,7 @@ def _choose(seen: Survey, ema: bool) -> tuple[State, str]:
     """
     listed = seen.states
     if ema:
-        # fairseq's own first: beside it, `ema_fp32_params` is the same in a wider type
-        listed = tuple(one for one in seen.averages if one.where == "extra_state.ema") or seen.averages
+        listed = seen.averages
         if not listed:
             raise CheckpointError(
                 f"{seen.path.name} holds no exponential moving average of a model's weights; nothing was written",
