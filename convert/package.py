@@ -17,11 +17,12 @@ from typing import Any
 from convert.checkpoint import Checkpoint
 from convert.conversion import DTYPES as DTYPES
 from convert.conversion import record_of
+from convert.directory import ModelDirectory
 from convert.errors import ConvertError, MismatchError, Problem
-from convert.model.architectures import describe
-from convert.model.directory import SUBWORDS, ModelDirectory
-from convert.model.types import Model, Request, make_request, request_again
+from convert.families import Conversion, Request, describe
+from convert.families.tokenizers import SUBWORDS
 from convert.report import json_bytes
+from convert.request import make_request, request_again
 from convert.sources import dictionary_beside, locate, open_source
 from convert.transfer import Transfer, Written, pieces, split
 
@@ -52,7 +53,7 @@ class Converted:
     """
 
     path: Path
-    model: Model
+    model: Conversion
     files: dict[str, dict[str, Any]]
     source_sha256: str
     based: bool = False
@@ -71,7 +72,7 @@ def plan(
     ema: bool = False,
     arch: str = "",
     normalize: bool | None = None,
-) -> Model:
+) -> Conversion:
     """Decide what a conversion of a checkpoint would do. Reads no tensor bytes, but of buffers that must repeat each other.
 
     Args:
@@ -209,7 +210,7 @@ def convert_all(folder: str | Path, out: str | Path, **options: Any) -> dict[Pat
 
 def _write(
     opened: Checkpoint,
-    model: Model,
+    model: Conversion,
     request: Request,
     work: Path,
     dtype: str,

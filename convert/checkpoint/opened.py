@@ -20,10 +20,10 @@ from convert.checkpoint.layouts import open_container
 from convert.checkpoint.pickled import is_harmful
 from convert.checkpoint.refusals import ambiguous, no_model, no_settings
 from convert.checkpoint.settings import read_settings
+from convert.checkpoint.stacks import is_unstacked, stacked, unstack
 from convert.checkpoint.unpickle import StoredTensor, Stub
 from convert.errors import CheckpointError
-from convert.mapping.adapters import is_unstacked, stacked, unstack
-from convert.mapping.rules import TensorSpec
+from convert.rules import TensorSpec
 
 _SLACK = 64_000_000  # bytes that the views of a small file may need beyond the file's size
 _TENSOR, _TENSORS = 64, 1000  # bytes of a file for each tensor in it, of which there may be some more

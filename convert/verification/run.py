@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from convert.checkpoint import Checkpoint
+from convert.directory import ModelDirectory
 from convert.errors import ConvertError, MismatchError, Problem
-from convert.model.directory import ModelDirectory
 from convert.package import compare_opened
 from convert.sources import open_source
 from convert.verification import controls, expected
@@ -150,6 +150,13 @@ def _recording(path: Path, subject: Subject) -> Recorded:
             code="other-checkpoint",
             key=path.name,
             hint=f"record this one: fairseq-to-hf record {subject.name} FILE",
+        )
+    if recorded.blank is None and "<ctc_blank>" in subject.symbols:
+        raise ConvertError(
+            f"{path.name} was made by a version that took <ctc_blank> for the blank: its texts are not fairseq's",
+            code="bad-recording",
+            key=path.name,
+            hint=f"record again: fairseq-to-hf record {subject.name} FILE",
         )
     if recorded.language != subject.language:
         raise ConvertError(

@@ -9,13 +9,13 @@ from typing import Any
 from convert.checkpoint import Checkpoint
 from convert.checkpoint.dictionary import SPECIAL, Dictionary, from_file
 from convert.errors import ConvertError
-from convert.model.architectures import KINDS, architecture_of
-from convert.model.encoder import encoder_settings
-from convert.model.languages import choose, languages_of
-from convert.model.processor import labels_of, sequence_decoding
-from convert.model.settings import Reader
-from convert.model.speech_to_text import ARCHITECTURES as SPEECH_TO_TEXT
-from convert.model.speech_to_text import LANGUAGE
+from convert.families import ARCHITECTURES, architecture_of
+from convert.families.adapters import choose, languages_of
+from convert.families.encoder_settings import encoder_settings
+from convert.families.settings import Reader
+from convert.families.speech_to_text import ARCHITECTURES as SPEECH_TO_TEXT
+from convert.families.speech_to_text import LANGUAGE
+from convert.families.tokenizers import labels_of, sequence_decoding
 from convert.sources import dictionary_beside, open_source
 from convert.verification.inputs import Geometry
 from convert.verification.reference import Subject, check_pickle
@@ -58,7 +58,7 @@ def read_subject(
         reader = encoder_settings(opened) if fine_tuned else Reader(dict(settings["model"]), {})
         architecture = architecture_of(opened)
         known = from_file(dictionary) if dictionary else opened.dictionary or kept
-        if known and dictionary and architecture in KINDS and not KINDS[architecture].text:
+        if known and dictionary and architecture in ARCHITECTURES and not ARCHITECTURES[architecture][1].text:
             known = known.labels
         found = languages_of(opened, reader.values, [])
         spoken = choose(found, language, opened.path.name) if found or language else None
@@ -117,7 +117,7 @@ def _speech_to_text(opened: Checkpoint, known: Dictionary | None) -> tuple[Subje
 
 
 def _post_process(settings: Mapping[str, Any]) -> str:
-    """fairseq's `post_process`; the symbols of phone labels stay apart, as `convert.model.processor` keeps them."""
+    """fairseq's `post_process`; the symbols of phone labels stay apart, as `convert.families.tokenizers` keeps them."""
     if labels_of(settings["task"]) in ("phn", "phones"):
         return "none"
     criterion = settings["criterion"]
