@@ -12,8 +12,8 @@ from convert.checkpoint.opened import Survey, survey
 from convert.checkpoint.refusals import writer
 from convert.checkpoint.unpickle import StoredTensor
 from convert.errors import CheckpointError, ConvertError
-from convert.model.architectures import describe
-from convert.model.types import make_request
+from convert.families import describe
+from convert.request import make_request
 from convert.sources import dictionary_beside, locate, open_source
 from convert.transfer import product
 
