@@ -47,6 +47,8 @@ class ClassificationReference(CtcReference):
         """The best label of each utterance."""
         return stages["logits"].float().argmax(-1).split(1)
 
+    blank = -1  # labels have none
+
     def spell(self, language: str = "") -> str:
         """Name every label, in order."""
         return self.transcribe(range(len(self.request["symbols"])))
