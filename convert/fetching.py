@@ -14,12 +14,13 @@ from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from convert.errors import ConvertError, MismatchError
-from convert.report import json_bytes
+from convert.network import InterruptedTransfer, ask, declared_size, network
+from convert.report import json_bytes, parse_json, without_user
 
 PIECE = 1 << 20
-AGENT = {"User-Agent": "fairseq-to-hf"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +59,6 @@ class Fetched:
     dictionary: Path | None
     record: Record
     downloaded: bool
-
-
-class _InterruptedError(Exception):
-    """The network's fault: worth another attempt."""
 
 
 @functools.cache
@@ -128,12 +125,13 @@ def _bring(
     name: str, address: str, target: Path, *, timeout: float, attempts: int, pause: float, progress: bool
 ) -> tuple[Record, bool]:
     sidecar = target.with_name(f"{target.name}.json")
+    shown = without_user(address)
     recorded = _read_record(sidecar)
     if target.exists():
         if recorded is None:
             message = f"{target}: is in the way and has no record {sidecar.name}; left as it is"
             raise ConvertError(message, code="in-the-way", key=str(target), hint="move it away and fetch again")
-        found = Record(name, address, target.stat().st_size, _sha256(target), recorded.etag)
+        found = Record(name, shown, target.stat().st_size, _sha256(target), recorded.etag)
         _compare(found, recorded, target, f"move {target.name} and {sidecar.name} away and fetch again")
         return recorded, False
     for attempt in range(attempts):
@@ -141,13 +139,13 @@ def _bring(
         try:
             part, etag = _attempt(address, target, timeout, progress)
             break
-        except _InterruptedError as error:
+        except InterruptedTransfer as error:
             reason = error
     else:
         kept = [f"{part.stat().st_size} bytes are kept in {part.name}" for part in _parts(target)]
-        message = f"{address}: {reason}, {attempts} attempts; {', '.join(kept) or 'nothing was written'}"
-        raise ConvertError(message, code="network", key=address, hint="run it again: it goes on where it stopped")
-    found = Record(name, address, part.stat().st_size, _sha256(part), etag)
+        message = f"{shown}: {reason}, {attempts} attempts; {', '.join(kept) or 'nothing was written'}"
+        raise ConvertError(message, code="network", key=shown, hint="run it again: it goes on where it stopped")
+    found = Record(name, shown, part.stat().st_size, _sha256(part), etag)
     if recorded:
         _compare(found, recorded, part, f"to accept the new bytes, delete {sidecar.name} and fetch again")
     # the record first: killed in between, the next fetch finds the whole part and has only to rename it
@@ -163,12 +161,9 @@ def _bring(
 def _attempt(address: str, target: Path, timeout: float, progress: bool) -> tuple[Path, str | None]:
     """Bring one version of the file into its `.part`, whose name says which version its bytes are of."""
     import fcntl
-    from urllib.request import Request, urlopen
 
-    with _network(address), urlopen(Request(address, headers=AGENT, method="HEAD"), timeout=timeout) as head:
-        etag, length = head.headers["ETag"], head.headers["Content-Length"] or ""
-    if not length.isdigit() or not (size := int(length)):
-        raise ConvertError(f"{address}: the server does not say how large it is", code="size", key=address)
+    with ask(address, timeout, "HEAD") as head:
+        etag, size = head.headers["ETag"], declared_size(head, address)
     part = target.with_name(f"{target.name}.{hashlib.sha256(f'{etag} {size}'.encode()).hexdigest()[:12]}.part")
     with part.open("ab") as file:
         try:
@@ -179,51 +174,37 @@ def _attempt(address: str, target: Path, timeout: float, progress: bool) -> tupl
         if not held:
             raise ConvertError(f"{part}: another fetch is writing it", code="busy", key=str(part), hint="wait for it")
         # without a strong validator nothing says that the rest belongs to these bytes (RFC 9110, 13.1.5)
-        if not etag or etag.startswith("W/") or file.seek(0, os.SEEK_END) > size:
+        strong = etag and etag.isascii() and etag.isprintable() and not etag.startswith("W/")
+        if not strong or file.seek(0, os.SEEK_END) > size:
             file.truncate(0)
         start = file.seek(0, os.SEEK_END)
         if start < size:
             resume = {"Range": f"bytes={start}-", "If-Range": etag} if start else {}
-            with _network(address):
-                answer = urlopen(Request(address, headers=AGENT | resume), timeout=timeout)
-            with answer, _bar(progress, target.name, size) as advance:
-                whole = (answer.status, answer.headers["Content-Length"]) == (200, length)
+            with ask(address, timeout, headers=resume) as answer, _bar(progress, target.name, size) as advance:
+                whole = answer.status == 200 and declared_size(answer, address) == size
                 rest = (answer.status, answer.headers["Content-Range"]) == (206, f"bytes {start}-{size - 1}/{size}")
                 if answer.headers["ETag"] != etag or not (whole or rest):
-                    raise _InterruptedError("the server's file changed during the download")
+                    raise InterruptedTransfer("the server's file changed during the download")
                 if whole:
                     file.truncate(0)
-                advance(0 if whole else start)
+                left = size if whole else size - start
+                advance(size - left)
                 while True:
-                    with _network(address):
-                        piece = answer.read1(PIECE)
+                    with network(address):
+                        piece = answer.read1(min(PIECE, left + 1))
                     if not piece:
                         break
+                    left -= len(piece)
+                    if left < 0:
+                        file.truncate(0)
+                        raise InterruptedTransfer(f"the server sent more than the {size} bytes that it declared")
                     file.write(piece)
                     advance(len(piece))
         found = file.seek(0, os.SEEK_END)
         os.fsync(file.fileno())
     if found != size:
-        raise _InterruptedError(f"the connection ended at {found} of {size} bytes")
+        raise InterruptedTransfer(f"the connection ended at {found} of {size} bytes")
     return part, etag
-
-
-@contextmanager
-def _network(address: str) -> Iterator[None]:
-    """Tell what another attempt may mend from what it cannot."""
-    from http.client import HTTPException
-    from urllib.error import HTTPError
-
-    try:
-        yield
-    except HTTPError as error:
-        error.close()
-        answer = f"the server answered {error.code} {error.reason}"
-        if error.code in (408, 416, 429) or error.code >= 500:
-            raise _InterruptedError(answer) from error
-        raise ConvertError(f"{address}: {answer}; nothing was written", code="http", key=address) from error
-    except (OSError, HTTPException) as error:
-        raise _InterruptedError(str(getattr(error, "reason", error)) or type(error).__name__) from error
 
 
 @contextmanager
@@ -257,11 +238,16 @@ def _compare(found: Record, recorded: Record, path: Path, hint: str) -> None:
 
 
 def _read_record(sidecar: Path) -> Record | None:
+    kinds: dict[str, Any] = {"name": str, "address": str, "size": int, "sha256": str, "etag": (str, type(None))}
     try:
-        fields = json.loads(sidecar.read_text("utf-8"))
-        return Record(**{name: fields[name] for name in Record.__dataclass_fields__})
+        fields = parse_json(sidecar.read_bytes(), sidecar.name)
+        wrong = [name for name, kind in kinds.items() if not isinstance(fields[name], kind)]
+        if not wrong:
+            return Record(**{name: fields[name] for name in kinds})
+        reason = f"{wrong[0]} is {fields[wrong[0]]!r}"
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
-        message = f"{sidecar}: is not the record of a fetched file ({type(error).__name__}: {error})"
-        raise ConvertError(message, code="record", key=str(sidecar), hint="delete it and fetch again") from error
+    except (ConvertError, LookupError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    message = f"{sidecar}: is not the record of a fetched file ({reason})"
+    raise ConvertError(message, code="record", key=str(sidecar), hint="delete it and fetch again")

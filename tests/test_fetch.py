@@ -15,11 +15,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from http.client import HTTPResponse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
+from convert import network
 from convert.errors import ConvertError, MismatchError
 from convert.fetching import Entry, Fetched, Record, catalogue, fetch
 
@@ -27,6 +29,10 @@ FIRST = random.Random(1).randbytes(300_000)
 SECOND = random.Random(2).randbytes(300_000)
 DICTIONARY = b"| 94802\nE 51860\n"
 HALF = len(FIRST) // 2
+
+
+MOVED = {"/nonsense.pt": "http://[::1", "/local.pt": "file:///etc/passwd", "/ftp.pt": "ftp://me:secret@127.0.0.1/x"}
+MOVED |= {"/password.pt": "http://me:secret@127.0.0.1:9/x", "/unicode.pt": "http://a..b/", "/round.pt": "/round.pt"}
 
 
 class Server(ThreadingHTTPServer):
@@ -41,6 +47,7 @@ class Server(ThreadingHTTPServer):
         self.heads: list[str] = []  # faults of HEAD
         self.log: list[tuple[str, str, str | None, str | None]] = []
         self.release = threading.Event()
+        self.ticks = 0  # the seconds that have passed, for a clock that runs with the bytes sent
 
     def change(self, etag: str = '"two"') -> None:
         self.content, self.etag = SECOND, etag
@@ -68,6 +75,10 @@ class Handler(BaseHTTPRequestHandler):
         server.log.append((self.command, self.path, asked, condition))
         if fault.isdigit():
             return self.send_error(int(fault))
+        if self.path in MOVED:
+            self.send_response(302)
+            self.send_header("Location", MOVED[self.path])
+            return self.end_headers()
         if self.path == "/moved.pt":
             self.send_response(302)
             self.send_header("Location", "/model.pt")
@@ -90,9 +101,26 @@ class Handler(BaseHTTPRequestHandler):
         if etag and fault != "no-etag":
             self.send_header("ETag", etag)
         if fault != "no-length":
-            self.send_header("Content-Length", str(size - start - (1000 if fault == "short-length" else 0)))
+            odd = {"long-number": "9" * 5000, "signed": f"+{size}", "superscript": "²", "zero": "0"}
+            length = size - start - (1000 if fault == "short-length" else 0)
+            self.send_header("Content-Length", odd.get(fault, str(length)))
+        if fault == "chunked":  # a length and an end of its own: more comes than was declared
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            if self.command == "GET":
+                for part in (body[start:], b"more"):
+                    self.wfile.write(b"%x\r\n%b\r\n" % (len(part), part))
+                self.wfile.write(b"0\r\n\r\n")
+            return None
         self.end_headers()
         if self.command == "GET":
+            if fault == "trickle":
+                for at in range(start, size):
+                    server.ticks += 1
+                    self.wfile.write(body[at : at + 1])
+                    self.wfile.flush()
+                    if server.release.wait(0.002):
+                        return None
             part = body[start:HALF] if fault in ("cut", "stall") else b"" if fault == "empty" else body[start:]
             self.wfile.write(part)
             if fault == "stall":
@@ -286,6 +314,65 @@ def test_silence_ends_in_a_timeout(server: Server, tmp_path: Path, faults: str, 
     assert not (tmp_path / "tiny.pt").exists()
 
 
+@pytest.mark.parametrize("seconds", [1, 0.0001])
+def test_a_trickle_is_given_up(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """The clock runs as the server sends: a second for each byte is too slow, 10,000 bytes a second is not."""
+    monkeypatch.setattr(network, "clock", lambda: server.ticks * seconds)
+    server.faults, server.content = ["trickle"], FIRST[:3000]
+    if seconds < 1:
+        assert bring(server, tmp_path, attempts=1, timeout=0.2).checkpoint.read_bytes() == FIRST[:3000]
+        return
+    with pytest.raises(ConvertError, match=r"fewer than 1000 bytes a second, 1 attempts; \d+ bytes are kept"):
+        bring(server, tmp_path, attempts=1, timeout=30.0)
+    assert server.ticks < 100
+
+
+def test_a_slow_reader_is_not_the_server_s_fault(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What passes between two reads, such as a suspended machine, does not count."""
+    now = [0.0]
+    monkeypatch.setattr(network, "clock", lambda: now[0])
+    read1 = HTTPResponse.read1
+
+    def slow(self: HTTPResponse, count: int) -> bytes:
+        now[0] += 1e6
+        return read1(self, min(count, 1000))
+
+    monkeypatch.setattr(HTTPResponse, "read1", slow)
+    assert bring(server, tmp_path, attempts=1).checkpoint.read_bytes() == FIRST
+
+
+def test_no_more_than_the_declared_size(server: Server, tmp_path: Path) -> None:
+    server.faults = ["chunked"] * 2
+    with pytest.raises(ConvertError, match=f"sent more than the {len(FIRST)} bytes that it declared, 2 attempts"):
+        bring(server, tmp_path, attempts=2)
+    assert [path.stat().st_size for path in tmp_path.iterdir()] == [0]
+    assert bring(server, tmp_path).checkpoint.read_bytes() == FIRST
+
+
+@pytest.mark.parametrize("path", MOVED)
+def test_redirects_to_nonsense(server: Server, tmp_path: Path, path: str) -> None:
+    with pytest.raises(ConvertError) as caught:
+        bring(server, tmp_path, path=path, attempts=1)
+    assert caught.value.code in ("network", "http") and caught.value.status == 2
+    assert "secret" not in str(caught.value) and names(tmp_path) == []
+
+
+def test_a_password_in_the_address_is_shown_nowhere(tmp_path: Path) -> None:
+    item = Entry("tiny", "", "http://me:secret@127.0.0.1:x/", None, "", None, None, None, (), None, "")
+    with pytest.raises(ConvertError) as caught:
+        fetch("tiny", tmp_path, entries={"tiny": item}, attempts=1)
+    assert str(caught.value) == "http://127.0.0.1:x/: not an address that can be fetched"
+
+
+@pytest.mark.parametrize("etag", ['"a\tb"', '"\xe9"'])
+def test_an_odd_etag_is_no_validator(server: Server, tmp_path: Path, etag: str) -> None:
+    server.etag, server.faults = etag, ["cut"]
+    assert bring(server, tmp_path).checkpoint.read_bytes() == FIRST
+    assert server.gets == [(None, None), (None, None)]
+
+
 def test_waits_longer_before_every_attempt(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[float] = []
     monkeypatch.setattr(time, "sleep", waited.append)
@@ -375,8 +462,9 @@ def test_dead_dictionary_shows_before_the_checkpoint_is_transferred(server: Serv
     assert (server.gets, names(tmp_path)) == ([], [])
 
 
-def test_unknown_size(server: Server, tmp_path: Path) -> None:
-    server.heads = ["no-length"]
+@pytest.mark.parametrize("fault", ["no-length", "long-number", "signed", "superscript", "zero"])
+def test_unknown_size(server: Server, tmp_path: Path, fault: str) -> None:
+    server.heads = [fault]
     with pytest.raises(ConvertError, match="the server does not say how large it is"):
         bring(server, tmp_path)
     assert names(tmp_path) == []
@@ -409,7 +497,14 @@ def test_file_without_a_record_is_left_alone(server: Server, tmp_path: Path) -> 
     assert server.log == []
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"name": "tiny"}', "\x00"])
+RECORD = {"name": "tiny", "address": "x", "size": 1, "sha256": "x", "etag": None}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", '{"name": "tiny"}', "\x00", "[" * 100_000, "1" * 5000]
+    + [json.dumps(RECORD | {name: [{}]}) for name in RECORD],
+)
 def test_broken_record(server: Server, tmp_path: Path, text: str) -> None:
     bring(server, tmp_path)
     (tmp_path / "tiny.pt.json").write_text(text)

@@ -28,13 +28,11 @@ from convert.report import size
     "--lang", "language", metavar="LANG", help="As for convert. Default: all languages are among the answers."
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing recording, once the new one is made.")
+@click.option("--head", metavar="HEAD", help="As for convert, which refuses the same checkpoints.")
 @click.option("--dict", "dictionary", type=click.Path(path_type=Path), help="As for convert.")
 @click.option("--base", type=click.Path(path_type=Path), help="As for convert.")
-@click.option(
-    "--trust-checkpoint",
-    is_flag=True,
-    help="Let fairseq unpickle a file that names unknown classes. Such a file can run any program as you.",
-)
+@click.option("--training-only", multiple=True, metavar="SETTING", help="As for convert.")
+@click.option("--data-config", type=click.Path(path_type=Path), help="As for convert.")
 def command(checkpoint: Path, out: Path, **options: Any) -> Outcome:
     """Run fairseq once and keep its answers, to verify later where fairseq is not installed."""
     from convert.verification import record

@@ -34,11 +34,6 @@ from convert.cli import command as make
 )
 @click.option("--dict", "dictionary", type=click.Path(path_type=Path), help="As for convert.")
 @click.option("--base", type=click.Path(path_type=Path), help="As for convert.")
-@click.option(
-    "--trust-checkpoint",
-    is_flag=True,
-    help="Let fairseq unpickle a file that names unknown classes. Such a file can run any program as you.",
-)
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the differences along the stages into a PNG.")
 def command(checkpoint: Path, model_dir: Path, plot: Path | None, **options: Any) -> Outcome:
     """Prove that a model directory is the checkpoint's model.

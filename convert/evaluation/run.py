@@ -115,6 +115,8 @@ def evaluate(
             disable=not (progress and here.rank == 0 and sys.stderr.isatty()),
         )
         rows = tuple(sorted(here.gather(list(bar)), key=lambda row: row.index))
+        if fairseq is not None:
+            fairseq.close()
         finished = True
     finally:
         journal.close(remove=finished and transcripts is None and here.rank == 0)
@@ -143,12 +145,10 @@ def _path(value: str | Path | None) -> Path | None:
 
 
 def _fairseq(checkpoint: Path, model_dir: Path, device: str, language: str) -> FairseqReference:
-    """Open the checkpoint, with the dictionary that the conversion kept for one that carries none, and its language."""
+    """Open the checkpoint as it was converted."""
     if not (model_dir / "conversion.json").is_file():
         return FairseqReference(checkpoint, device, language=language)
-    directory = ModelDirectory(model_dir)
-    language = language or str(directory.conversion.get("language") or "")
-    return FairseqReference(checkpoint, device, directory.dictionary, language)
+    return FairseqReference(checkpoint, device, ModelDirectory(model_dir), language)
 
 
 def _content(rows: tuple[Row, ...]) -> str:

@@ -33,7 +33,6 @@ def verify(
     require: str | None = None,
     dictionary: str | Path | None = None,
     base: str | Path | None = None,
-    trust_checkpoint: bool = False,
     long: bool = True,
     languages: Sequence[str] = (),
     write: bool = True,
@@ -51,7 +50,6 @@ def verify(
         require: `identical` or `rounding`, for every input; by default `identical` for single utterances on the CPU, where
             both sides have the same weights and do the same arithmetic, and `rounding` elsewhere.
         dictionary, base: as for `convert`.
-        trust_checkpoint: let fairseq unpickle a file that names what no trainer of fairseq writes. It can run any program.
         long: whether 30 seconds of speech are among the inputs.
         languages: of a model with several, those to run beside the one that its weights speak; by default all. The bytes of
             all are compared.
@@ -81,7 +79,6 @@ def verify(
         require=require,
         dictionary=_path(dictionary),
         base=_path(base),
-        trust_checkpoint=trust_checkpoint,
         long=long,
         languages=tuple(languages),
         write_report=write,
@@ -135,11 +132,13 @@ def record(
     audio: Sequence[str | Path] = (),
     fairseq_python: str | None = None,
     dtype: str | None = None,
+    head: str | None = None,
     dictionary: str | Path | None = None,
     base: str | Path | None = None,
-    trust_checkpoint: bool = False,
+    training_only: Sequence[str] = (),
     long: bool = True,
     language: str | None = None,
+    data_config: str | Path | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Run fairseq once and keep its answers, to verify later where fairseq is not installed.
@@ -150,8 +149,7 @@ def record(
         audio: recordings to run beside the bundled clip.
         fairseq_python: another interpreter, with torch and fairseq; by default this one.
         dtype: `float16` or `bfloat16`, to answer for weights rounded to it too.
-        dictionary, base: as for `convert`.
-        trust_checkpoint: as for `verify`.
+        head, dictionary, base, training_only, data_config: as for `convert`, which refuses the same checkpoints.
         long: whether 30 seconds of speech are among the inputs.
         language: as for `convert`; by default all languages are among the answers.
         overwrite: whether an existing file is replaced, once the new one is made.
@@ -165,19 +163,25 @@ def record(
     Example:
         >>> record("checkpoint_best.pt", "reference.safetensors")  # doctest: +SKIP
     """
+    from convert.model.types import make_request
     from convert.verification.make import make_recording
 
+    request = make_request(
+        head=head,
+        dictionary=dictionary,
+        base=base,
+        training_only=training_only,
+        language=language,
+        data_config=data_config,
+    )
     return make_recording(
         Path(checkpoint),
         Path(out),
+        request,
         audio=tuple(audio),
         fairseq_python=fairseq_python,
         dtype=dtype or "",
-        dictionary=_path(dictionary),
-        base=_path(base),
-        trusted=trust_checkpoint,
         long=long,
-        language=language or "",
         overwrite=overwrite,
     )
 

@@ -7,13 +7,15 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from convert.checkpoint import Checkpoint
+from convert.checkpoint.unchanged import unchanged
 from convert.errors import ConvertError, check_place
+from convert.model.types import Request
 from convert.verification.devices import quiet, steady
 from convert.verification.fairseq_side import recording
-from convert.verification.fairseq_side.importing import CannotBuildError
 from convert.verification.inputs import Waveform, collect, in_languages, probes
 from convert.verification.recording import Recorded, ask, pack
-from convert.verification.reference import HINT, run_interpreter
+from convert.verification.reference import answering, run_interpreter
 from convert.verification.run import pieces_of
 from convert.verification.subject import HALVES, read_subject
 
@@ -21,39 +23,48 @@ from convert.verification.subject import HALVES, read_subject
 def make_recording(
     checkpoint: Path,
     out: Path,
+    request: Request,
     *,
     fairseq_python: str | None,
     audio: Sequence[str | Path],
     dtype: str,
-    dictionary: Path | None,
-    base: Path | None,
-    trusted: bool,
     long: bool,
-    language: str,
     overwrite: bool,
 ) -> Path:
     """Run fairseq and write its answers; the arguments are those of `convert.verification.record`."""
     check_place(out, overwrite)
     if dtype and dtype not in HALVES:
         raise ConvertError(f"{dtype!r} is neither float16 nor bfloat16", code="usage", key="--dtype")
-    subject, geometry = read_subject(checkpoint, dictionary=dictionary, base=base, trusted=trusted, language=language)
-    clips = collect(audio, subject.rate, geometry)
-    wanted = [one for one in probes(geometry, clips, rate=subject.rate) if long or one.name != "30-seconds"]
-    if not language:
-        wanted = in_languages(wanted, (name for name in subject.languages if name != subject.language))
-    pieces = list(pieces_of(geometry, clips, wanted).values())
-    request, arrays = ask(subject, clips, wanted, pieces, dtype)
-    if fairseq_python is not None:
-        with run_interpreter(fairseq_python, request, arrays) as made:
-            return _finish(made, out, clips)
     with tempfile.TemporaryDirectory(prefix="fairseq-to-hf-") as folder:
         made = Path(folder) / "answers"
-        try:
-            with quiet(), steady():
-                recording.record(request | {"out": str(made)}, arrays)
-        except CannotBuildError as error:
-            raise ConvertError(f"{error}", code="no-fairseq", hint=HINT) from error
+        with unchanged(checkpoint) as opened:
+            clips = _answer(opened, request, made, fairseq_python, audio, dtype, long)
         return _finish(made, out, clips)
+
+
+def _answer(
+    opened: Checkpoint,
+    request: Request,
+    made: Path,
+    python: str | None,
+    audio: Sequence[str | Path],
+    dtype: str,
+    long: bool,
+) -> Mapping[str, Waveform]:
+    subject, geometry = read_subject(opened, request)
+    clips = collect(audio, subject.rate, geometry)
+    wanted = [one for one in probes(geometry, clips, rate=subject.rate) if long or one.name != "30-seconds"]
+    if not request.language:
+        wanted = in_languages(wanted, (name for name in subject.languages if name != subject.language))
+    pieces = list(pieces_of(geometry, clips, wanted).values())
+    asked, arrays = ask(subject, clips, wanted, pieces, dtype)
+    if python is not None:
+        with run_interpreter(python, asked, arrays) as answers:
+            shutil.copyfile(answers, made)
+    else:
+        with answering(), quiet(), steady():
+            recording.record(asked | {"out": str(made)}, arrays)
+    return clips
 
 
 def _finish(made: Path, out: Path, clips: Mapping[str, Waveform]) -> Path:

@@ -6,23 +6,42 @@ has given it a meaning, as a word or as numbers; convolutions are written anew f
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from convert.checkpoint import Checkpoint
 from convert.checkpoint.container import Container
+from convert.checkpoint.unchanged import stamps_of
 from convert.checkpoint.unpickle import StoredTensor
 from convert.mapping.adapters import stack
 from convert.model.settings import parse_convolutions
-from convert.verification.fairseq_side.weights import stamp
 
 _PLAIN = re.compile(r"\w*|[\d.,:e+ -]*", re.ASCII)
 
 
-def plain_settings(settings: Mapping[str, Any], architecture: str, training_only: Mapping[str, Any]) -> dict[str, Any]:
+def handed(
+    opened: Checkpoint, architecture: str, settings: Mapping[str, Any], training_only: Iterable[str]
+) -> dict[str, Any]:
+    """Make the part of a request that is the checkpoint's.
+
+    Args:
+        opened: the checkpoint.
+        architecture, settings, training_only: as for `plain_settings`.
+    """
+    paths = [str(Path(one.file.name).resolve()) for one in opened.container.files]
+    return {
+        "settings": plain_settings(settings, architecture, training_only),
+        "files": [{"path": path, "stamp": one} for path, one in zip(paths, stamps_of(opened), strict=True)],
+        "tensors": places(opened.container, opened.tensors),
+        "groups": Groups(opened),
+    }
+
+
+def plain_settings(settings: Mapping[str, Any], architecture: str, training_only: Iterable[str]) -> dict[str, Any]:
     """Keep of a checkpoint's settings what fairseq builds a model from.
 
     Args:
@@ -34,18 +53,22 @@ def plain_settings(settings: Mapping[str, Any], architecture: str, training_only
         >>> plain_settings({"model": {"dropout": 0.1, "w2v_path": "base.pt"}, "task": {}}, "wav2vec2", {})
         {'model': {'dropout': 0.1, '_name': 'wav2vec2'}, 'task': {'normalize': False}}
     """
-    model = settings["model"]
-    made = _plain(model, training_only) | {"_name": architecture}
+    model, without = settings["model"], frozenset(training_only)
+    made = _plain(model, without) | {"_name": architecture}
     if isinstance(model.get("w2v_args"), dict):
-        made["w2v_args"] = {"model": _plain(model["w2v_args"]["model"], training_only)}
+        made["w2v_args"] = {"model": _plain(model["w2v_args"]["model"], without)}
     return {"model": made, "task": {"normalize": bool(settings["task"].get("normalize", False))}}
 
 
-def _plain(section: Mapping[str, Any], training_only: Mapping[str, Any]) -> dict[str, Any]:
-    made = {name: value for name, value in section.items() if _is_plain(value) and name not in training_only}
-    made |= {name: value for name, value in section.items() if _is_number(value)}
-    if isinstance(section.get("conv_feature_layers"), str):
-        made["conv_feature_layers"] = str(parse_convolutions(section["conv_feature_layers"]))
+def _plain(section: Mapping[str, Any], training_only: frozenset[str]) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    for name, value in section.items():
+        if isinstance(value, dict) and name != "w2v_args":
+            made[name] = _plain(value, training_only)
+        elif _is_numbers(value) or (name not in training_only and _is_plain(value)):
+            made[name] = value
+    with contextlib.suppress(ValueError):  # of a Namespace around the encoder's, where nothing reads it
+        made["conv_feature_layers"] = str(parse_convolutions(str(section.get("conv_feature_layers"))))
     return made
 
 
@@ -53,15 +76,10 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, str) and _PLAIN.fullmatch(value) is not None
 
 
-def _is_number(value: Any) -> bool:
+def _is_numbers(value: Any) -> bool:
     if isinstance(value, list):
-        return all(isinstance(item, (int, float)) for item in value)
+        return all(map(_is_numbers, value))
     return value is None or isinstance(value, (int, float))
-
-
-def files_of(container: Container) -> list[dict[str, Any]]:
-    """Name the files that hold a checkpoint's tensors, with what tells whether they are still the same."""
-    return [{"path": str(Path(one.file.name).resolve()), "stamp": stamp(one.file)} for one in container.files]
 
 
 def places(container: Container, tensors: Mapping[str, StoredTensor]) -> dict[str, Any]:

@@ -7,9 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from convert.checkpoint import open_checkpoint
+from convert.checkpoint import Checkpoint
+from convert.checkpoint.unchanged import unchanged
 from convert.errors import ConvertError, MismatchError, Problem
 from convert.model.directory import ModelDirectory
+from convert.model.types import request_again
 from convert.package import compare_opened
 from convert.verification import controls, expected
 from convert.verification.device_run import LONG, Work, on_device
@@ -35,7 +37,6 @@ def verify(
     require: str | None,
     dictionary: Path | None,
     base: Path | None,
-    trust_checkpoint: bool,
     long: bool,
     languages: Sequence[str],
     write_report: bool,
@@ -44,65 +45,63 @@ def verify(
     """Verify; the arguments are those of `convert.verification.verify`."""
     _usage(require, reference, fairseq_python, audio)
     directory = ModelDirectory(model_dir)
-    # with a recording, fairseq does not open the file: then there is nothing to trust
-    trusted = trust_checkpoint or reference is not None
-    asked = str((directory.conversion.get("request") or {}).get("language") or "")
-    subject, geometry = read_subject(
-        checkpoint, dictionary=dictionary, base=base, kept=directory.dictionary, trusted=trusted, language=asked
-    )
-    check_source(directory, subject)
-    others = _others(subject, asked, languages)
-    chosen, absent = choose(devices)
-    recorded = _recording(reference, subject) if reference is not None else None
-    clips = recorded.clips if recorded else collect(audio, subject.rate, geometry)
-    wanted = recorded.probes() if recorded else in_languages(probes(geometry, clips, rate=subject.rate), others)
-    wanted = [probe for probe in wanted if long or probe.name != LONG]
-    wanted = [probe for probe in wanted if not probe.language or probe.language in others]
-    pieces = pieces_of(geometry, clips, wanted)
-    half, rounded = half_type(directory)
-    findings = Findings()
-    if not long:
-        findings.skipped[LONG] = "left out, as asked"
-    run = {subject.language, *(probe.language for probe in wanted)}
-    findings.skipped |= {
-        f"language {name}": "its bytes only, as asked" for name in subject.languages if name not in run
-    }
-    if fairseq_python is not None:
-        recorded = answers(subject, clips, wanted, list(pieces.values()), rounded, fairseq_python)
-    total = len(chosen) * len(wanted) * (2 if half else 1) + 2
-    steps = [0]
+    with unchanged(checkpoint) as opened:
+        digest = opened.sha256()
+        check_source(directory, opened.path.name, digest)
+        request = request_again(directory, opened, dictionary=dictionary, base=base)
+        subject, geometry = read_subject(opened, request, digest)
+        others = _others(subject, request.language, languages)
+        chosen, absent = choose(devices)
+        recorded = _recording(reference, subject) if reference is not None else None
+        clips = recorded.clips if recorded else collect(audio, subject.rate, geometry)
+        wanted = recorded.probes() if recorded else in_languages(probes(geometry, clips, rate=subject.rate), others)
+        wanted = [probe for probe in wanted if long or probe.name != LONG]
+        wanted = [probe for probe in wanted if not probe.language or probe.language in others]
+        pieces = pieces_of(geometry, clips, wanted)
+        half, rounded = half_type(directory)
+        findings = Findings()
+        if not long:
+            findings.skipped[LONG] = "left out, as asked"
+        run = {subject.language, *(probe.language for probe in wanted)}
+        findings.skipped |= {
+            f"language {name}": "its bytes only, as asked" for name in subject.languages if name not in run
+        }
+        if fairseq_python is not None:
+            recorded = answers(subject, clips, wanted, list(pieces.values()), rounded, fairseq_python)
+        total = len(chosen) * len(wanted) * (2 if half else 1) + 2
+        steps = [0]
 
-    def advance() -> None:
-        steps[0] += 1
-        if progress:
-            progress(min(steps[0], total), total)
+        def advance() -> None:
+            steps[0] += 1
+            if progress:
+                progress(min(steps[0], total), total)
 
-    _check_files(checkpoint, directory, {"dictionary": dictionary, "base": base}, findings)
-    advance()
-    work = Work(subject, directory, clips, wanted, pieces, half, rounded, require, advance)
-    description = None
-    with steady():
-        for device in chosen:
-            side: Reference = recorded if recorded is not None else Live(subject, clips, device)
-            description = side.description
-            try:
-                on_device(work, side, device, findings, first=device == chosen[0])
-            except ConvertError as error:
-                if error.code != "load":
-                    raise
-                findings.problems += error.problems
-            del side
-        surroundings = describe(chosen, attention_of(str(directory.config.get("model_type"))))
-    findings.problems += controls.missing(findings.controls)
-    findings.skipped |= dict(description.skipped) if description else {}
-    done = findings.finish(
-        files=expected.hashes(directory.path),
-        checkpoint={"name": subject.name, "size": subject.size, "sha256": subject.sha256},
-        tensors=len(directory.tensors) + sum(map(len, directory.beside().values())),
-        reference=_described(description),
-        environment=surroundings,
-        missing=sorted(absent),
-    )
+        _check_files(opened, directory, {"dictionary": dictionary, "base": base}, findings)
+        advance()
+        work = Work(subject, directory, clips, wanted, pieces, half, rounded, require, advance)
+        description = None
+        with steady():
+            for device in chosen:
+                side: Reference = recorded if recorded is not None else Live(subject, clips, device)
+                description = side.description
+                try:
+                    on_device(work, side, device, findings, first=device == chosen[0])
+                except ConvertError as error:
+                    if error.code != "load":
+                        raise
+                    findings.problems += error.problems
+                del side
+            surroundings = describe(chosen, attention_of(str(directory.config.get("model_type"))))
+        findings.problems += controls.missing(findings.controls)
+        findings.skipped |= dict(description.skipped) if description else {}
+        done = findings.finish(
+            files=expected.hashes(directory.path),
+            checkpoint={"name": subject.name, "size": subject.size, "sha256": subject.sha256},
+            tensors=len(directory.tensors) + sum(map(len, directory.beside().values())),
+            reference=_described(description),
+            environment=surroundings,
+            missing=sorted(absent),
+        )
     if write_report:
         write(directory.path, done.report)
     advance()
@@ -153,17 +152,15 @@ def _recording(path: Path, subject: Subject) -> Recorded:
     return recorded
 
 
-def _check_files(checkpoint: Path, directory: ModelDirectory, options: Mapping[str, Any], findings: Findings) -> None:
+def _check_files(opened: Checkpoint, directory: ModelDirectory, options: Mapping[str, Any], findings: Findings) -> None:
     """Check what needs no model: every tensor's bytes, every value of every JSON file; and that both checks see."""
 
-    with open_checkpoint(checkpoint) as opened:
+    def bytes_of(path: Path) -> list[Problem]:
+        return compare_opened(opened, path, **options)
 
-        def bytes_of(path: Path) -> list[Problem]:
-            return compare_opened(opened, path, **options)
-
-        findings.problems += bytes_of(directory.path)
-        findings.controls.append(controls.one_unit(directory.path, _some_tensor(directory), bytes_of))
-        model = expected.fresh_plan(opened, directory, **options)
+    findings.problems += bytes_of(directory.path)
+    findings.controls.append(controls.one_unit(directory.path, _some_tensor(directory), bytes_of))
+    model = expected.fresh_plan(opened, directory, **options)
     meant = expected.expected_files(model, str(directory.conversion.get("dtype", "keep")))
     findings.problems += expected.compare_files(directory, meant)
     findings.problems += expected.compare_records(directory, model)

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import importlib
 import pkgutil
+import sys
 import types
 from typing import Any
 
@@ -69,7 +70,7 @@ def build(settings: Any, symbols: int, ignored: list[str], patches: list[str]) -
     """
     with contextlib.ExitStack() as stack:
         for family in families():
-            if hasattr(family, "patched"):
+            if hasattr(family, "patched") and "fairseq" in sys.modules:
                 stack.enter_context(family.patched(patches))
         return parts_of(settings)[0](settings, symbols, ignored, patches)
 

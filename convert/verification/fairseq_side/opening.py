@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .building import build, no_random_numbers, parts_of
-from .importing import CannotBuildError, import_fairseq
+from .importing import CannotBuildError
 from .reference import Reference
 from .weights import Weights
 
@@ -22,8 +22,9 @@ def open_reference(request: Any) -> Reference:
     Raises:
         CannotBuildError: fairseq is absent, or cannot build this model; or the file is not the one that was read.
     """
-    fairseq, patches = import_fairseq()
     settings = request["settings"]
+    runs = parts_of(settings)[1]
+    library, patches = runs.library()
     ignored: list[str] = []
     weights = Weights(request["files"])
     symbols = len(request["symbols"])
@@ -34,12 +35,12 @@ def open_reference(request: Any) -> Reference:
             model = build(settings, symbols, ignored, patches)
         patches.append("in float64: Fp32GroupNorm, Fp32LayerNorm and gelu compute in float64, to measure floors")
         info = {
-            "fairseq": getattr(fairseq, "__version__", "unknown"),
+            "fairseq": getattr(library, "__version__", "unknown"),
             "settings": "fairseq-to-hf's reader",
             "ignored_settings": ignored,
             "patches": patches,
         }
-        reference: Reference = parts_of(settings)[1](model, request, weights, info)
+        reference: Reference = runs(model, request, weights, info)
         reference.fill(weights.read(request["tensors"]))
         reference.speak("")
     except CannotBuildError:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .arithmetic import forget_positions, lifted, nothing
-from .importing import CannotBuildError
+from .importing import CannotBuildError, import_fairseq
 from .numerics import NAMES, crop, same, swap_first, swap_last
 from .tokens import dictionary_of
 
@@ -21,6 +21,7 @@ class Reference:
     (valid frames of the whole batch, channels) otherwise.
     """
 
+    library = staticmethod(import_fairseq)  # imports what has the model
     prefix = ""  # of the encoder's tensors
 
     def __init__(self, model: Any, request: Any, weights: Any, info: Any) -> None:
@@ -100,13 +101,17 @@ class Reference:
         finally:
             convolution.weight.data = weight
 
+    def lifted(self) -> Any:
+        """Let what computes in float32 whatever it is given compute in its input's type."""
+        return lifted(self.w2v)
+
     @contextlib.contextmanager
     def arithmetic(self, name: str) -> Any:
         """Compute in another floating point type; float64 lifts the islands where fairseq computes in float32."""
         if name == "float32":
             yield
             return
-        with lifted(self.w2v) if name == "float64" else nothing():
+        with self.lifted() if name == "float64" else nothing():
             self.model.to(NAMES[name])
             forget_positions(self.w2v)
             try:
