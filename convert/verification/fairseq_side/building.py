@@ -154,6 +154,8 @@ def flat(values: Any, normalize: bool) -> Any:
     from argparse import Namespace
 
     made = {key: value for key, value in values.items() if key != "_name"}
+    if "latent_temp" in made:  # numbers, which 0.10 evaluates out of a text
+        made["latent_temp"] = str(tuple(made["latent_temp"]))
     fixed = dict(arch="wav2vec2", task="audio_pretraining", criterion="wav2vec", data="", normalize=normalize)
     return Namespace(**dict(made, labels=None, enable_padding=False, w2v_path="", **fixed))
 
