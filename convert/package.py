@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from convert.checkpoint import Checkpoint, open_checkpoint
-from convert.checkpoint.dictionary import Dictionary
+from convert.conversion import DTYPES as DTYPES
+from convert.conversion import record_of
 from convert.errors import ConvertError, MismatchError, Problem
 from convert.model.architectures import describe
 from convert.model.directory import SUBWORDS
@@ -23,7 +24,6 @@ from convert.model.types import Model, Request, make_request, request_again
 from convert.report import json_bytes
 from convert.transfer import Transfer, Written, pieces, split
 
-DTYPES = {"keep": "keep", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 MAX_SHARD_SIZE = 5_000_000_000  # what transformers' save_pretrained splits at
 _USUAL = {
     "config.json",
@@ -210,101 +210,9 @@ def _write(
     files = {
         file.name: {"size": file.size, "sha256": file.sha256} for file in sorted(written, key=lambda file: file.name)
     }
-    _json(work, "conversion.json", _record(opened, model, request, digest, names_of_dtypes.get(dtype, "keep"), files))
+    named = names_of_dtypes.get(dtype, "keep")
+    _json(work, "conversion.json", record_of(opened, model, request, digest, named, files, tool_version()))
     return files, digest
-
-
-def _record(
-    opened: Checkpoint, model: Model, request: Request, digest: str, dtype: str, files: dict[str, Any]
-) -> dict[str, Any]:
-    """The content of conversion.json: what the result was made from and how, with nothing private or volatile."""
-    return {
-        "schema": 1,
-        "tool": {"name": "fairseq-to-hf", "version": tool_version()},
-        "source": {
-            "name": opened.path.name.encode("utf-8", "backslashreplace").decode(),  # file names may be any bytes
-            "size": opened.size,
-            "sha256": digest,
-            "container": opened.container.kind,
-            "layout": opened.layout,
-        },
-        "architecture": {"fairseq": model.fairseq, "class": model.target, "head": model.head},
-        "request": without_paths(request.record),
-        "settings": without_paths(opened.settings),
-        "training_only": without_paths(dict(model.training_only)),
-        "config": {value.name: value.origin for value in model.config},
-        "dictionary": None if model.dictionary is None else _symbols(model.dictionary),
-        "dictionaries": [_symbols(dictionary) for dictionary in opened.dictionaries],
-        "language": model.language,
-        "languages": {name: _symbols(dictionary) for name, dictionary in model.languages.items()},
-        "decoding": model.processor.decoding,
-        "table": {"name": model.plan.table.name, "digest": model.plan.table.digest},
-        "tensors": {target: source for source, target in model.plan.renames.items()},
-        "drops": [drop.record for drop in model.plan.drops],
-        "fills": [{"key": fill.target, "rule": fill.rule, "reason": fill.reason} for fill in model.plan.fills],
-        "edits": [
-            {"key": edit.target, "row": edit.row, "rule": edit.rule, "value": edit.value, "reason": edit.reason}
-            for edit in model.plan.table.edits
-        ],
-        "edited_rows": _kept_rows(opened, model),
-        "left_rows": _left_rows(opened, model, dtype),
-        "sidecars": {
-            sidecar.file: {
-                "group": sidecar.group,
-                "tensors": {target: source for source, target in sidecar.plan.renames.items()},
-            }
-            for sidecar in model.sidecars
-        },
-        "dtype": dtype,
-        "files": files,
-    }
-
-
-def _symbols(dictionary: Dictionary) -> dict[str, Any]:
-    return {name: list(getattr(dictionary, name)) for name in ("symbols", "counts", "special")}
-
-
-def _kept_rows(opened: Checkpoint, model: Model) -> dict[str, dict[str, str]]:
-    """The bytes of every row that is edited as they were before, in hexadecimal, for the way back."""
-    from convert.transfer import read_array
-
-    sources = {target: source for source, target in model.plan.renames.items()}
-    tensors = opened.over(model.group)
-    kept: dict[str, dict[str, str]] = {}
-    for edit in model.plan.table.edits:
-        before: bytes = read_array(opened.container, tensors[sources[edit.target]])[edit.row].tobytes()
-        kept.setdefault(edit.target, {})[str(edit.row)] = before.hex()
-    return kept
-
-
-def _left_rows(opened: Checkpoint, model: Model, dtype: str) -> dict[str, str]:
-    """The bytes of the rows before those that a tensor takes, of the same type as it, in hexadecimal, for the way back."""
-    from convert.transfer import cast, read_array
-
-    sources = {target: source for source, target in model.plan.renames.items()}
-    left: dict[str, str] = {}
-    for target, count in model.plan.table.skips.items():
-        rows = read_array(opened.container, opened.over(model.group)[sources[target]])[:count]
-        kind = model.plan.target[target].dtype
-        left[target] = cast(rows, kind, kind if dtype == "keep" else DTYPES[dtype]).hex()
-    return left
-
-
-def without_paths(value: Any) -> Any:
-    """Keep only the last component of every path in settings: the rest is somebody's machine.
-
-    Example:
-        >>> without_paths({"data": "/home/me/manifests", "w2v_path": "base.pt"})
-        {'data': 'manifests', 'w2v_path': 'base.pt'}
-    """
-    if isinstance(value, dict):
-        return {key: without_paths(child) for key, child in value.items()}
-    if isinstance(value, list):
-        return [without_paths(child) for child in value]
-    if isinstance(value, str) and not value.isspace():
-        parts = value.replace("\\", "/").split("/")
-        return parts[-1] or (parts[-2] if len(parts) > 1 else "") if len(parts) > 1 else value
-    return value
 
 
 def compare_weights(
@@ -344,8 +252,7 @@ def compare_opened(
     from convert.model.directory import ModelDirectory
 
     directory = ModelDirectory(Path(model_dir))
-    record = directory.conversion
-    dtype = DTYPES[record["dtype"]]
+    dtype = DTYPES[directory.record.dtype]
     asked = request_again(directory, opened, dictionary=dictionary, base=base)
     model = describe(opened, asked)
     problems = directory.compare(opened, pieces(opened.container, model.plan, opened.over(model.group), dtype))
@@ -436,7 +343,7 @@ def _foreign_files(out: Path) -> list[str]:
     from convert.model.directory import ModelDirectory
 
     try:
-        written = set(ModelDirectory(out).conversion["files"])
+        written = set(ModelDirectory(out).record.files)
     except ConvertError:  # damaged, and so one more reason to replace it; what it was made of is not known any more
         written = {file.name for file in out.glob("*.safetensors*")}
     return sorted({file.name for file in out.iterdir()} - written - _USUAL)

@@ -11,17 +11,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from convert.checkpoint import open_checkpoint
+from convert.checkpoint import Checkpoint, open_checkpoint
 from convert.checkpoint.dictionary import SPECIAL, Dictionary
 from convert.checkpoint.writer import NewNamespace, NewTensor, write_checkpoint
+from convert.conversion import File, Record, differences
 from convert.errors import MismatchError, PlanError, Problem, check_place
 from convert.mapping import adapters
 from convert.mapping.data2vec import TEACHER
 from convert.mapping.rules import Table, TensorSpec
 from convert.mapping.wav2vec2 import NO_HEAD, Layout, table
+from convert.model.architectures import describe
 from convert.model.directory import ModelDirectory, Place
 from convert.model.fields import ACTIVATIONS, LAYER_SETTINGS, WAV2VEC2
 from convert.model.speech_to_text import ARCHITECTURES as SPEECH_TO_TEXT
+from convert.model.types import request_again
 from convert.package import beside, into_place
 from convert.transfer import CHUNK, WIDTHS
 
@@ -122,22 +125,46 @@ def restore(model_dir: str | Path, out: str | Path, *, overwrite: bool = False) 
     with beside(out) as work:
         path = work / out.name
         write_checkpoint(path, {**model, **teacher}, state)
-        _prove(path, draft)
+        _prove(path, draft, directory if ours else None)
         into_place(path, out)
     return Restored(out, len(model), tuple(draft.notes))
 
 
-def _prove(path: Path, draft: _Draft) -> None:
-    """Read the checkpoint back with the reader that knows nothing of the writer, and compare every byte."""
+def _prove(path: Path, draft: _Draft, directory: ModelDirectory | None) -> None:
+    """Read the checkpoint back with the reader that knows nothing of the writer, and compare every byte.
+
+    Args:
+        path: the checkpoint.
+        draft: what it was made from.
+        directory: the directory that a conversion made: a conversion of the checkpoint has to give its settings again.
+    """
     from convert.transfer import read_array
 
     with open_checkpoint(path) as opened:
+        if directory is not None:
+            _compare_settings(opened, directory)
         for name, part in {"": draft, **draft.languages}.items():
             if opened.inventory_of(name) != part.specs:
                 raise MismatchError(f"{path.name} read back with other tensors; nothing was kept", code="read-back")
             for key, tensor in opened.tensors_of(name).items():
                 if read_array(opened.container, tensor).tobytes() != b"".join(part.bytes[key]()):
                     raise MismatchError(f"{key} read back differently; nothing was kept", code="read-back", key=key)
+
+
+def _compare_settings(opened: Checkpoint, directory: ModelDirectory) -> None:
+    """Plan the conversion again: settings that it refuses, or makes something else of, are not those of a conversion."""
+    again = replace(opened, settings=dict(directory.record.settings))  # as they were, the criterion's with them
+    meant = describe(again, request_again(directory, again)).configuration
+    if directory.record.dtype != "keep":
+        meant["torch_dtype"] = directory.record.dtype
+    problems = list(differences("config.json", meant, directory.config))
+    if problems:
+        raise PlanError(
+            f"{directory.path}: conversion.json and config.json disagree about the model; nothing was written",
+            code="changed",
+            problems=problems,
+            hint="convert the checkpoint again",
+        )
 
 
 def _reader(directory: ModelDirectory, place: Place) -> Callable[[], Iterator[bytes]]:
@@ -151,16 +178,16 @@ def _reader(directory: ModelDirectory, place: Place) -> Callable[[], Iterator[by
 
 
 def _from_conversion(directory: ModelDirectory) -> _Draft:
-    record = directory.conversion
-    constants = {drop["key"]: float(drop["constant"]) for drop in record["drops"] if "constant" in drop}
-    kept = {source for sidecar in directory.sidecars.values() for source in sidecar["tensors"].values()}
-    repeated = {drop["key"]: drop["repeats"] for drop in record["drops"] if "repeats" in drop}
-    relics = {drop["key"] for drop in record["drops"] if drop.get("relic")}
+    record = directory.record
+    constants = {drop.key: drop.constant for drop in record.drops if drop.constant is not None}
+    kept = {source for sidecar in record.sidecars.values() for source in sidecar.tensors.values()}
+    repeated = {drop.key: drop.repeats for drop in record.drops if drop.repeats}
+    relics = {drop.key for drop in record.drops if drop.relic}
     kept |= repeated.keys() | constants.keys() | relics | {TEACHER}
-    problems = [Problem("dropped", drop["key"], drop["reason"]) for drop in record["drops"] if drop["key"] not in kept]
+    problems = [Problem("dropped", drop.key, drop.reason) for drop in record.drops if drop.key not in kept]
     if problems:
         asked = all(problem.detail == NO_HEAD for problem in problems)
-        kind = "pretraining" if "w2v_args" not in record["settings"]["model"] else "ctc"
+        kind = "pretraining" if "w2v_args" not in record.settings["model"] else "ctc"
         way = f"with its head (--head {kind}, or no --head at all)" if asked else "with --keep-final-proj"
         raise PlanError(
             f"{directory.path} lacks tensors that fairseq's model needs; nothing was written",
@@ -168,35 +195,35 @@ def _from_conversion(directory: ModelDirectory) -> _Draft:
             problems=problems,
             hint=f"convert the checkpoint again {way}",
         )
-    notes = _changed(directory, record["files"])
-    settings = record["settings"]
+    notes = _changed(directory, record.files)
+    settings = record.settings
     if settings["model"].get("_name") in SPEECH_TO_TEXT:
         notes.append("fairseq also needs the config.yaml of the data, and beside it the files that it names")
         draft = _Draft({}, {}, _arguments(settings), None, notes)
     else:
-        draft = _Draft({}, {}, _loadable(settings), directory.dictionary, notes, directory.dictionaries)
-    made = {fill["key"] for fill in record["fills"]}
-    lost = list(made ^ record["tensors"].keys() ^ directory.tensors.keys())
-    for file, sidecar in directory.sidecars.items():
-        lost += [f"{file}: {target}" for target in sidecar["tensors"].keys() - directory.places(file).keys()]
-    lost += [source for source in repeated.values() if source not in record["tensors"].values()]
+        draft = _Draft({}, {}, _loadable(settings), record.dictionary, notes, record.dictionaries)
+    made = {fill.key for fill in record.fills}
+    lost = list(made ^ record.tensors.keys() ^ directory.tensors.keys())
+    for file, sidecar in record.sidecars.items():
+        lost += [f"{file}: {target}" for target in sidecar.tensors.keys() - directory.places(file).keys()]
+    lost += [source for source in repeated.values() if source not in record.tensors.values()]
     if lost:
         problems = [Problem("changed", key, "conversion.json and the weights disagree about it") for key in lost]
         raise PlanError(f"{directory.path} was changed since its conversion", code="changed", problems=problems)
-    _take(draft, directory, directory.tensors, record)
-    for file, sidecar in directory.sidecars.items():  # what stands in one is as the checkpoint had it
+    _take(draft, directory, directory.tensors, record.tensors, record)
+    for file, sidecar in record.sidecars.items():  # what stands in one is as the checkpoint had it
         part = draft
-        if sidecar["group"]:
-            own = _Draft({}, {}, {}, directory.languages.get(sidecar["group"]), notes)
-            part = draft.languages.setdefault(sidecar["group"], own)
-        _take(part, directory, directory.places(file), sidecar)
+        if sidecar.group:
+            own = _Draft({}, {}, {}, record.languages.get(sidecar.group), notes)
+            part = draft.languages.setdefault(sidecar.group, own)
+        _take(part, directory, directory.places(file), sidecar.tensors)
     for source, other in repeated.items():
         draft.specs[source], draft.bytes[source] = replace(draft.specs[other], name=source), draft.bytes[other]
     for key, number in constants.items():
         draft.specs[key] = TensorSpec(key, (1,), "F32")
         draft.bytes[key] = lambda number=number: iter([struct.pack("<f", number)])  # type: ignore[misc]
-    if record["architecture"]["fairseq"] == "data2vec_audio":
-        _as_data2vec(draft, record["settings"]["model"])
+    if record.architecture.fairseq == "data2vec_audio":
+        _as_data2vec(draft, record.settings["model"])
     return draft
 
 
@@ -214,15 +241,21 @@ def _as_data2vec(draft: _Draft, model: Mapping[str, Any]) -> None:
     draft.notes.append(f"{TEACHER}: the teacher of the pretraining starts anew, as the model itself")
 
 
-def _take(draft: _Draft, directory: ModelDirectory, places: Mapping[str, Place], record: Mapping[str, Any]) -> None:
-    """Add the tensors of one file, or of the weights, as their record says."""
-    for target, source in record["tensors"].items():
+def _take(
+    draft: _Draft,
+    directory: ModelDirectory,
+    places: Mapping[str, Place],
+    tensors: Mapping[str, str],
+    record: Record | None = None,
+) -> None:
+    """Add the tensors of one file; of the weights, with the rows that the conversion edited or left out."""
+    for target, source in tensors.items():
         spec, read = places[target].spec, _reader(directory, places[target])
-        rows = record.get("edited_rows", {}).get(target)
+        rows = record.edited_rows.get(target) if record else None
         draft.specs[source] = TensorSpec(source, spec.shape, spec.dtype)
         draft.bytes[source] = read if rows is None else _with_rows(read, rows)
-        if target in record.get("left_rows", {}):
-            _put_before(draft, source, bytes.fromhex(record["left_rows"][target]))
+        if record and target in record.left_rows:
+            _put_before(draft, source, bytes.fromhex(record.left_rows[target]))
 
 
 def _put_before(draft: _Draft, source: str, data: bytes) -> None:
@@ -233,15 +266,15 @@ def _put_before(draft: _Draft, source: str, data: bytes) -> None:
     draft.bytes[source] = lambda: itertools.chain((data,), read())
 
 
-def _changed(directory: ModelDirectory, files: Mapping[str, Any]) -> list[str]:
+def _changed(directory: ModelDirectory, files: Mapping[str, File]) -> list[str]:
     """Hold the files against conversion.json: other weights are noted, other settings would be lost and are refused."""
-    weights = {*directory.weight_files(), *directory.sidecars}
+    weights = {*directory.weight_files(), *directory.record.sidecars}
     notes, problems = [], []
     for name, kept in files.items():
         path = directory.path / name
         if path.is_file():
             with path.open("rb") as file:
-                same = _sha256(file) == kept["sha256"]
+                same = _sha256(file) == kept.sha256
         if not path.is_file() or (not same and name not in weights):
             problems.append(Problem("changed", name, "is not what the conversion wrote; the settings come from there"))
         elif not same:

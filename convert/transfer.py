@@ -107,7 +107,7 @@ def pieces(container: Container, plan: Plan, tensors: Mapping[str, StoredTensor]
         tensor, spec = without_rows(tensors[source], plan.table.skips.get(target, 0)), plan.target[target]
         kind = spec.dtype if dtype == "keep" or spec.dtype not in FLOATS else dtype
         out = TensorSpec(target, spec.shape, kind)
-        if _contiguous(tensor) and kind == spec.dtype and target not in edits:
+        if tensor.is_contiguous and kind == spec.dtype and target not in edits:
             listed.append(Piece(out, tensor, None))
         else:
             listed.append(Piece(out, tensor, _maker(container, tensor, spec.dtype, kind, edits.get(target, []))))
@@ -506,15 +506,6 @@ def product(shape: Iterable[int]) -> int:
     for length in shape:
         count *= length
     return count
-
-
-def _contiguous(tensor: StoredTensor) -> bool:
-    expected = 1
-    for length, stride in zip(reversed(tensor.shape), reversed(tensor.stride), strict=True):
-        if length != 1 and stride != expected:
-            return 0 in tensor.shape
-        expected *= length
-    return True
 
 
 def without_rows(tensor: StoredTensor, count: int) -> StoredTensor:

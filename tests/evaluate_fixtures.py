@@ -101,6 +101,6 @@ def run(*arguments: Any) -> tuple[int, str, str]:
 
 def refused(code: str, *arguments: Any) -> str:
     status, out, _ = run("evaluate", *arguments, "--json")
-    told = json.loads(out)
-    assert (status, told["ok"], told["problems"][0]["code"]) == (2, False, code)
-    return str(told["problems"][0]["detail"])
+    printed = json.loads(out)
+    assert (status, printed["ok"], printed["problems"][0]["code"]) == (2, False, code)
+    return str(printed["problems"][0]["detail"])

@@ -1,4 +1,4 @@
-"""`evaluate` reads manifests, folders and datasets as they stand, and says what does not fit together."""
+"""`evaluate` reads manifests, folders and datasets as they are, and refuses what does not fit together."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from convert.errors import ConvertError
 from convert.evaluation.data import Source
 from convert.evaluation.hub import hub_source
 from convert.evaluation.local import folder_source, manifest_source
+from convert.evaluation.options import Options
 
 pytest.importorskip("soundfile")
 
@@ -25,6 +26,10 @@ def refusal(function: Any, *arguments: Any) -> ConvertError:
         list(function(*arguments).utterances())
     assert caught.value.status == 2
     return caught.value
+
+
+def asked(dataset: Any, config: str | None = "clean", **more: Any) -> Options:
+    return Options(model_dir=Path("model"), dataset=str(dataset), config=config, **more)
 
 
 def read(source: Source) -> list[tuple[str, str, int]]:
@@ -93,7 +98,7 @@ def test_all_missing_recordings_are_listed(tmp_path: Path) -> None:
     assert [problem.key for problem in error.problems] == ["clip-1.wav", "clip-3.wav"]
 
 
-def test_what_is_no_manifest_is_refused(tmp_path: Path) -> None:
+def test_a_broken_manifest_is_refused(tmp_path: Path) -> None:
     manifest = write_manifest(tmp_path)
     manifest.write_text("audio\nclip-0.wav 6000\nclip-1.wav\tmany\n")
     assert [problem.key for problem in refusal(manifest_source, manifest, RATE).problems] == ["set.tsv:2", "set.tsv:3"]
@@ -117,8 +122,9 @@ def test_other_rates_and_channels_are_refused_not_changed(tmp_path: Path) -> Non
     assert error.message == "a.wav: its sampling rate is 8000 Hz, the model's is 16000 Hz; nothing was resampled"
     write_audio(tmp_path / "a.wav", np.stack([noise(8000, 0), noise(8000, 1)], 1))
     assert refusal(folder_source, tmp_path, RATE).message == "a.wav: 2 channels, expected 1; nothing was mixed"
-    (tmp_path / "a.wav").write_text("this is no audio")
-    assert refusal(folder_source, tmp_path, RATE).code == "audio"
+    (tmp_path / "a.wav").write_text("not audio")
+    error = refusal(folder_source, tmp_path, RATE)
+    assert error.code == "bad-audio" and error.message == "a.wav: cannot be read as audio (Format not recognised.)"
 
 
 def test_a_folder_in_either_layout(tmp_path: Path) -> None:
@@ -173,34 +179,34 @@ def write_dataset(folder: Path, rate: int = RATE, columns: tuple[str, ...] = ("t
 
 def test_a_dataset_streams_its_own_bytes(tmp_path: Path) -> None:
     folder = write_dataset(tmp_path / "speech")
-    source = hub_source(str(folder), "clean", "test", None, None, RATE)
-    assert read(source) == [(f"clip-{i}", said, 6000 + 500 * i) for i, said in enumerate(SENTENCES)]
+    source = hub_source(asked(folder), RATE)
+    assert read(source) == [(f"clip-{i}", text, 6000 + 500 * i) for i, text in enumerate(SENTENCES)]
     assert (source.dataset.type, source.dataset.name, source.local) == ("local", "speech", True)
     assert (source.dataset.config, source.dataset.split) == ("clean", "test")
 
 
 def test_a_dataset_of_another_rate_is_refused_not_resampled(tmp_path: Path) -> None:
     folder = write_dataset(tmp_path / "speech", rate=8000)
-    assert refusal(hub_source, str(folder), "clean", "test", None, None, RATE).code == "sampling-rate"
+    assert refusal(hub_source, asked(folder), RATE).message.startswith("clip-0: its sampling rate is 8000 Hz")
 
 
 def test_columns_are_not_guessed(tmp_path: Path) -> None:
-    both = str(write_dataset(tmp_path / "both", columns=("text", "sentence")))
-    error = refusal(hub_source, both, "clean", "test", None, None, RATE)
+    both = write_dataset(tmp_path / "both", columns=("text", "sentence"))
+    error = refusal(hub_source, asked(both), RATE)
     assert (
         error.message
         == "both: expected one column of transcripts, found text, sentence among id, audio, text, sentence"
     )
-    assert len(read(hub_source(both, "clean", "test", None, "sentence", RATE))) == 5
-    other = str(write_dataset(tmp_path / "other", columns=("words",)))
-    assert refusal(hub_source, other, "clean", "test", None, None, RATE).code == "columns"
-    assert refusal(hub_source, other, "clean", "test", None, "wrods", RATE).code == "columns"
+    assert len(read(hub_source(asked(both, text_column="sentence"), RATE))) == 5
+    other = write_dataset(tmp_path / "other", columns=("words",))
+    assert refusal(hub_source, asked(other), RATE).code == "columns"
+    assert refusal(hub_source, asked(other, text_column="wrods"), RATE).code == "columns"
 
 
 def test_an_unknown_split_or_config_is_refused_without_a_path(tmp_path: Path) -> None:
-    folder = str(write_dataset(tmp_path / "speech"))
+    folder = write_dataset(tmp_path / "speech")
     for config, split in (("clean", "dev"), ("muddy", "test")):
-        error = refusal(hub_source, folder, config, split, None, None, RATE)
+        error = refusal(hub_source, asked(folder, config, split=split), RATE)
         assert (error.code, error.problems[0].key) == ("dataset", "speech")
         assert str(tmp_path) not in error.message
 
@@ -226,13 +232,13 @@ OPTIONS = {
         ("--manifest", "m.tsv", "--dataset", "d"),
         "expected one of --manifest, --folder and --dataset, found --manifest and --dataset",
     ),
-    "split": (("--folder", "f", "--split", "dev"), "--split is about a --dataset, and none is given"),
+    "split": (("--folder", "f", "--split", "dev"), "--split needs --dataset"),
     "reference": (
         ("--folder", "f", "--reference", "fairseq"),
         "--reference fairseq and --checkpoint FILE need each other",
     ),
     "checkpoint": (("--folder", "f", "--checkpoint", "c"), "--reference fairseq and --checkpoint FILE need each other"),
-    "file": (("--manifest", "nowhere.tsv"), "nowhere.tsv: there is no such file"),
+    "file": (("--manifest", "nowhere.tsv"), "nowhere.tsv: no such file"),
     "batch": (("--folder", "f", "--batch-size", "0"), "batch size 0, expected at least 1"),
 }
 
@@ -251,8 +257,8 @@ def test_a_folder_of_recordings_with_a_table_is_a_dataset_too(tmp_path: Path) ->
         write_audio(folder / "test" / f"{index}.wav", noise(6000 + index, index))
     (folder / "test" / "metadata.csv").write_text("file_name,sentence\n0.wav,THE FOX\n1.wav,A DOG\n")
     if importlib.util.find_spec("torchcodec"):
-        rows = read(hub_source(str(folder), None, "test", None, None, RATE))
+        rows = read(hub_source(asked(folder, None), RATE))
         assert rows == [("0.wav", "THE FOX", 6000), ("1.wav", "A DOG", 6001)]
     else:
-        error = refusal(hub_source, str(folder), None, "test", None, None, RATE)
+        error = refusal(hub_source, asked(folder, None), RATE)
         assert error.message == "datasets needs torchcodec for a dataset of this layout, and it is not installed"

@@ -1,4 +1,4 @@
-"""`evaluate` on the bundled checkpoint: the word error rate is fairseq's own, and a model that is not the same is noticed."""
+"""`evaluate` on the bundled checkpoint: the word error rate is fairseq's own, and a model that differs is reported."""
 
 from __future__ import annotations
 
@@ -161,8 +161,8 @@ def test_a_model_that_is_not_the_same_is_a_no(model: Path) -> None:
     status, out, _ = run(*asked)
     assert status == 1 and "evaluation.json was not written" in out
     assert not (model / "evaluation.json").exists()
-    status, told, _ = run(*asked, "--json")
-    answer = json.loads(told)
+    status, printed, _ = run(*asked, "--json")
+    answer = json.loads(printed)
     assert (status, answer["ok"]) == (1, False)
     assert {problem["code"] for problem in answer["problems"]} == {"transcript"}
     assert len(answer["problems"]) == len(answer["differing"]) > 0
@@ -173,11 +173,11 @@ def test_a_model_that_is_not_the_same_is_a_no(model: Path) -> None:
 
 def test_one_differing_transcript_is_enough(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = FairseqReference.transcribe
-    heard: list[str] = []
+    texts: list[str] = []
 
     def once(self: FairseqReference, samples: Any) -> str:
-        heard.append(real(self, samples))
-        return heard[-1] + ("S" if len(heard) == 4 else "")
+        texts.append(real(self, samples))
+        return texts[-1] + ("S" if len(texts) == 4 else "")
 
     monkeypatch.setattr(FairseqReference, "transcribe", once)
     result = evaluate(model, manifest=HELDOUT, reference="fairseq", checkpoint=BUNDLED)

@@ -24,12 +24,12 @@ import json, os, sys
 from convert.evaluation import evaluate
 from convert.evaluation.recognize import Recognizer
 
-heard, real = [], Recognizer.transcribe
-Recognizer.transcribe = lambda self, batch: heard.extend(u.name for u in batch) or real(self, batch)
+transcribed, real = [], Recognizer.transcribe
+Recognizer.transcribe = lambda self, batch: transcribed.extend(u.name for u in batch) or real(self, batch)
 model, manifest, out = sys.argv[1:]
 result = evaluate(model, manifest=manifest, device="cpu", batch_size=3)
-told = {"processes": int(os.environ["WORLD_SIZE"]), "heard": heard, "entry": result.entry(), "rows": [r.hypothesis for r in result.rows]}
-open(f"{out}/rank-{os.environ['RANK']}.json", "w").write(json.dumps(told))
+mine = {"processes": int(os.environ["WORLD_SIZE"]), "transcribed": transcribed, "entry": result.entry(), "rows": [r.hypothesis for r in result.rows]}
+open(f"{out}/rank-{os.environ['RANK']}.json", "w").write(json.dumps(mine))
 """
 
 
@@ -60,13 +60,13 @@ def test_two_processes_give_the_numbers_of_one(tmp_path: Path) -> None:
     (tmp_path / "share.py").write_text(SHARE)
     done = launch(tmp_path / "share.py", model, manifest, tmp_path, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    told = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
-    assert [part["processes"] for part in told] == [2, 2]
-    assert [sorted(part["heard"]) for part in told] == [
+    ranks = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+    assert [part["processes"] for part in ranks] == [2, 2]
+    assert [sorted(part["transcribed"]) for part in ranks] == [
         sorted(f"clip-{index}.wav" for index in range(rank, 15, 2)) for rank in (0, 1)
     ]
-    assert all(part["entry"] == alone.entry() for part in told)
-    assert all(part["rows"] == [row.hypothesis for row in alone.rows] for part in told)
+    assert all(part["entry"] == alone.entry() for part in ranks)
+    assert all(part["rows"] == [row.hypothesis for row in alone.rows] for part in ranks)
     assert (model / "evaluation.json").read_bytes() == single
     printed = launch("-m", "convert", "evaluate", model, "--manifest", manifest, "--json", cwd=tmp_path)
     assert printed.returncode == 0, printed.stderr[-3000:]

@@ -1,74 +1,52 @@
-"""`evaluate` counts as jiwer and fairseq count, remembers finished utterances, and writes stable results."""
+"""`evaluate` counts as jiwer and fairseq count, keeps finished transcripts, and writes stable results."""
 
 from __future__ import annotations
 
-import builtins
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from convert.errors import ConvertError
-from convert.evaluation.data import Dataset
-from convert.evaluation.journal import Journal, default_path, key_of
-from convert.evaluation.packages import require
+from convert.evaluation.data import Dataset, Utterance
 from convert.evaluation.result import FILE, Evaluation, Row, read_results, write_result
 from convert.evaluation.score import Scores, case_hint, score
+from convert.evaluation.transcripts import Transcripts, default_path, key_of
 
 jiwer = pytest.importorskip("jiwer")
 
-SAID = ["THE FOX JUMPS", "A DOG", "", "NOW"]
-HEARD = ["THE BOX JUMPS OVER", "DOG", "", "NOW"]
+REFERENCES = ["THE FOX JUMPS", "A DOG", "", "NOW"]
+HYPOTHESES = ["THE BOX JUMPS OVER", "DOG", "", "NOW"]
 
 
 def test_rates_are_sums_of_errors_over_sums_of_words() -> None:
-    scores = score(SAID, HEARD)
+    scores = score(REFERENCES, HYPOTHESES)
     assert (scores.word_errors, scores.words) == (3, 6)
-    assert scores.wer == 3 / 6 == jiwer.wer(SAID, HEARD)
-    assert scores.cer == jiwer.cer(SAID, HEARD)
-    assert score(SAID, SAID) == Scores(0.0, 0.0, 0, 6)
+    assert scores.wer == 3 / 6 == jiwer.wer(REFERENCES, HYPOTHESES)
+    assert scores.cer == jiwer.cer(REFERENCES, HYPOTHESES)
+    assert score(REFERENCES, REFERENCES) == Scores(0.0, 0.0, 0, 6)
     assert score(["A"], ["B C D"]).wer == 3.0
 
 
 def test_case_is_kept_unless_asked() -> None:
-    lower = [text.lower() for text in SAID]
-    strict = score(lower, SAID)
+    lower = [text.lower() for text in REFERENCES]
+    strict = score(lower, REFERENCES)
     assert strict.wer == 1.0
-    assert score(lower, SAID, "lowercase").wer == 0.0
-    assert case_hint(lower, SAID, strict, "none") == (
+    assert score(lower, REFERENCES, "lowercase").wer == 0.0
+    assert case_hint(lower, REFERENCES, strict, "none") == (
         "the model writes upper case, the references lower case: without case the WER is 0.00%; "
-        "texts are compared as they stand unless --normalizer lowercase is given"
+        "texts are compared as they are unless --normalizer lowercase is given"
     )
-    assert case_hint(SAID, ["X"] * 4, score(SAID, ["X"] * 4), "none") == ""  # wrong, and not for its case
-    assert case_hint(SAID, HEARD, score(SAID, HEARD), "none") == ""
+    assert case_hint(REFERENCES, ["X"] * 4, score(REFERENCES, ["X"] * 4), "none") == ""  # wrong, and not for its case
+    assert case_hint(REFERENCES, HYPOTHESES, score(REFERENCES, HYPOTHESES), "none") == ""
 
 
-def test_no_words_are_no_rate() -> None:
-    with pytest.raises(ConvertError, match="hold no word"):
+def test_references_without_words_are_refused() -> None:
+    with pytest.raises(ConvertError, match="have no words"):
         score(["", " "], ["A", ""])
-
-
-def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *arguments: Any, **named: Any) -> Any:
-        if name.startswith("jiwer"):
-            raise ModuleNotFoundError("No module named 'jiwer'", name="jiwer")
-        return real(name, *arguments, **named)
-
-    monkeypatch.setattr("importlib.import_module", without)
-    with pytest.raises(ConvertError) as caught:
-        score(SAID, HEARD)
-    assert caught.value.message == "jiwer is not installed; evaluation needs it"
-    assert caught.value.hint == "pip install 'fairseq-to-hf[evaluate]'"
-
-
-def test_a_broken_package_is_not_called_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "half_installed.py").write_text("import nowhere_to_be_found\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ConvertError, match="nowhere_to_be_found is not installed"):
-        require("half_installed")
 
 
 def entry(name: str = "set", wer: float = 0.5, decoder: str = "greedy CTC", revision: str = "a") -> dict[str, Any]:
@@ -119,7 +97,7 @@ def test_a_second_evaluation_replaces_its_entry_and_order_does_not_matter(tmp_pa
 @pytest.mark.parametrize(
     "content", ["{", "[]", '{"schema": 1}', '{"schema": 2, "results": []}', '{"schema":1,"results":[1]}']
 )
-def test_somebody_elses_file_stays(tmp_path: Path, content: str) -> None:
+def test_a_file_of_another_program_is_kept(tmp_path: Path, content: str) -> None:
     (tmp_path / FILE).write_text(content)
     with pytest.raises(ConvertError) as caught:
         write_result(tmp_path, entry())
@@ -127,63 +105,68 @@ def test_somebody_elses_file_stays(tmp_path: Path, content: str) -> None:
     assert (tmp_path / FILE).read_text() == content
 
 
-def record(key: str, hypothesis: str) -> dict[str, str]:
-    return {"key": key, "name": "clip", "hypothesis": hypothesis}
+def kept(path: Path, *utterances: Utterance) -> tuple[list[str], list[str]]:
+    """The texts of utterances through a file of transcripts, and the names of those that were transcribed anew."""
+    new: list[str] = []
+
+    def transcribe(batch: Sequence[Utterance]) -> list[str]:
+        new.extend(one.name for one in batch)
+        return [f"TEXT {one.name} Ä" for one in batch]
+
+    transcripts = Transcripts(path)
+    texts = transcripts.of(transcribe, framework="transformers", model="m")(utterances)
+    transcripts.close()
+    return list(texts), new
 
 
-def test_a_journal_is_read_back(tmp_path: Path) -> None:
-    path = tmp_path / "deep" / "journal.jsonl"
-    journal = Journal(path)
-    journal.add([record("a", "THE FOX"), record("b", "ÄÖ")])
-    journal.close()
-    again = Journal(path)
-    assert (again.find("a"), again.find("b"), again.find("c")) == ("THE FOX", "ÄÖ", None)
-    again.close(remove=True)
+ONE, TWO, THREE = (Utterance(index, str(index), np.full(9, index, np.float32), "TEXT") for index in range(3))
+
+
+def test_transcripts_are_read_back_and_belong_to_samples_and_model(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "kept.jsonl"
+    first = kept(path, ONE, TWO)
+    assert first[1] == ["0", "1"]
+    assert kept(path, TWO, ONE) == (first[0][::-1], [])
+    assert kept(path, ONE, THREE)[1] == ["2"]
+    other = Transcripts(path)
+    calls: list[int] = []
+    for framework, model in (("fairseq", "m"), ("transformers", "n"), ("transformers", "m")):
+        other.of(lambda batch: calls.append(len(batch)) or ["X"], framework=framework, model=model)([ONE])  # type: ignore[func-returns-value]
+    assert len(calls) == 2  # only the last is known
+    other.close(remove=True)
     assert not path.exists()
 
 
 @pytest.mark.parametrize("cut", range(1, 30, 4))
 def test_a_torn_last_line_is_skipped_and_the_next_one_is_whole(tmp_path: Path, cut: int) -> None:
-    path = tmp_path / "journal.jsonl"
-    journal = Journal(path)
-    journal.add([record("a", "ONE")])
-    journal.add([record("b", "TWO")])
-    journal.close()
+    path = tmp_path / "kept.jsonl"
+    kept(path, ONE)
+    kept(path, TWO)
     path.write_bytes(path.read_bytes()[:-cut])
-    torn = Journal(path)
-    whole = "TWO" if cut == 1 else None  # only the line feed is gone
-    assert (torn.find("a"), torn.find("b")) == ("ONE", whole)
-    torn.add([record("c", "THREE")])
-    torn.close()
-    last = Journal(path)
-    assert (last.find("a"), last.find("b"), last.find("c")) == ("ONE", whole, "THREE")
-    last.close()
+    assert kept(path, ONE, TWO, THREE)[1] == (["2"] if cut == 1 else ["1", "2"])  # 1: only the line feed is gone
+    assert kept(path, ONE, TWO, THREE)[1] == []
 
 
-def test_two_processes_may_append_to_one_journal(tmp_path: Path) -> None:
-    path = tmp_path / "journal.jsonl"
-    first, second = Journal(path), Journal(path)
+def test_two_processes_may_append_to_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "kept.jsonl"
+    both = [Transcripts(path), Transcripts(path)]
     for index in range(20):
-        (first if index % 2 else second).add([record(str(index), f"TEXT {index}")])
-    first.close()
-    second.close()
-    both = Journal(path)
-    assert [both.find(str(index)) for index in range(20)] == [f"TEXT {index}" for index in range(20)]
-    both.close()
+        utterance = Utterance(index, str(index), np.full(9, index, np.float32), "")
+        both[index % 2].of(lambda batch: ["X"], framework="transformers", model="m")([utterance])
+    assert len({json.loads(line)["key"] for line in path.read_text().splitlines()}) == 20
 
 
-def test_lines_of_something_else_are_no_records(tmp_path: Path) -> None:
-    path = tmp_path / "journal.jsonl"
+def test_lines_of_something_else_are_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "kept.jsonl"
     path.write_text('7\n"a"\n{"key": "a"}\n{"key": "b", "hypothesis": 3}\n\xff\n')
-    journal = Journal(path)
-    assert [journal.find(key) for key in "ab"] == [None, None]
-    journal.close()
+    assert kept(path, ONE)[1] == ["0"]
+    assert kept(path, ONE)[1] == []
 
 
-def test_a_journal_that_cannot_be_written_says_what_to_do(tmp_path: Path) -> None:
+def test_transcripts_that_cannot_be_written_say_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConvertError) as caught:
-        Journal(tmp_path / "file" / "journal.jsonl")
+        Transcripts(tmp_path / "file" / "kept.jsonl")
     assert caught.value.hint == "name a file that can be written: --transcripts FILE.jsonl"
 
 

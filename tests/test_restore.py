@@ -212,3 +212,34 @@ def test_a_directory_that_is_no_model(tmp_path: Path) -> None:
         with pytest.raises(ConvertError) as raised:
             convert.restore(tmp_path / name, tmp_path / "back.pt")
         assert raised.value.code == "not-a-model" and raised.value.status == 2
+
+
+# what is changed in the settings of conversion.json -> the code of a problem, and its key
+CHANGED_SETTINGS: dict[str, tuple[tuple[str, ...], Any, str, str]] = {
+    "code": (("model", "w2v_args", "model", "conv_feature_layers"), "__import__('os').system('x')", "bad-setting", ""),
+    "layers": (("model", "w2v_args", "model", "conv_feature_layers"), "[(16, 10, 5)] + [(16, 3, 2)]", "", ""),
+    "activation": (("model", "w2v_args", "model", "activation_fn"), "relu", "file", "hidden_act"),
+    "nothing known": (("model", "w2v_args", "model", "unheard_of"), 1, "unknown-setting", "unheard_of"),
+    "normalize": (("task", "normalize"), "yes", "bad-setting", "normalize"),
+    "heads": (("model", "w2v_args", "model", "encoder_attention_heads"), 2, "file", "num_attention_heads"),
+    "dropout": (("model", "final_dropout"), 0.5, "file", "final_dropout"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED_SETTINGS)
+def test_settings_of_another_model_are_refused(name: str, tmp_path: Path) -> None:
+    keys, value, code, word = CHANGED_SETTINGS[name]
+    convert.convert(save("ctc_large", tmp_path / "a.pt"), tmp_path / "out")
+    convert.restore(tmp_path / "out", tmp_path / "back.pt")  # the control: as it was converted
+    (tmp_path / "back.pt").unlink()
+    record = json.loads((tmp_path / "out/conversion.json").read_text())
+    inner = record["settings"]
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = value
+    (tmp_path / "out/conversion.json").write_text(json.dumps(record))
+    with pytest.raises(ConvertError) as caught:
+        convert.restore(tmp_path / "out", tmp_path / "back.pt")
+    assert caught.value.status == 1
+    assert any(code in problem.code and word in str(problem) for problem in caught.value.problems), str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pt", "out"]

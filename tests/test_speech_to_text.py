@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from speech_to_text_models import REFUSED, VARIANTS, Variant, save
 
 import convert
-from convert.checkpoint.data_config import pieces, read_data_config
+from convert.checkpoint.data_config import read_data_config
+from convert.checkpoint.sentencepiece import pieces
 from convert.errors import ConvertError, PlanError
 from convert.mapping import infer_layout, table
 from convert.restoration import restore

@@ -93,7 +93,7 @@ def test_the_users_recordings(base: tuple[Path, Path], tmp_path: Path) -> None:
     assert named["mine.flac"] == named["other.wav"] == "identical"
     assert done.passed
     soundfile.write(tmp_path / "fast.wav", speech, 44100)
-    with pytest.raises(ConvertError, match=r"fast\.wav has 44100 samples a second") as caught:
+    with pytest.raises(ConvertError, match=r"fast\.wav: its sampling rate is 44100 Hz") as caught:
         verify(*base, audio=[tmp_path])
     assert (caught.value.code, caught.value.status) == ("bad-audio", 2)
 

@@ -73,6 +73,16 @@ class StoredTensor:
         """The tensors whose rows, one after the other, are this one's."""
         return (self,)
 
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether its numbers lie one after the other."""
+        expected = 1
+        for length, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
+            if length != 1 and stride != expected:
+                return 0 in self.shape
+            expected *= length
+        return True
+
 
 @dataclass(frozen=True, slots=True)
 class JoinedTensor(StoredTensor):

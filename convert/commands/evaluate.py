@@ -30,7 +30,9 @@ FILE_OPTION = click.Path(path_type=Path)
 @click.option("--config", help="The dataset's configuration.")
 @click.option("--split", help="The dataset's split. [default: test]")
 @click.option("--revision", help="The dataset's commit, branch or tag.")
-@click.option("--text-column", help="The dataset's column of transcripts, where that is not plain.")
+@click.option(
+    "--text-column", help="The dataset's column of transcripts, where there are several or none of the usual names."
+)
 @click.option(
     "--normalizer",
     default="none",
@@ -42,8 +44,10 @@ FILE_OPTION = click.Path(path_type=Path)
     "--reference", type=click.Choice(["fairseq"]), help="Transcribe with fairseq too; any difference is a no."
 )
 @click.option("--checkpoint", type=FILE_OPTION, help="The fairseq checkpoint, for --reference.")
-@click.option("--lang", "spoken", metavar="LANG", help="The language to speak, of several. [default: the weights']")
-@click.option("--device", help="cpu, cuda or cuda:N. [default: cuda where it is there]")
+@click.option(
+    "--lang", "language", metavar="LANG", help="The language to transcribe, of several. [default: the weights']"
+)
+@click.option("--device", help="cpu, cuda or cuda:N. [default: cuda if available]")
 @click.option(
     "--batch-size", default=8, show_default=True, help="Recordings in one forward pass; changes no transcript."
 )
@@ -51,8 +55,8 @@ FILE_OPTION = click.Path(path_type=Path)
 def command(model_dir: Path, **asked: Any) -> Outcome:
     """Measure the word error rate of a model directory.
 
-    The result goes into MODEL_DIR/evaluation.json, from where `publish` takes it. An interrupted run goes on where it
-    stopped. Run under `accelerate launch` to share the work among devices: the numbers stay the same.
+    The result goes into MODEL_DIR/evaluation.json, from where `publish` takes it. An interrupted run continues
+    where it stopped. Run under `accelerate launch` to share the work among devices: the numbers stay the same.
     """
     context = click.get_current_context()
     result = evaluate(model_dir, **asked, progress=context.obj.progress)

@@ -9,11 +9,10 @@ from typing import Any
 
 from convert.checkpoint.unchanged import unchanged
 from convert.errors import ConvertError
-from convert.evaluation.packages import require
-from convert.evaluation.processes import exact
+from convert.loading import quiet
 from convert.model.directory import ModelDirectory
 from convert.model.types import Request, request_again
-from convert.verification.devices import quiet
+from convert.verification.devices import without_tf32
 
 
 class FairseqReference:
@@ -32,7 +31,7 @@ class FairseqReference:
     def __init__(
         self, checkpoint: Path, device: str, directory: ModelDirectory | None = None, language: str = ""
     ) -> None:
-        require("torch")
+        from convert.verification.fairseq_side.importing import CannotBuildError
         from convert.verification.fairseq_side.opening import open_reference
         from convert.verification.reference import answering
         from convert.verification.subject import read_subject
@@ -40,14 +39,17 @@ class FairseqReference:
         with contextlib.ExitStack() as stack:
             opened = stack.enter_context(unchanged(checkpoint))
             request = request_again(directory, opened) if directory else Request()
-            taken = directory.conversion.get("language") if directory else ""
-            self.subject, _ = read_subject(opened, replace(request, language=language or str(taken or "")))
+            taken = language or (directory.record.language if directory else "")
+            self.subject, _ = read_subject(opened, replace(request, language=taken))
             if not self.subject.symbols:
                 raise ConvertError(f"{checkpoint.name}: has no dictionary to write with", code="no-vocabulary")
             self.digest = self.subject.sha256
             with answering(), quiet():
-                require("fairseq", "fairseq")
-                self.reference = open_reference(self.subject.request() | {"device": device})
+                try:
+                    self.reference = open_reference(self.subject.request() | {"device": device})
+                except CannotBuildError as error:
+                    hint = "install fairseq here, or leave --reference out"
+                    raise ConvertError(f"{checkpoint.name}: {error}", code="fairseq", hint=hint) from error
             self.version = str(self.reference.info["fairseq"])
             self.close = stack.pop_all().close
 
@@ -60,7 +62,7 @@ class FairseqReference:
         from convert.verification.fairseq_side.importing import CannotBuildError
         from convert.verification.reference import answering
 
-        with answering(), exact():
+        with answering(), without_tf32():
             try:
                 return str(self.reference.hear(samples, self.subject.rate))
             except CannotBuildError as error:

@@ -1,4 +1,4 @@
-"""Streams speech and transcripts from a dataset of the Hub, or from a local folder that `datasets` can load."""
+"""Recordings with transcripts from a dataset of the Hub, or from a local folder that `datasets` can load."""
 
 from __future__ import annotations
 
@@ -8,51 +8,50 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from convert.audio import Waveform, bad_audio, read_audio
 from convert.errors import ConvertError
-from convert.evaluation.data import Dataset, Item, Source, read_audio
-from convert.evaluation.packages import require, silence
+from convert.evaluation.data import Dataset, Item, Source
+from convert.evaluation.options import Options
+from convert.loading import quiet
 
 TEXT_COLUMNS = ("text", "sentence", "transcription", "transcript")
 
 
-def hub_source(
-    name: str, config: str | None, split: str, revision: str | None, text_column: str | None, rate: int
-) -> Source:
+def hub_source(options: Options, rate: int) -> Source:
     """Open a split of a dataset, streaming: nothing is kept on disk.
 
-    Recordings are decoded with soundfile from their own bytes, because `datasets` resamples when it decodes.
+    Recordings are decoded by soundfile from their own bytes, because `datasets` resamples when it decodes.
 
     Args:
-        name: the Hub's name of the dataset, or a local folder.
-        config: its configuration.
-        split: its split.
-        revision: a branch, tag or commit; it is resolved to the commit where the Hub can be asked.
-        text_column: the column of the transcripts; by default the only one of `TEXT_COLUMNS` that is there.
+        options: of which `dataset` names the dataset or a local folder. A revision is resolved to its commit where the
+            Hub can be asked.
         rate: the model's sampling rate in Hz.
 
     Raises:
-        ConvertError: the dataset cannot be opened, or has no single column of audio or of transcripts.
+        ConvertError: the dataset cannot be opened, or does not have exactly one column of audio and one of transcripts.
     """
-    datasets = require("datasets")
+    import datasets
+
+    name, split, revision = str(options.dataset), options.split or "test", options.revision
     local = Path(name).is_dir()
+    shown = Path(name).resolve().name if local else name
     if not local:
         revision = _commit(name, revision)
     try:
-        with silence():
-            stream = datasets.load_dataset(name, name=config, split=split, revision=revision, streaming=True)
+        with quiet():
+            stream = datasets.load_dataset(name, name=options.config, split=split, revision=revision, streaming=True)
         columns = stream.features or dict.fromkeys(next(iter(stream.take(1)), {}))
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
-        shown = Path(name).name if local else name
         raise ConvertError(f"{shown}: cannot be opened: {reason}", code="dataset", key=shown) from error
     audio = [column for column, feature in columns.items() if isinstance(feature, datasets.Audio)]
-    text = [text_column] if text_column else [column for column in TEXT_COLUMNS if column in columns]
-    shown = Path(name).resolve().name if local else name
+    wanted = (options.text_column,) if options.text_column else TEXT_COLUMNS
+    text = [column for column in wanted if column in columns]
     _single(shown, "audio", audio, list(columns), "")
-    _single(shown, "transcripts", [c for c in text if c in columns], list(columns), "name it with --text-column")
+    _single(shown, "transcripts", text, list(columns), "name it with --text-column")
     stream = stream.cast_column(audio[0], datasets.Audio(decode=False))
     counts = (stream.info.splits or {}).get(split)
-    identity = Dataset("local" if local else name, shown.rpartition("/")[2], config, split, revision)
+    identity = Dataset("local" if local else name, shown.rpartition("/")[2], options.config, split, revision)
     return Source(identity, _items(stream, audio[0], text[0], rate), counts.num_examples if counts else None, local)
 
 
@@ -70,9 +69,7 @@ def _items(stream: Any, audio: str, text: str, rate: int) -> Iterator[Item]:
             index, row = next(rows)
         except StopIteration:
             return
-        except (
-            ImportError
-        ) as error:  # `datasets` needs torchcodec for folders of bare recordings, though none is decoded
+        except ImportError as error:  # `datasets` lists a folder of bare recordings with torchcodec only
             missing = error.name or "torchcodec"
             raise ConvertError(
                 f"datasets needs {missing} for a dataset of this layout, and it is not installed",
@@ -80,29 +77,28 @@ def _items(stream: Any, audio: str, text: str, rate: int) -> Iterator[Item]:
                 key=missing,
                 hint=f"pip install {missing}, or give a folder with .txt files or *.trans.txt to --folder",
             ) from error
-        recording = row[audio]
-        content, path = recording.get("bytes"), recording.get("path")
+        content, path = row[audio].get("bytes"), row[audio].get("path")
         name = str(row.get("id") or Path(path or f"{index:06d}").name)
         yield Item(name, str(row[text]).strip(), partial(_decode, name, content, path, rate))
 
 
-def _decode(name: str, content: bytes | None, path: str | None, rate: int) -> Any:
-    if content is not None:
-        return read_audio(name, io.BytesIO(content), rate)
-    if path is None:
-        raise ConvertError(f"{name}: the dataset holds no audio for it", code="audio", key=name)
-    if "://" in path:
-        with require("fsspec").open(path, "rb") as file:
-            return read_audio(name, io.BytesIO(file.read()), rate)
-    return read_audio(name, Path(path), rate)
+def _decode(name: str, content: bytes | None, path: str | None, rate: int) -> Waveform:
+    if content is None and path is None:
+        raise bad_audio(name, "the dataset has no audio for it", "")
+    if content is None and "://" in str(path):
+        import fsspec
+
+        with fsspec.open(path, "rb") as file:
+            content = file.read()
+    return read_audio(Path(str(path)) if content is None else io.BytesIO(content), rate, name=name)
 
 
 def _commit(name: str, revision: str | None) -> str | None:
-    """The commit that a revision is now, or the revision itself when the Hub cannot be asked."""
+    """Return the commit of a revision, or the revision itself when the Hub cannot be asked."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     try:
         return str(HfApi().dataset_info(name, revision=revision, timeout=30).sha or revision)
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError):
-        return revision  # `load_dataset` has its own cache, and says better what is wrong
+        return revision  # `load_dataset` has a cache, and reports what is wrong

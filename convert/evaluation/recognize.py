@@ -1,165 +1,133 @@
-"""Transcribes with a model directory through plain transformers, in batches whose result does not depend on the batch."""
+"""Transcription with a model directory through plain transformers, independent of how recordings are batched."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from convert.errors import ConvertError, Problem
+from convert.errors import ConvertError
 from convert.evaluation.data import Utterance
-from convert.evaluation.packages import require, silence
-from convert.evaluation.processes import exact
+from convert.loading import load, load_model, quiet
+from convert.verification.devices import without_tf32
 
-WINDOW = 16  # batches that are sorted by length at once: what is in memory of a dataset
+if TYPE_CHECKING:
+    import torch
+
+    from convert.audio import Waveform
+
+WINDOW = 16  # batches that are sorted by length together, and held in memory
 # Padding changes logits by rounding, some units in the last place. A frame whose two best tokens are closer than
 # this many of them is decided by the utterance alone.
 NEAR_TIE = 1024
-
-# Whose bytes decide what the model writes; weights are added.
-FILES = (
-    "config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "tokenizer.json",
-)
-
-GENERATING = ("SpeechEncoderDecoderModel", "Speech2TextForConditionalGeneration")
-
-
-def _has(model_dir: Path, language: str) -> None:
-    """Refuse a language before transformers does, which looks for its file on the Hub and says so."""
-    names = sorted(path.name.split(".", 1)[1] for path in model_dir.glob("adapter.*.safetensors"))
-    names = [name.removesuffix(".safetensors") for name in names]
-    if language in names:
-        return
-    if names:
-        detail, hint = f"{model_dir.name} has no language {language!r}", f"it has: {', '.join(names)}"
-    else:
-        detail, hint = f"{model_dir.name} has no languages to choose from", "leave --lang out"
-    raise ConvertError(detail, code="no-language", key=language, hint=hint)
+GENERATING = {"SpeechEncoderDecoderModel", "Speech2TextForConditionalGeneration"}
 
 
 def open_recognizer(model_dir: Path, device: str, language: str = "") -> Recognizer:
-    """Load the model of a directory as its class asks for it: with a CTC head, or one that generates token by token.
-
-    Raises:
-        ConvertError: as `Recognizer`.
-    """
-    config = model_dir / "config.json"
-    classes = json.loads(config.read_text("utf-8")).get("architectures") if config.is_file() else None
-    return (Generator if set(classes or ()) & set(GENERATING) else Recognizer)(model_dir, device, language)
-
-
-class Recognizer:
-    """A converted CTC model with its processor, evaluated in float32.
+    """Load the model of a directory: with a CTC head, or one that generates token by token.
 
     Args:
         model_dir: the model directory.
-        device: `cpu` or `cuda`, with an index where there are several.
-        language: what it is to speak, of several languages; by default what its weights do.
+        device: as torch names it.
+        language: the language to transcribe, for a model with an adapter for each of several; by default that of its weights.
 
     Raises:
-        ConvertError: no model directory, weights missing or left over, no vocabulary, or no such device.
+        ConvertError: the directory has no model or no vocabulary, lacks the language, or its weights do not fit.
     """
+    config = model_dir / "config.json"
+    if not config.is_file():
+        raise ConvertError(f"{model_dir.name}: no config.json in it", code="no-model", key=model_dir.name)
+    if not any((model_dir / name).is_file() for name in ("vocab.json", "tokenizer.json")):
+        message = f"{model_dir.name}: it has no vocabulary, so it writes no text and has no word error rate"
+        hint = "`fairseq-to-hf verify` compares any model with fairseq's"
+        raise ConvertError(message, code="no-vocabulary", hint=hint)
+    if language:
+        _check_language(model_dir, language)
+    generates = GENERATING & set(json.loads(config.read_text("utf-8")).get("architectures") or ())
+    return (Generator if generates else Recognizer)(model_dir, device, language)
+
+
+class Recognizer:
+    """A CTC model with its processor, evaluated in float32. The arguments are those of `open_recognizer`."""
 
     loader = "AutoModelForCTC"
-    decoding = "greedy CTC"  # how it chooses symbols
+    decoding = "greedy CTC"
 
     def __init__(self, model_dir: Path, device: str, language: str = "") -> None:
-        self.torch, transformers = require("torch"), require("transformers")
-        if not (model_dir / "config.json").is_file():
-            raise ConvertError(f"{model_dir.name}: no config.json in it", code="no-model", key=model_dir.name)
-        if not any((model_dir / name).is_file() for name in ("vocab.json", "tokenizer.json")):
-            message = f"{model_dir.name}: writes no text (it has no vocabulary), so that no words can be counted"
-            hint = "evaluate is for models that write text; `fairseq-to-hf verify` compares any model with fairseq's"
-            raise ConvertError(message, code="no-vocabulary", hint=hint)
+        import transformers
+
+        model = load_model(getattr(transformers, self.loader), model_dir)
         if language:
-            _has(model_dir, language)
-        try:
-            with silence():
-                self.model, loading = getattr(transformers, self.loader).from_pretrained(
-                    model_dir, local_files_only=True, output_loading_info=True
-                )
-                if language:
-                    self.model.load_adapter(language, local_files_only=True)
-                self.extractor, self.tokenizer = self._processor(transformers, model_dir, language)
-        except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ConvertError(f"{model_dir.name}: transformers cannot load it: {reason}", code="load") from error
-        _complete(model_dir.name, loading)
+            with quiet():
+                model.load_adapter(language, local_files_only=True)
+        self.extractor, self.tokenizer = self._processor(model_dir, language)
         self.device = device
-        self.model = self.model.float().eval().to(device)
+        self.model = model.float().eval().to(device)
         self.rate = int(self.extractor.sampling_rate)
         # A group norm runs over all frames, padding too, and a model without a mask attends to it.
         layered = getattr(self.model.config, "feat_extract_norm", "") == "layer"
         self.may_pad = layered and bool(self.extractor.return_attention_mask)
         self.alone = 0  # utterances that a near tie sent through the model a second time
 
-    def _processor(self, transformers: Any, model_dir: Path, language: str) -> tuple[Any, Any]:
-        chosen = {"target_lang": language} if language else {}
-        processor = transformers.AutoProcessor.from_pretrained(model_dir, local_files_only=True, **chosen)
+    def _processor(self, model_dir: Path, language: str) -> tuple[Any, Any]:
+        from transformers import AutoProcessor
+
+        chosen: dict[str, Any] = {"target_lang": language} if language else {}
+        processor = load(AutoProcessor, model_dir, **chosen)
         return processor.feature_extractor, processor.tokenizer
 
-    def greedy(self, logits: Any) -> str:
-        """Decode logits of shape (frames, vocabulary) as `processor.batch_decode` does: the best token of every frame."""
-        return str(self.tokenizer.decode(logits.argmax(-1).tolist()))
-
     def transcribe(self, utterances: Sequence[Utterance]) -> list[str]:
-        """Transcribe utterances in one forward pass.
+        """Transcribe utterances in one forward pass, each as if it were alone.
 
         Args:
             utterances: of equal length, unless `may_pad`.
 
-        Returns:
-            One text an utterance: the same that each gives alone.
-
         Raises:
-            ConvertError: a recording is shorter than one frame.
+            ConvertError: `too-short`: a recording is shorter than one frame.
         """
         for utterance in utterances:
             if self._frames([len(utterance.samples)])[0] < 1:
                 message = f"{utterance.name}: {len(utterance.samples)} samples, too few for a frame of the model"
                 raise ConvertError(message, code="too-short", key=utterance.name, hint="leave it out")
-        logits = self.logits([utterance.samples for utterance in utterances])
         texts = []
-        for utterance, rows in zip(utterances, logits, strict=True):
+        for utterance, rows in zip(utterances, self.logits([one.samples for one in utterances]), strict=True):
             if len(utterances) > 1 and self._near_tie(rows):
                 self.alone += 1
                 rows = self.logits([utterance.samples])[0]
-            texts.append(self.greedy(rows))
+            texts.append(str(self.tokenizer.decode(rows.argmax(-1).tolist())))  # as `processor.batch_decode`
         return texts
 
-    def logits(self, waveforms: Sequence[Any]) -> list[Any]:
+    def logits(self, waveforms: Sequence[Waveform]) -> list[torch.Tensor]:
         """Run the model; return logits of shape (frames, vocabulary) for each waveform, without padded frames."""
+        import torch
+
         # Each is normalised on its own and padded afterwards, so that padding never enters a mean.
         values = [self.extractor(wave, sampling_rate=self.rate).input_values[0] for wave in waveforms]
-        lengths = [len(value) for value in values]
         mask = {"return_attention_mask": True} if self.extractor.return_attention_mask else {}
-        batch = self.extractor.pad({"input_values": values}, padding=True, return_tensors="pt", **mask)
-        with self.torch.inference_mode(), exact():
-            logits = self.model(**{name: value.to(self.device) for name, value in batch.items()}).logits
-        return [rows[:count].float().cpu() for rows, count in zip(logits, self._frames(lengths), strict=True)]
+        batch = self.extractor.pad({"input_values": values}, padding=True, return_tensors="pt", **mask).to(self.device)
+        with torch.inference_mode(), without_tf32():
+            logits = self.model(**batch).logits
+        counts = self._frames([len(value) for value in values])
+        return [rows[:count].float().cpu() for rows, count in zip(logits, counts, strict=True)]
 
     def _frames(self, lengths: list[int]) -> list[int]:
-        counts: list[int] = self.model._get_feat_extract_output_lengths(self.torch.tensor(lengths)).tolist()
+        import torch
+
+        counts: list[int] = self.model._get_feat_extract_output_lengths(torch.tensor(lengths)).tolist()
         return counts
 
-    def _near_tie(self, logits: Any) -> bool:
+    def _near_tie(self, logits: torch.Tensor) -> bool:
+        import torch
+
         best = logits.topk(2).values
-        allowed = NEAR_TIE * self.torch.finfo(logits.dtype).eps * float(logits.abs().max())
+        allowed = NEAR_TIE * torch.finfo(logits.dtype).eps * float(logits.abs().max())
         return bool((best[:, 0] - best[:, 1]).min() < allowed)
 
 
 class Generator(Recognizer):
-    """A converted model that writes token by token; each utterance is generated alone, with a beam of one."""
+    """A model that generates token by token; each utterance alone, with a beam of one."""
 
     loader = "AutoModelForSpeechSeq2Seq"
     decoding = "a beam of one"
@@ -168,18 +136,20 @@ class Generator(Recognizer):
         super().__init__(model_dir, device, language)
         self.may_pad = False
 
-    def _processor(self, transformers: Any, model_dir: Path, language: str) -> tuple[Any, Any]:
-        parts = (transformers.AutoFeatureExtractor, transformers.AutoTokenizer)
-        extractor, tokenizer = (part.from_pretrained(model_dir, local_files_only=True) for part in parts)
-        return extractor, tokenizer
+    def _processor(self, model_dir: Path, language: str) -> tuple[Any, Any]:
+        from transformers import AutoFeatureExtractor, AutoTokenizer
+
+        return load(AutoFeatureExtractor, model_dir), load(AutoTokenizer, model_dir)
 
     def transcribe(self, utterances: Sequence[Utterance]) -> list[str]:
-        """Transcribe utterances, one after the other."""
+        """Transcribe utterances one after the other."""
         return [self._generate(utterance.samples) for utterance in utterances]
 
-    def _generate(self, waveform: Any) -> str:
+    def _generate(self, waveform: Waveform) -> str:
+        import torch
+
         inputs = self.extractor(waveform, sampling_rate=self.rate, return_tensors="pt").to(self.device)
-        with self.torch.inference_mode(), exact():
+        with torch.inference_mode(), without_tf32():
             tokens = self.model.generate(**inputs, num_beams=1, do_sample=False)
         return str(self.tokenizer.decode(tokens[0], skip_special_tokens=True))
 
@@ -197,36 +167,11 @@ def batches(utterances: Iterator[Utterance], size: int, pad: bool) -> Iterator[l
         yield batch
 
 
-def model_digest(model_dir: Path) -> str:
-    """The SHA-256 over every file that decides what the model writes."""
-    paths = [model_dir / name for name in FILES] + sorted(model_dir.glob("*.safetensors*"))
-    total = hashlib.sha256()
-    for path in paths:
-        if path.is_file():
-            with path.open("rb") as file:
-                found = hashlib.sha256()
-                while piece := file.read(1 << 20):
-                    found.update(piece)
-            total.update(f"{path.name} {found.hexdigest()}\n".encode())
-    return total.hexdigest()
-
-
-def _complete(name: str, loading: dict[str, Any]) -> None:
-    """Refuse a model that transformers would fill with random numbers, as it does with a warning only."""
-    codes = {"missing_keys": "missing", "unexpected_keys": "unexpected", "mismatched_keys": "shape"}
-    problems = [
-        Problem(
-            code,
-            str(key[0] if isinstance(key, tuple) else key),
-            "in the model's class and the weights file differently",
-        )
-        for field, code in codes.items()
-        for key in sorted(loading.get(field, ()), key=str)
-    ]
-    if problems:
-        raise ConvertError(
-            f"{name}: its weights are not those of a complete CTC model; nothing was measured",
-            code="incomplete",
-            problems=problems,
-            hint="evaluation needs a model with a CTC head: a pretrained model has none",
-        )
+def _check_language(model_dir: Path, language: str) -> None:
+    """Refuse a language before transformers does, which would look for its file on the Hub."""
+    files = model_dir.glob("adapter.*.safetensors")
+    known = sorted(path.name.removeprefix("adapter.").removesuffix(".safetensors") for path in files)
+    if language not in known:
+        hint = f"it has: {', '.join(known)}" if known else "leave --lang out: this model has one language"
+        message = f"{model_dir.name} has no language {language!r}"
+        raise ConvertError(message, code="unknown-language", key=language, hint=hint)

@@ -1,4 +1,4 @@
-"""The result of an evaluation, and its place in the model directory: `evaluation.json`."""
+"""The result of an evaluation, and the model directory's `evaluation.json`."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ SCHEMA = 1
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What was said in one utterance, and what was heard.
+    """The transcripts of one utterance.
 
     Args:
         index: its place in the dataset.
-        name: what it is called there.
+        name: its name in the dataset.
         digest: the SHA-256 of its samples.
         text: the reference transcript.
         hypothesis: what the model directory writes.
-        fairseq: what fairseq writes, where it was asked.
+        fairseq: what fairseq writes, if it was run.
     """
 
     index: int
@@ -46,10 +46,10 @@ class Evaluation:
     Args:
         dataset: what was measured on.
         scores: the model directory's error rates.
-        reference: fairseq's error rates, where it was asked.
+        reference: fairseq's error rates, if it was run.
         rows: every utterance.
         normalizer: what was done to both texts before they were compared.
-        decoder: how text was made of logits.
+        decoder: how logits were decoded.
         command: the command line that measures the same again, without paths.
         hint: what explains a high error rate; empty when nothing does.
     """
@@ -70,7 +70,7 @@ class Evaluation:
 
     @property
     def ok(self) -> bool:
-        """Whether no transcript differs from fairseq's; true as well when fairseq was not asked."""
+        """Whether no transcript differs from fairseq's; true as well when fairseq was not run."""
         return not self.differing
 
     @property
@@ -82,7 +82,7 @@ class Evaluation:
         )
 
     def entry(self) -> dict[str, Any]:
-        """The entry of `evaluation.json`: nothing in it depends on the day, the machine or its speed."""
+        """Return the entry of `evaluation.json`, which is the same on every day and machine."""
         entry: dict[str, Any] = {
             "dataset": asdict(self.dataset),
             "metrics": {"wer": self.scores.wer, "cer": self.scores.cer},
@@ -101,9 +101,8 @@ def write_result(model_dir: Path, entry: dict[str, Any]) -> None:
     """Write an entry into the directory's `evaluation.json`; it replaces one of the same data, normaliser and decoder.
 
     Raises:
-        ConvertError: a file of that name is there and is not one of ours.
+        ConvertError: `result`: the file exists and `write_result` did not write it.
     """
-    path = model_dir / FILE
     results = [old for old in read_results(model_dir) if _identity(old) != _identity(entry)]
     content = json_bytes({"schema": SCHEMA, "results": sorted([*results, entry], key=_identity)})
     handle, name = tempfile.mkstemp(prefix=f".{FILE}.", dir=model_dir)
@@ -111,7 +110,7 @@ def write_result(model_dir: Path, entry: dict[str, Any]) -> None:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
         Path(name).chmod(0o644)
-        Path(name).replace(path)
+        Path(name).replace(model_dir / FILE)
     finally:
         Path(name).unlink(missing_ok=True)
 
@@ -120,7 +119,7 @@ def read_results(model_dir: Path) -> list[dict[str, Any]]:
     """Read the entries of a model directory's `evaluation.json`; none when there is no such file.
 
     Raises:
-        ConvertError: the file is not one that `write_result` writes.
+        ConvertError: `result`: `write_result` did not write the file.
     """
     path = model_dir / FILE
     if not path.exists():
@@ -138,14 +137,6 @@ def read_results(model_dir: Path) -> list[dict[str, Any]]:
 
 
 def _identity(entry: dict[str, Any]) -> tuple[str, ...]:
-    """What makes two entries the same measurement: the data (whatever their revision), the normaliser, the decoder."""
-    dataset = entry["dataset"]
-    fields = (
-        dataset["type"],
-        dataset["name"],
-        dataset["config"],
-        dataset["split"],
-        entry["normalizer"],
-        entry["decoder"],
-    )
-    return tuple(str(field) for field in fields)
+    """Return what makes two entries the same measurement: the data (of any revision), the normaliser, the decoder."""
+    fields = [entry["dataset"][name] for name in ("type", "name", "config", "split")]
+    return tuple(map(str, (*fields, entry["normalizer"], entry["decoder"])))

@@ -1,4 +1,4 @@
-"""Measures the error rates of a model directory: reads, transcribes, asks fairseq, scores, and writes the result."""
+"""The evaluation as a whole: read, transcribe, run fairseq, score, and write the result."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from pathlib import Path
 from convert.errors import ConvertError
 from convert.evaluation.data import Source, Utterance
 from convert.evaluation.fairseq_reference import FairseqReference
-from convert.evaluation.journal import Journal, default_path, key_of
-from convert.evaluation.packages import require
-from convert.evaluation.processes import Processes, join
-from convert.evaluation.recognize import Recognizer, batches, model_digest, open_recognizer
-from convert.evaluation.request import Request
+from convert.evaluation.hub import hub_source
+from convert.evaluation.local import folder_source, manifest_source
+from convert.evaluation.options import Options
+from convert.evaluation.processes import join
+from convert.evaluation.recognize import batches, open_recognizer
 from convert.evaluation.result import Evaluation, Row, write_result
 from convert.evaluation.score import case_hint, score
+from convert.evaluation.transcripts import Transcribe, Transcripts, default_path, key_of
 from convert.model.directory import ModelDirectory
+from convert.verification.expected import hashes
 
 
 def evaluate(
@@ -32,7 +34,7 @@ def evaluate(
     normalizer: str = "none",
     reference: str | None = None,
     checkpoint: str | Path | None = None,
-    spoken: str | None = None,
+    language: str | None = None,
     device: str | None = None,
     batch_size: int = 8,
     transcripts: str | Path | None = None,
@@ -42,7 +44,7 @@ def evaluate(
 
     Weights of any precision are evaluated in float32. A transcript depends on its recording alone, not on the batch:
     padding is used only where the model masks it, and frames whose best tokens are too close for that are decided
-    without padding. An interrupted run goes on where it stopped. Nothing is written when transcripts differ from
+    without padding. An interrupted run continues where it stopped. Nothing is written when transcripts differ from
     fairseq's.
 
     Args:
@@ -53,12 +55,12 @@ def evaluate(
         config: the dataset's configuration, such as `clean`.
         split: the dataset's split; `test` by default.
         revision: the dataset's commit, branch or tag.
-        text_column: the dataset's column of transcripts, where that is not plain.
-        normalizer: `none` compares texts as they stand; `lowercase` lower-cases both sides.
+        text_column: the dataset's column of transcripts, where there are several or none of the usual names.
+        normalizer: `none` compares texts as they are; `lowercase` lower-cases both sides.
         reference: `fairseq` transcribes the same recordings with fairseq too.
         checkpoint: the fairseq checkpoint, for `reference`.
-        spoken: the language to speak, of a model with an adapter for each of several; by default the one of its weights.
-        device: `cpu`, `cuda` or `cuda:N`; CUDA where it is there, by default.
+        language: the language to transcribe, for a model with an adapter for each of several; by default that of its weights.
+        device: `cpu`, `cuda` or `cuda:N`; by default CUDA if it is available.
         batch_size: recordings in one forward pass.
         transcripts: a JSON Lines file that keeps every transcript; otherwise they are kept until the run ends.
         progress: show a bar, if stderr is a terminal.
@@ -67,49 +69,57 @@ def evaluate(
         The error rates as fractions, and every transcript.
 
     Raises:
-        ConvertError: the options do not go together, or the model, the data or a package cannot be used.
+        ConvertError: the options exclude each other, or the model or the data cannot be used.
 
     Example:
         >>> evaluate("my-model", manifest="checkpoints/heldout/heldout.tsv").scores.words  # doctest: +SKIP
         57
     """
-    request = Request(
-        Path(model_dir),
-        _path(manifest),
-        _path(folder),
-        dataset,
-        config,
-        split,
-        revision,
-        text_column,
-        normalizer,
-        reference,
-        _path(checkpoint),
-        spoken,
+    options = Options(
+        model_dir=Path(model_dir),
+        manifest=_path(manifest),
+        folder=_path(folder),
+        dataset=dataset,
+        config=config,
+        split=split,
+        revision=revision,
+        text_column=text_column,
+        normalizer=normalizer,
+        reference=reference,
+        checkpoint=_path(checkpoint),
+        language=language or "",
+        device=device,
+        batch_size=batch_size,
+        transcripts=_path(transcripts),
     )
-    if batch_size < 1:
-        raise ConvertError(f"batch size {batch_size}, expected at least 1", code="usage", key="batch-size")
-    here = join(device)
-    recognizer = open_recognizer(request.model_dir, here.device, request.spoken or "")
-    source = request.source(recognizer.rate)
-    fairseq = (
-        _fairseq(request.checkpoint, request.model_dir, here.device, request.spoken or "")
-        if request.checkpoint
-        else None
+    return run(options, progress=progress)
+
+
+def run(options: Options, *, progress: bool = False) -> Evaluation:
+    """Evaluate; `evaluate` documents the options, the result and the errors."""
+    import torch
+    import transformers
+    from tqdm import tqdm
+
+    here = join(options.device)
+    recognizer = open_recognizer(options.model_dir, here.device, options.language)
+    source = _source(options, recognizer.rate)
+    fairseq = _fairseq(options, here.device)
+    # everything beside the samples that decides a text
+    machine = (here.device.partition(":")[0], str(torch.__version__))
+    model = key_of(
+        *(f"{name} {digest}" for name, digest in sorted(hashes(options.model_dir).items())),
+        *(options.language, recognizer.decoding, str(transformers.__version__), *machine),
     )
-    keys = _Keys(
-        model_digest(request.model_dir) + (request.spoken or ""),
-        recognizer.decoding,
-        here.device.partition(":")[0],
-        fairseq,
-    )
-    run = key_of(keys.model, keys.fairseq, str(source.dataset))
-    journal = Journal(_path(transcripts) or default_path(run))
+    other = key_of(fairseq.digest, fairseq.subject.language, fairseq.version, *machine) if fairseq else ""
+    kept = Transcripts(options.transcripts or default_path(key_of(model, other, str(source.dataset))))
     finished = False
     try:
-        work = _transcribe(recognizer, source, batch_size, fairseq, keys, journal, here)
-        bar = require("tqdm").tqdm(
-            work,
+        ours = kept.of(recognizer.transcribe, framework="transformers", model=model)
+        theirs = kept.of(_one_by_one(fairseq), framework="fairseq", model=other) if fairseq else None
+        share = batches(source.utterances(here.rank, here.count), options.batch_size, recognizer.may_pad)
+        bar = tqdm(
+            _rows(share, ours, theirs),
             total=source.count and len(range(here.rank, source.count, here.count)),
             unit=" utterances",
             disable=not (progress and here.rank == 0 and sys.stderr.isatty()),
@@ -119,23 +129,10 @@ def evaluate(
             fairseq.close()
         finished = True
     finally:
-        journal.close(remove=finished and transcripts is None and here.rank == 0)
-    if not rows:
-        raise ConvertError("the dataset holds no utterance", code="no-data")
-    texts, heard = [row.text for row in rows], [row.hypothesis for row in rows]
-    scores = score(texts, heard, normalizer)
-    result = Evaluation(
-        dataset=source.described(_content(rows)),
-        scores=scores,
-        reference=score(texts, [row.fairseq or "" for row in rows], normalizer) if fairseq else None,
-        rows=rows,
-        normalizer=normalizer,
-        decoder=recognizer.decoding,
-        command=request.command(source.dataset.revision),
-        hint=case_hint(texts, heard, scores, normalizer),
-    )
+        kept.close(remove=finished and options.transcripts is None and here.rank == 0)
+    result = _result(options, source, recognizer.decoding, rows)
     if result.ok and here.rank == 0:
-        write_result(request.model_dir, result.entry())
+        write_result(options.model_dir, result.entry())
     here.wait()
     return result
 
@@ -144,65 +141,48 @@ def _path(value: str | Path | None) -> Path | None:
     return None if value is None else Path(value)
 
 
-def _fairseq(checkpoint: Path, model_dir: Path, device: str, language: str) -> FairseqReference:
+def _source(options: Options, rate: int) -> Source:
+    if options.manifest:
+        return manifest_source(options.manifest, rate)
+    if options.folder:
+        return folder_source(options.folder, rate)
+    return hub_source(options, rate)
+
+
+def _fairseq(options: Options, device: str) -> FairseqReference | None:
     """Open the checkpoint as it was converted."""
-    if not (model_dir / "conversion.json").is_file():
-        return FairseqReference(checkpoint, device, language=language)
-    return FairseqReference(checkpoint, device, ModelDirectory(model_dir), language)
+    if options.checkpoint is None:
+        return None
+    if not (options.model_dir / "conversion.json").is_file():
+        return FairseqReference(options.checkpoint, device, language=options.language)
+    return FairseqReference(options.checkpoint, device, ModelDirectory(options.model_dir), options.language)
 
 
-def _content(rows: tuple[Row, ...]) -> str:
-    """The SHA-256 over names, samples and transcripts of a dataset."""
-    return key_of(*(part for row in rows for part in (row.name, row.digest, row.text)))
+def _one_by_one(fairseq: FairseqReference) -> Transcribe:
+    return lambda utterances: [fairseq.transcribe(one.samples) for one in utterances]
 
 
-class _Keys:
-    """Names for answers: of everything that decides a transcript."""
-
-    def __init__(self, digest: str, decoder: str, device: str, fairseq: FairseqReference | None) -> None:
-        torch, transformers = require("torch"), require("transformers")
-        common = (device, str(torch.__version__))
-        self.model = key_of("transformers", digest, decoder, str(transformers.__version__), *common)
-        self.fairseq = (
-            key_of("fairseq", fairseq.digest + fairseq.subject.language, fairseq.version, *common) if fairseq else ""
-        )
-
-
-def _transcribe(
-    recognizer: Recognizer,
-    source: Source,
-    batch_size: int,
-    fairseq: FairseqReference | None,
-    keys: _Keys,
-    journal: Journal,
-    here: Processes,
-) -> Iterator[Row]:
+def _rows(share: Iterator[list[Utterance]], ours: Transcribe, theirs: Transcribe | None) -> Iterator[Row]:
     """Transcribe this process's share; rows come in the order in which they are finished."""
-    for batch in batches(source.utterances(here.rank, here.count), batch_size, recognizer.may_pad):
-        digests = [utterance.digest() for utterance in batch]
-        names = [key_of(keys.model, digest) for digest in digests]
-        new = [(key, utterance) for key, utterance in zip(names, batch, strict=True) if journal.find(key) is None]
-        if new:
-            heard = recognizer.transcribe([utterance for _, utterance in new])
-            journal.add(
-                _record(key, "transformers", utterance, text) for (key, utterance), text in zip(new, heard, strict=True)
-            )
-        for digest, key, utterance in zip(digests, names, batch, strict=True):
-            other = None
-            if fairseq:
-                fairseq_key = key_of(keys.fairseq, digest)
-                other = journal.find(fairseq_key)
-                if other is None:
-                    other = fairseq.transcribe(utterance.samples)
-                    journal.add([_record(fairseq_key, "fairseq", utterance, other)])
-            yield Row(utterance.index, utterance.name, digest, utterance.text, journal.find(key) or "", other)
+    for batch in share:
+        for one, text in zip(batch, ours(batch), strict=True):
+            yield Row(one.index, one.name, one.digest, one.text, text, theirs([one])[0] if theirs else None)
 
 
-def _record(key: str, framework: str, utterance: Utterance, text: str) -> dict[str, str]:
-    return {
-        "key": key,
-        "framework": framework,
-        "name": utterance.name,
-        "reference": utterance.text,
-        "hypothesis": text,
-    }
+def _result(options: Options, source: Source, decoder: str, rows: tuple[Row, ...]) -> Evaluation:
+    if not rows:
+        raise ConvertError("the dataset has no utterances", code="no-data")
+    texts, hypotheses = [row.text for row in rows], [row.hypothesis for row in rows]
+    scores = score(texts, hypotheses, options.normalizer)
+    compared = options.reference is not None
+    content = key_of(*(part for row in rows for part in (row.name, row.digest, row.text)))
+    return Evaluation(
+        dataset=source.identified(content),
+        scores=scores,
+        reference=score(texts, [row.fairseq or "" for row in rows], options.normalizer) if compared else None,
+        rows=rows,
+        normalizer=options.normalizer,
+        decoder=decoder,
+        command=options.command(source.dataset.revision),
+        hint=case_hint(texts, hypotheses, scores, options.normalizer),
+    )

@@ -1,4 +1,4 @@
-"""Counts word and character errors, and explains an error rate that only letter case causes."""
+"""Word and character error rates."""
 
 from __future__ import annotations
 
@@ -7,23 +7,17 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from convert.errors import ConvertError
-from convert.evaluation.packages import require
 
-
-def _as_it_stands(text: str) -> str:
-    return text
-
-
-# What is done to reference and hypothesis alike before they are compared; the name stands in the results.
-NORMALIZERS: Mapping[str, Callable[[str], str]] = MappingProxyType({"none": _as_it_stands, "lowercase": str.lower})
+# What is done to reference and hypothesis before they are compared; results carry the name.
+NORMALIZERS: Mapping[str, Callable[[str], str]] = MappingProxyType({"none": str, "lowercase": str.lower})
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Error rates over a whole dataset, as fractions of the reference: the sum of errors over the sum of words.
+    """Error rates over a whole dataset, as fractions: the sum of errors over the sum of reference words.
 
     Args:
-        wer: word error rate; above 1 when more was inserted than there is.
+        wer: word error rate; above 1 when more words are inserted than the references have.
         cer: character error rate, spaces counted.
         word_errors: substitutions, deletions and insertions.
         words: words of the references.
@@ -39,31 +33,31 @@ def score(references: Sequence[str], hypotheses: Sequence[str], normalizer: str 
     """Measure word and character error rate with jiwer.
 
     Args:
-        references: what was said, one text an utterance.
-        hypotheses: what was heard, in the same order.
-        normalizer: a name of `NORMALIZERS`; `none` compares the texts as they stand.
+        references: one text for each utterance.
+        hypotheses: what the model wrote, in the same order.
+        normalizer: a key of `NORMALIZERS`; `none` compares the texts as they are.
 
     Raises:
-        ConvertError: jiwer is missing, or the references hold no word.
+        ConvertError: `no-words`: the references have no word.
 
     Example:
         >>> score(["THE FOX", "RUNS"], ["THE BOX", "RUNS"]).word_errors
         1
     """
-    jiwer = require("jiwer")
+    import jiwer
+
     change = NORMALIZERS[normalizer]
-    pairs = [(change(said), change(heard)) for said, heard in zip(references, hypotheses, strict=True)]
-    if not any(said.split() for said, _ in pairs):
-        raise ConvertError("the transcripts hold no word, so that there is no error rate", code="no-words")
-    said_all, heard_all = [said for said, _ in pairs], [heard for _, heard in pairs]
-    found = jiwer.process_words(said_all, heard_all)
-    errors = found.substitutions + found.deletions + found.insertions
-    words = found.hits + found.substitutions + found.deletions
-    return Scores(errors / words, jiwer.process_characters(said_all, heard_all).cer, errors, words)
+    expected, found = list(map(change, references)), list(map(change, hypotheses))
+    if not any(text.split() for text in expected):
+        raise ConvertError("the transcripts have no words, so there is no error rate", code="no-words")
+    counts = jiwer.process_words(expected, found)
+    errors = counts.substitutions + counts.deletions + counts.insertions
+    words = counts.hits + counts.substitutions + counts.deletions
+    return Scores(errors / words, jiwer.process_characters(expected, found).cer, errors, words)
 
 
 def case_hint(references: Sequence[str], hypotheses: Sequence[str], scores: Scores, normalizer: str) -> str:
-    """Say so in one sentence when most errors are a difference of case only; otherwise nothing.
+    """Return a sentence when most errors are a difference of case only; otherwise an empty text.
 
     Example:
         >>> case_hint(["the fox"], ["THE FOX"], score(["the fox"], ["THE FOX"]), "none")[:54]
@@ -74,10 +68,10 @@ def case_hint(references: Sequence[str], hypotheses: Sequence[str], scores: Scor
     folded = score(references, hypotheses, "lowercase")
     if folded.wer > scores.wer / 2:
         return ""
-    writes, said = _case(hypotheses), _case(references)
     return (
-        f"the model writes {writes} case, the references {said} case: without case the WER is {folded.wer:.2%}; "
-        "texts are compared as they stand unless --normalizer lowercase is given"
+        f"the model writes {_case(hypotheses)} case, the references {_case(references)} case: "
+        f"without case the WER is {folded.wer:.2%}; "
+        "texts are compared as they are unless --normalizer lowercase is given"
     )
 
 

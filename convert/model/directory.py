@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import mmap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from convert.checkpoint import Checkpoint
 from convert.checkpoint.data_config import DataConfig
-from convert.checkpoint.dictionary import SPECIAL, Dictionary
+from convert.conversion import NAME as RECORD
+from convert.conversion import Record
 from convert.errors import ConvertError, Problem
 from convert.mapping.rules import TensorSpec
-from convert.model.record import misfits
+from convert.report import parse_json
 from convert.transfer import WIDTHS, Piece, product, tensor_bytes
 
 _REMEDY = "convert the checkpoint again"
@@ -48,47 +50,28 @@ class ModelDirectory:
         self.config: dict[str, Any] = self.json("config.json")
         self.tensors = self._tensors()
 
-    @property
-    def conversion(self) -> dict[str, Any]:
-        """The content of conversion.json."""
-        record = self.json("conversion.json")
-        wrong = next(misfits(record), None)
-        if wrong is not None:
-            raise self._error(f"holds a conversion.json that no conversion wrote ({wrong})", _REMEDY)
-        return record
-
-    @property
-    def dictionary(self) -> Dictionary | None:
-        """fairseq's dictionary as conversion.json keeps it."""
-        kept = self.conversion.get("dictionary")
-        return _dictionary(kept) if kept else None
-
-    @property
-    def dictionaries(self) -> tuple[Dictionary, ...]:
-        """The dictionaries of HuBERT's pretraining, as conversion.json keeps them."""
-        return tuple(map(_dictionary, self.conversion.get("dictionaries") or ()))
-
-    @property
-    def languages(self) -> dict[str, Dictionary]:
-        """The dictionaries of its languages, where it has several."""
-        return {name: _dictionary(kept) for name, kept in (self.conversion.get("languages") or {}).items()}
+    @functools.cached_property
+    def record(self) -> Record:
+        """What conversion.json says, read once."""
+        self._there(RECORD)
+        return Record.of((self.path / RECORD).read_bytes())
 
     @property
     def data_config(self) -> DataConfig | None:
         """The config.yaml of a speech-to-text model's task, as conversion.json keeps it, with the files that it names."""
-        values = (self.conversion.get("request") or {}).get("data_config")
-        if values is None or self.dictionary is None:
+        values, dictionary = self.record.asked.data_config, self.record.dictionary
+        if values is None or dictionary is None:
             return None
         subwords = self.path / SUBWORDS
-        return DataConfig(values, self.dictionary, subwords.read_bytes() if subwords.is_file() else b"")
+        return DataConfig(values, dictionary, subwords.read_bytes() if subwords.is_file() else b"")
 
     def json(self, name: str) -> dict[str, Any]:
         """Read one of its JSON files."""
         self._there(name)
         try:
-            value = json.loads((self.path / name).read_text("utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise self._error(f"holds a damaged {name} ({error})", _REMEDY) from None
+            value = parse_json((self.path / name).read_bytes(), name)
+        except ConvertError as error:
+            raise self._error(f"holds a damaged {error.message}", _REMEDY) from None
         if not isinstance(value, dict):
             raise self._error(f"holds a {name} that is no JSON object", _REMEDY)
         return value
@@ -142,15 +125,9 @@ class ModelDirectory:
             file.seek(place.start)
             return file.read(place.count)
 
-    @property
-    def sidecars(self) -> dict[str, dict[str, Any]]:
-        """The files of further tensors, by name, with what conversion.json says of each."""
-        found: dict[str, dict[str, Any]] = self.conversion.get("sidecars") or {}
-        return found
-
     def beside(self) -> dict[str, dict[str, Place]]:
         """List the tensors of every file of further tensors that is there."""
-        return {file: self.places(file) for file in self.sidecars if (self.path / file).is_file()}
+        return {file: self.places(file) for file in self.record.sidecars if (self.path / file).is_file()}
 
     def places(self, file: str) -> dict[str, Place]:
         """List the tensors of one safetensors file."""
@@ -204,7 +181,3 @@ class ModelDirectory:
 
     def _error(self, what: str, hint: str) -> ConvertError:
         return ConvertError(f"{self.path} {what}", code="not-a-model", key=str(self.path), hint=hint)
-
-
-def _dictionary(kept: Mapping[str, Any]) -> Dictionary:
-    return Dictionary(tuple(kept["symbols"]), tuple(kept["counts"]), tuple(kept.get("special", SPECIAL)))

@@ -13,8 +13,8 @@ from dataclasses import replace
 from typing import Any
 
 from convert.checkpoint import Checkpoint
-from convert.checkpoint.data_config import pieces
 from convert.checkpoint.dictionary import SPECIAL, Dictionary
+from convert.checkpoint.sentencepiece import pieces
 from convert.mapping.speech_to_text import NAME, Layout
 from convert.model.directory import SUBWORDS
 from convert.model.encoder import Kind, Sources, choice, classify, finish, prove, read_dictionary

@@ -169,11 +169,15 @@ def request_again(
         opened: the checkpoint.
         dictionary, base: as for `convert.plan`.
     """
-    record = directory.conversion
-    asked = dict(record.get("request") or {"head": (record.get("architecture") or {}).get("head")})
-    asked.pop("data_config", None)
-    training_only = tuple(record.get("training_only") or ())
-    made = make_request(dictionary=dictionary, base=base, training_only=training_only, **asked)
+    record = directory.record
+    made = make_request(
+        dictionary=dictionary,
+        base=base,
+        training_only=tuple(record.training_only),
+        head=record.asked.head,
+        keep_final_proj=record.asked.keep_final_proj,
+        language=record.asked.language,
+    )
     if made.dictionary is None and opened.dictionary is None:
-        made = replace(made, dictionary=directory.dictionary)
+        made = replace(made, dictionary=record.dictionary)
     return replace(made, data_config=directory.data_config)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from convert.errors import ConvertError, MismatchError
+from convert.loading import load, load_model
 
 
 def compute(source: str, class_name: str, revision: str | None = None) -> Mapping[str, Any]:
@@ -30,28 +31,13 @@ def compute(source: str, class_name: str, revision: str | None = None) -> Mappin
     except ImportError as error:
         hint = "pip install 'fairseq-to-hf[verify]'"
         raise ConvertError(f"loading the model needs {error.name}", code="no-torch", hint=hint) from None
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     signal = np.random.default_rng(0).standard_normal(16000).astype(np.float32)
     with tempfile.TemporaryDirectory() as cache:
         where: dict[str, Any] = {"revision": revision, "cache_dir": cache} if revision else {}
-        try:
-            features = transformers.AutoFeatureExtractor.from_pretrained(source, **where)
-            model, info = getattr(transformers, class_name).from_pretrained(source, output_loading_info=True, **where)
-            if class_name.endswith(("ForCTC", "ForConditionalGeneration", "SpeechEncoderDecoderModel")):
-                transformers.AutoTokenizer.from_pretrained(source, **where)
-        except (OSError, ValueError, RuntimeError, AttributeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            failure: ConvertError | None = ConvertError(
-                f"{source}: does not load: {reason}", code="load", key=source, hint="verify the model directory again"
-            )
-        else:
-            failure = None
-    if failure is not None:
-        raise failure
-    wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
-    if wrong:
-        raise ConvertError(f"{source}: does not load completely: {wrong[:3]}", code="load", key=source, status=1)
+        features = load(transformers.AutoFeatureExtractor, source, **where)
+        model = load_model(getattr(transformers, class_name), source, **where)
+        if class_name.endswith(("ForCTC", "ForConditionalGeneration", "SpeechEncoderDecoderModel")):
+            load(transformers.AutoTokenizer, source, **where)
     inputs = features(signal, sampling_rate=features.sampling_rate, return_tensors="pt")
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = torch.tensor([[model.generation_config.decoder_start_token_id]])

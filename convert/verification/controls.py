@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from convert.conversion import differences
 from convert.errors import Problem
 from convert.verification.compare import Difference, first_different
-from convert.verification.expected import differences
 from convert.verification.judge import Judged, compared
 from convert.verification.reference import Subject
 from convert.verification.target import Seq2SeqTarget, SpeechToTextTarget, Target

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from convert.conversion import Record
 from convert.errors import Problem
 from convert.model.directory import ModelDirectory
 from convert.verification import controls, endtoend, vocabulary
@@ -53,9 +54,9 @@ class Work:
     advance: Callable[[], None]
 
     @property
-    def record(self) -> Mapping[str, Any]:
-        """The content of conversion.json."""
-        return self.directory.conversion
+    def record(self) -> Record:
+        """What conversion.json says."""
+        return self.directory.record
 
 
 def on_device(work: Work, reference: Reference, device: str, findings: Findings, *, first: bool) -> None:
@@ -83,7 +84,7 @@ def on_device(work: Work, reference: Reference, device: str, findings: Findings,
 
 def _vocabulary(work: Work, reference: Reference, target: Target, findings: Findings) -> Spell | None:
     """Check what the classes mean, and return what turns them into text."""
-    if not work.subject.symbols or work.record["architecture"]["head"] == "encoder":
+    if not work.subject.symbols or work.record.architecture.head == "encoder":
         return None
     if "id2label" in work.directory.config:
         return _labels(work, reference, target, findings)
@@ -138,7 +139,7 @@ def _runs(
     made: list[controls.Control] = []
     if clip is not None and arithmetic == "float32" and clip.verdict != "different":
         batch = tensor(work.clips, clip.probe, work.subject.normalize)
-        others = [name for name in work.directory.languages if name != work.subject.language]
+        others = [name for name in work.directory.record.languages if name != work.subject.language]
         made, absent = controls.on_outputs(target, clip, batch, device, others)
         findings.controls += made
         findings.absent |= absent
@@ -210,18 +211,18 @@ def required(
     return "identical", ""
 
 
-def rounds(record: Mapping[str, Any]) -> str:
+def rounds(record: Record) -> str:
     """Say what a conversion had to compute instead of copying, by its own record; nothing where it copied all.
 
     Args:
-        record: the content of conversion.json.
+        record: what conversion.json says.
     """
-    for fill in record.get("fills") or ():
-        if str(fill["rule"]).startswith(("norm of ", "sinusoids ")):
-            return f"the conversion computed {fill['key']} and rounded it: {fill['reason']}"
-    for edit in record.get("edits") or ():
-        if edit["rule"] == "add":
-            return f"the conversion added {edit['value']} to {edit['key']} and rounded the sum; fairseq adds it to the logits"
+    for fill in record.fills:
+        if fill.rule.startswith(("norm of ", "sinusoids ")):
+            return f"the conversion computed {fill.key} and rounded it: {fill.reason}"
+    for edit in record.edits:
+        if edit.rule == "add":
+            return f"the conversion added {edit.value} to {edit.key} and rounded the sum; fairseq adds it to the logits"
     return ""
 
 

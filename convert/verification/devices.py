@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import platform
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from convert.errors import ConvertError
+
+
+def available() -> list[str]:
+    """List the devices here: the CPU, then every CUDA device."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return ["cpu", *(f"cuda:{index}" for index in range(count))]
 
 
 def choose(wanted: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -25,12 +31,9 @@ def choose(wanted: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     Raises:
         ConvertError: `no-device`, status 2: a device that was asked for is not there.
     """
-    import torch
-
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    there = ["cpu", *(f"cuda:{index}" for index in range(count))]
+    there = available()
     if not wanted:
-        return there, {} if count else {"cuda": "no CUDA device here"}
+        return there, {} if len(there) > 1 else {"cuda": "no CUDA device here"}
     chosen = []
     for name in wanted:
         full = "cuda:0" if name == "cuda" else name
@@ -46,19 +49,19 @@ def choose(wanted: Sequence[str]) -> tuple[list[str], dict[str, str]]:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Import and build fairseq without its remarks on packages for other tasks, its log handler, and what torch deprecates."""
-    before, root = logging.root.manager.disable, logging.root
-    handlers, level = list(root.handlers), root.level
-    logging.disable(logging.WARNING)
+def without_tf32() -> Iterator[None]:
+    """Compute without TF32, which rounds the factors of float32 products to 10 bits on CUDA devices."""
+    import torch
+
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        for backend in backends:
+            backend.allow_tf32 = False
+        yield
     finally:
-        logging.disable(before)
-        root.handlers[:] = handlers
-        root.setLevel(level)
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed
 
 
 @contextlib.contextmanager
@@ -68,22 +71,18 @@ def steady() -> Iterator[None]:
 
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with a fixed workspace only
     kept = (
-        torch.backends.cuda.matmul.allow_tf32,
-        torch.backends.cudnn.allow_tf32,
         torch.backends.cudnn.benchmark,
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        yield
+        with without_tf32():
+            yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = kept[:2]
-        torch.backends.cudnn.benchmark = kept[2]
-        torch.use_deterministic_algorithms(kept[3], warn_only=kept[4])
+        torch.backends.cudnn.benchmark = kept[0]
+        torch.use_deterministic_algorithms(kept[1], warn_only=kept[2])
 
 
 def describe(devices: Sequence[str], attention: Any) -> dict[str, Any]:

@@ -4,45 +4,63 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from convert.checkpoint import Checkpoint
+from convert.conversion import NAME as RECORD
+from convert.conversion import differences, json_text, record_of
 from convert.errors import Problem
 from convert.model.architectures import describe
 from convert.model.directory import ModelDirectory
-from convert.model.types import Model, request_again
+from convert.model.types import request_again
+from convert.package import tool_version
+from convert.report import json_bytes
 
+INDEX = "model.safetensors.index.json"
 AFTERWARDS = ("verification.json", "evaluation.json", "README.md")  # written later, and read by no model
 
 
-def fresh_plan(opened: Checkpoint, directory: ModelDirectory, **options: Any) -> Model:
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What a conversion of the checkpoint writes today.
+
+    Args:
+        files: the content by file name: bytes, or the value of a JSON file.
+        record: the content of conversion.json, but for its `files`.
+    """
+
+    files: Mapping[str, Any]
+    record: Mapping[str, Any]
+
+
+def expect(opened: Checkpoint, directory: ModelDirectory, sha256: str, **options: Any) -> Expected:
     """Plan the conversion again, with what the directory's conversion.json says was asked for.
 
     Args:
         opened: the checkpoint.
         directory: the model directory.
+        sha256: the checkpoint's.
         options: `dictionary` and `base`, as for `convert.plan`.
 
     Raises:
         PlanError: the checkpoint cannot be converted.
         ConvertError: `not-a-model`.
     """
-    return describe(opened, request_again(directory, opened, **options))
-
-
-def expected_files(model: Model, dtype: str) -> dict[str, Any]:
-    """Return the content that a conversion gives each JSON file beside the weights.
-
-    Args:
-        model: the fresh plan.
-        dtype: what the conversion was asked for: `keep`, `float32`, `float16` or `bfloat16`.
-    """
+    request = request_again(directory, opened, **options)
+    model, dtype = describe(opened, request), directory.record.dtype
     config = model.configuration
-    if dtype in ("float32", "float16", "bfloat16"):
+    if dtype != "keep":
         config["torch_dtype"] = dtype
-    return {"config.json": config, **model.processor.files}
+    files = {"config.json": config, **model.processor.files}
+    if (directory.path / INDEX).is_file():
+        names = {name: place.file for name, place in directory.tensors.items()}
+        size = sum(place.count for place in directory.tensors.values())
+        files[INDEX] = {"metadata": {"total_size": size}, "weight_map": names}
+    made = record_of(opened, model, request, sha256, dtype, {}, tool_version())
+    return Expected(files, json.loads(json_bytes(made)))
 
 
 def compare_files(directory: ModelDirectory, expected: Mapping[str, Any]) -> list[Problem]:
@@ -62,14 +80,12 @@ def compare_files(directory: ModelDirectory, expected: Mapping[str, Any]) -> lis
         path = directory.path / name
         if not path.is_file():
             problems.append(Problem("missing-file", name, "is not in the model directory"))
-            continue
-        if isinstance(meant, bytes):
+        elif isinstance(meant, bytes):
             same = path.read_bytes() == meant
             problems += [] if same else [Problem("file", name, "is not the file that the conversion wrote")]
         else:
-            problems += differences(name, meant, json.loads(path.read_text("utf-8")))
-    known = {*expected, *AFTERWARDS, "conversion.json", "model.safetensors.index.json", *directory.weight_files()}
-    known |= set(directory.sidecars)
+            problems += differences(name, meant, directory.json(name))
+    known = {*expected, *AFTERWARDS, RECORD, *directory.weight_files(), *directory.record.sidecars}
     for path in sorted(directory.path.iterdir()):
         if path.name not in known and path.suffix in (".json", ".safetensors", ".bin"):
             problems.append(
@@ -78,49 +94,73 @@ def compare_files(directory: ModelDirectory, expected: Mapping[str, Any]) -> lis
     return problems
 
 
-def differences(name: str, meant: Any, found: Any) -> Iterator[Problem]:
-    """Name the values of a JSON file that are not what they should be.
-
-    Example:
-        >>> [str(problem) for problem in differences("config.json", {"a": 1}, {"a": 2})]
-        ['config.json: a is 2, expected 1']
-    """
-    if not isinstance(meant, dict) or not isinstance(found, dict):
-        if meant != found:
-            yield Problem("file", name, f"is {_short(found)}, expected {_short(meant)}")
-        return
-    for key in sorted({*meant, *found}):
-        if key not in found:
-            yield Problem("file", name, f"{key} is missing, expected {_short(meant[key])}")
-        elif key not in meant:
-            yield Problem("file", name, f"{key} is {_short(found[key])}, expected nothing")
-        elif type(meant[key]) is not type(found[key]) or meant[key] != found[key]:
-            yield Problem("file", name, f"{key} is {_short(found[key])}, expected {_short(meant[key])}")
-
-
-def compare_records(directory: ModelDirectory, model: Model) -> list[Problem]:
-    """Compare conversion.json with the files it speaks of, and with the fresh plan.
+def compare_records(directory: ModelDirectory, expected: Expected) -> tuple[list[Problem], dict[str, str]]:
+    """Compare conversion.json as a whole with what a conversion writes today, and with the files that it names.
 
     Args:
         directory: the model directory.
-        model: the fresh plan.
+        expected: what is written today.
+
+    Returns:
+        What is wrong, and what differs for a reason that is not a fault: a checkpoint under another name, the words of
+        another version of this tool, and what earlier versions did not write and is empty. Nothing else may differ.
     """
-    record = directory.conversion
-    fills = [{"key": fill.target, "rule": fill.rule, "reason": fill.reason} for fill in model.plan.fills]
-    drops = [drop.record for drop in model.plan.drops]
-    named = ("key", "row", "rule", "value")
-    edits = [dict(zip(named, (e.target, e.row, e.rule, e.value), strict=True)) for e in model.plan.table.edits]
-    found_edits = [{name: edit.get(name) for name in named} for edit in record.get("edits") or ()]
-    meant = {"fills": fills, "drops": drops, "edits": edits, "sidecars": sorted(one.file for one in model.sidecars)}
-    stated = {"fills": record.get("fills"), "drops": record.get("drops"), "edits": found_edits}
-    stated["sidecars"] = sorted(directory.sidecars)
-    problems = [*differences("conversion.json", meant, stated)]
-    found = hashes(directory.path)
-    for name, facts in sorted((record.get("files") or {}).items()):
-        if found.get(name) != facts["sha256"]:
+    found, meant, differing = dict(directory.record.values), dict(expected.record), {}
+    meant["files"] = {name: {"sha256": file.sha256, "size": file.size} for name, file in directory.record.files.items()}
+    problems = _compare_files_named(directory, expected)
+    made_by = directory.record.tool.version
+    if made_by != meant["tool"]["version"]:
+        words = f"the words of version {made_by or 'unknown'}"
+        differing["conversion.json: tool.version"] = words
+        found["tool"] = _but(found.get("tool"), version=meant["tool"]["version"])
+        for key, without in _WORDS.items():
+            ours, theirs = without(meant.get(key)), without(found.get(key))
+            if json_text(meant.get(key)) != json_text(found.get(key)) and json_text(ours) == json_text(theirs):
+                differing[f"conversion.json: {key}"] = words
+                found[key] = meant[key]
+    for key in [key for key in meant.keys() - found.keys() if not meant[key]]:
+        differing[f"conversion.json: {key}"] = "is not there; it would be empty"
+        del meant[key]
+    if found.get("source") != meant["source"]:
+        differing["conversion.json: source.name"] = "the checkpoint had another name"
+        found["source"] = _but(found.get("source"), name=meant["source"]["name"])
+    for key in sorted({*meant, *found}):  # key by key, so that what is equal is compared at once
+        ours, theirs = ({key: side[key]} if key in side else {} for side in (meant, found))
+        if json_text(ours) != json_text(theirs):
+            problems += differences(RECORD, ours, theirs)
+    return problems, differing
+
+
+def _compare_files_named(directory: ModelDirectory, expected: Expected) -> list[Problem]:
+    problems = []
+    found, named = hashes(directory.path), directory.record.files
+    for name in sorted({*expected.files, *directory.weight_files(), *directory.record.sidecars, *named}):
+        if name not in named:
+            problems.append(Problem("file", RECORD, f"files.{name} is missing"))
+        elif found.get(name) != named[name].sha256:
             detail = "is not the file that the conversion wrote, by its SHA-256" if name in found else "is missing"
             problems.append(Problem("changed-file", name, detail))
+        elif (directory.path / name).stat().st_size != named[name].size:
+            problems.append(Problem("file", RECORD, f"files.{name}.size is {named[name].size}"))
     return problems
+
+
+def _but(values: Any, **others: Any) -> Any:
+    return {**values, **others} if isinstance(values, dict) else values
+
+
+def _without_reasons(rows: Any) -> Any:
+    return [{key: value for key, value in row.items() if key != "reason"} for row in rows or ()]
+
+
+# what is worded anew from version to version -> what of it is not words
+_WORDS: dict[str, Callable[[Any], Any]] = {
+    "config": lambda origins: sorted(origins or ()),
+    "drops": _without_reasons,
+    "edits": _without_reasons,
+    "fills": _without_reasons,
+    "table": lambda table: None,
+}
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -134,8 +174,3 @@ def hashes(folder: Path) -> dict[str, str]:
                     digest.update(block)
             found[path.name] = digest.hexdigest()
     return found
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."

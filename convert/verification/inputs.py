@@ -5,17 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
 
-from convert.errors import ConvertError
-
-if TYPE_CHECKING:
-    import numpy as np
-
-Waveform: TypeAlias = "np.ndarray[Any, np.dtype[np.float32]]"
+from convert.audio import SUFFIXES, bad_audio, read_audio
+from convert.audio import Waveform as Waveform
 
 SPEECH = "speech"  # the clip that ships: probe.wav
-SUFFIXES = (".wav", ".flac")
 QUIET = -50.0  # dBFS
 LONG = 30  # seconds
 EPSILON = 1e-5  # torch.nn.functional.layer_norm's, which fairseq's tasks normalise with
@@ -204,7 +198,7 @@ def normalised(waveform: Waveform) -> Waveform:
 
 def bundled() -> Waveform:
     """Read the clip that ships: two seconds of speech by espeak-ng, 16 kHz."""
-    return read(Path(__file__).with_name("probe.wav"), 16000)
+    return read_audio(Path(__file__).with_name("probe.wav"), 16000, name="probe.wav")
 
 
 def collect(paths: Sequence[str | Path], rate: int, geometry: Geometry) -> dict[str, Waveform]:
@@ -219,17 +213,17 @@ def collect(paths: Sequence[str | Path], rate: int, geometry: Geometry) -> dict[
         The bundled clip, then the recordings by file name; two files of one name get a number.
 
     Raises:
-        ConvertError: status 2: a file is missing, no audio, too short, of another sampling rate or of several channels.
+        ConvertError: status 2: a file is missing, not audio, too short, of another sampling rate or of several channels.
     """
     clips = {SPEECH: bundled()}
     for path in _files(paths):
         name, number = path.name, 2
         while name in clips:
             name, number = f"{path.name} ({number})", number + 1
-        clips[name] = read(path, rate)
+        clips[name] = read_audio(path, rate, name=path.name)
         if not geometry.frames(len(clips[name])):
-            shortest = geometry.samples(1)
-            raise _bad(path, f"has {len(clips[name])} samples; the model needs at least {shortest}", "leave it out")
+            detail = f"{len(clips[name])} samples, the model needs at least {geometry.samples(1)}"
+            raise bad_audio(path.name, detail, "leave it out")
     return clips
 
 
@@ -238,30 +232,10 @@ def _files(paths: Iterable[str | Path]) -> Iterable[Path]:
         if path.is_dir():
             found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
             if not found:
-                raise _bad(path, "holds no wav and no flac file", "name a folder with recordings")
+                raise bad_audio(path.name, "no wav or flac files in it", "name a folder with recordings")
             yield from found
         else:
             yield path
-
-
-def read(path: Path, rate: int) -> Waveform:
-    """Read one recording, as float32 between -1 and 1; resampling and mixing channels are refused."""
-    import numpy as np
-    import soundfile
-
-    if not path.is_file():
-        raise _bad(path, "does not exist", "name a wav or flac file, or a folder of them")
-    try:
-        samples, found = soundfile.read(path, dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, RuntimeError) as error:
-        raise _bad(path, f"is no audio file that can be read ({error})", "name a wav or flac file") from None
-    if found != rate:
-        raise _bad(path, f"has {found} samples a second, the model takes {rate}", f"resample it: sox IN -r {rate} OUT")
-    if samples.shape[1] != 1:
-        raise _bad(path, f"has {samples.shape[1]} channels, the model takes one", "mix it: sox IN -c 1 OUT")
-    if not np.isfinite(samples).all():
-        raise _bad(path, "holds NaN or infinite samples", "leave it out")
-    return np.ascontiguousarray(samples[:, 0])
 
 
 def _level(waveform: Waveform) -> float:
@@ -269,7 +243,3 @@ def _level(waveform: Waveform) -> float:
     import numpy as np
 
     return float(10 * np.log10(max(float((waveform.astype(np.float64) ** 2).mean()), 1e-20)))
-
-
-def _bad(path: Path, what: str, hint: str) -> ConvertError:
-    return ConvertError(f"{path.name} {what}", code="bad-audio", key=path.name, hint=hint)

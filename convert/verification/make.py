@@ -10,8 +10,9 @@ from pathlib import Path
 from convert.checkpoint import Checkpoint
 from convert.checkpoint.unchanged import unchanged
 from convert.errors import ConvertError, check_place
+from convert.loading import quiet
 from convert.model.types import Request
-from convert.verification.devices import quiet, steady
+from convert.verification.devices import steady
 from convert.verification.fairseq_side import recording
 from convert.verification.inputs import Waveform, collect, in_languages, probes
 from convert.verification.recording import Recorded, ask, pack

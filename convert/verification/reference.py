@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from convert.errors import ConvertError
+from convert.loading import quiet
 from convert.verification import fairseq_side
 from convert.verification.compare import Answer, Stage, distances
-from convert.verification.devices import quiet
 from convert.verification.fairseq_side import opening, tensorfile
 from convert.verification.fairseq_side.importing import CannotBuildError
 from convert.verification.inputs import Cut, Probe, Waveform, cut, normalised
@@ -123,7 +123,7 @@ def answering() -> Iterator[None]:
     """Turn whatever fairseq and torch raise while they run into one error.
 
     Raises:
-        ConvertError: `no-fairseq`, status 2.
+        ConvertError: `no-fairseq` or `fairseq`, status 2.
     """
     try:
         yield
@@ -133,7 +133,8 @@ def answering() -> Iterator[None]:
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".split("\n")[0]
-        raise ConvertError(f"fairseq cannot run the model: {reason}", code="no-fairseq", hint=HINT) from error
+        hint = "another version of fairseq may: --fairseq-python PYTHON"
+        raise ConvertError(f"fairseq cannot run the model: {reason}", code="fairseq", hint=hint) from error
 
 
 class Live:

@@ -107,7 +107,7 @@ def _post_process(settings: Mapping[str, Any]) -> str:
 def half_type(directory: Any) -> tuple[str, str]:
     """Say which half type a model directory's weights have, and which the conversion rounded them to (each may be empty)."""
     stored = str(directory.config.get("torch_dtype") or directory.config.get("dtype") or "float32")
-    rounded = str(directory.conversion.get("dtype", "keep"))
+    rounded = directory.record.dtype
     half = stored if stored in HALVES else ""
     return half, half if rounded != "keep" else ""
 
@@ -118,10 +118,10 @@ def check_source(directory: Any, name: str, sha256: str) -> None:
     Raises:
         ConvertError: `other-checkpoint`, status 1.
     """
-    source = directory.conversion.get("source") or {}
-    if source.get("sha256") != sha256:
+    source = directory.record.source
+    if source.sha256 != sha256:
         raise ConvertError(
-            f"{directory.path.name} was made from {source.get('name')} ({str(source.get('sha256'))[:12]}…), "
+            f"{directory.path.name} was made from {source.name} ({source.sha256[:12]}…), "
             f"not from {name} ({sha256[:12]}…)",
             code="other-checkpoint",
             key=name,

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convert.errors import ConvertError, MismatchError, Problem
+from convert import loading
+from convert.errors import ConvertError
 from convert.verification.attention import NAME, register
 from convert.verification.compare import GENERATED
 from convert.verification.fairseq_side.features import features
@@ -39,46 +40,20 @@ def load(model_dir: Path, device: str) -> Target:
         device: such as `cpu` or `cuda`.
 
     Raises:
-        MismatchError: `load`: transformers misses a tensor, finds one too many, or one of another shape.
-        ConvertError: `load`: transformers cannot load the directory at all.
+        MismatchError: `load`: a tensor is missing, unexpected or of another shape.
+        ConvertError: `load`, status 1: transformers cannot load the directory.
     """
     import torch
     import transformers
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        config = transformers.AutoConfig.from_pretrained(model_dir, local_files_only=True)
-        name = (config.architectures or [""])[0]
-        cls = getattr(transformers, name, None)
-        if cls is None:
-            raise ValueError(f"transformers {transformers.__version__} has no class {name!r}")
-        key = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
-        attention = attention_of(config.model_type)
-        options = {key: torch.float32, "attn_implementation": attention, "local_files_only": True}
-        model, seen = cls.from_pretrained(model_dir, config=config, output_loading_info=True, **options)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}".split("\n")[0]
-        raise ConvertError(
-            f"{model_dir.name}: transformers cannot load it ({reason})",
-            code="load",
-            key=str(model_dir),
-            status=1,
-            hint="convert the checkpoint again",
-        ) from error
-    wrong = [(code, key) for code in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in seen[code]]
-    if wrong:
-        problems = [
-            Problem(code.replace("_", "-"), str(key[0] if isinstance(key, tuple) else key), "transformers says so")
-            for code, key in wrong
-        ]
-        raise MismatchError(
-            f"{model_dir.name}: its tensors are not those of {name}",
-            code="load",
-            key=str(model_dir),
-            problems=problems,
-            hint="convert the checkpoint again",
-        )
+    config = loading.load(transformers.AutoConfig, model_dir, status=1)
+    name = (config.architectures or [""])[0]
+    if not hasattr(transformers, name):
+        message = f"{model_dir.name}: transformers {transformers.__version__} has no class {name!r}"
+        raise ConvertError(message, code="load", key=model_dir.name, status=1, hint="pip install -U transformers")
+    key = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
+    options = {key: torch.float32, "attn_implementation": attention_of(config.model_type), "config": config}
+    model = loading.load_model(getattr(transformers, name), model_dir, status=1, **options)
     target = TARGETS.get(name, Target)(model, device)
     target.spoken = target.native = language_of(model_dir)
     return target

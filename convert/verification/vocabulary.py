@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from convert.errors import ConvertError, Problem
+from convert.errors import Problem
+from convert.loading import load
 from convert.verification.fairseq_side.tokens import PAD as PADDING
 from convert.verification.reference import Subject
 
@@ -21,12 +22,8 @@ def load_processor(model_dir: Path, language: str = "") -> Any:
     """
     from transformers import AutoProcessor
 
-    try:
-        chosen = {"target_lang": language} if language else {}
-        return AutoProcessor.from_pretrained(model_dir, local_files_only=True, **chosen)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}".split("\n")[0]
-        raise _unloadable(model_dir, "processor", reason) from error
+    chosen: dict[str, Any] = {"target_lang": language} if language else {}
+    return load(AutoProcessor, model_dir, status=1, **chosen)
 
 
 def load_extractor(model_dir: Path) -> Any:
@@ -37,21 +34,7 @@ def load_extractor(model_dir: Path) -> Any:
     """
     from transformers import AutoFeatureExtractor
 
-    try:
-        return AutoFeatureExtractor.from_pretrained(model_dir, local_files_only=True)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}".split("\n")[0]
-        raise _unloadable(model_dir, "feature extractor", reason) from error
-
-
-def _unloadable(model_dir: Path, what: str, reason: str) -> ConvertError:
-    return ConvertError(
-        f"{model_dir.name}: transformers cannot load its {what} ({reason})",
-        code="load",
-        key=str(model_dir),
-        status=1,
-        hint="convert the checkpoint again",
-    )
+    return load(AutoFeatureExtractor, model_dir, status=1)
 
 
 def tokens_of(tokenizer: Any, count: int) -> list[str]:

@@ -16,7 +16,7 @@ from .numerics import same, swap_last
 from .reference import Reference
 
 STUB = "fairseq2n, fairseq2's native part, stubbed as for its documentation (DOC_MODE): it reads audio and text, no model uses it"
-HINT = "pip install --no-deps fairseq2 'importlib_metadata<8' importlib_resources ruamel.yaml"
+HINT = "pip install --no-deps fairseq2 importlib_resources ruamel.yaml"
 
 
 def import_fairseq2() -> tuple[Any, list[str]]:

@@ -1,0 +1,84 @@
+"""Loading with plain transformers: quiet, without code from the repository, and completely or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from convert.errors import ConvertError, MismatchError, Problem
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep other libraries' warnings, log messages and progress bars off stderr, and drop log handlers that they add."""
+    before, root = logging.root.manager.disable, logging.root
+    handlers, level = list(root.handlers), root.level
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+        root.handlers[:] = handlers
+        root.setLevel(level)
+
+
+def load(part: Any, source: str | Path, *, status: int = 2, **options: Any) -> Any:
+    """Load a configuration, tokenizer, feature extractor, processor or model.
+
+    Args:
+        part: the transformers class, such as `AutoTokenizer`.
+        source: a directory, or the name of a repository on the Hub.
+        status: the exit status of a failure.
+        options: of its `from_pretrained`.
+
+    Raises:
+        ConvertError: `load`: transformers cannot load it.
+    """
+    import transformers
+
+    local = isinstance(source, Path)
+    name = source.name if isinstance(source, Path) else source
+    try:
+        with quiet():
+            return part.from_pretrained(source, local_files_only=local, trust_remote_code=False, **options)
+    except ImportError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        hint = f"this is transformers {transformers.__version__}; install a newer one, or convert the checkpoint again"
+        message = f"{name}: {part.__name__} cannot load it ({reason})"
+        raise ConvertError(message, code="load", key=name, status=status, hint=hint) from error
+
+
+def load_model(part: Any, source: str | Path, *, status: int = 2, **options: Any) -> Any:
+    """Load a model, and refuse what transformers would fill with random numbers or leave out with a warning only.
+
+    Args:
+        part: the transformers class, such as `AutoModelForCTC`.
+        source: a directory, or the name of a repository on the Hub.
+        status: the exit status of a failure.
+        options: of its `from_pretrained`.
+
+    Raises:
+        MismatchError: `load`: a tensor is missing, unexpected or of another shape; all of them are listed.
+        ConvertError: `load`: transformers cannot load it.
+    """
+    model, found = load(part, source, status=status, output_loading_info=True, **options)
+    problems = [
+        Problem(code.replace("_", "-"), str(key[0] if isinstance(key, tuple) else key), "as transformers reports it")
+        for code in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        for key in found.get(code, ())
+    ]
+    if problems:
+        name = source.name if isinstance(source, Path) else source
+        message = f"{name}: its tensors are not those of {type(model).__name__}"
+        hint = "convert the checkpoint again"
+        raise MismatchError(message, code="load", key=name, problems=problems, status=status, hint=hint)
+    return model
