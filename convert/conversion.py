@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from convert.checkpoint.dictionary import SPECIAL, Dictionary
@@ -70,6 +70,14 @@ class Asked:
     keep_final_proj: bool = False
     language: str | None = None
     data_config: Mapping[str, Any] | None = None
+    ema: bool = False
+    arch: str = ""
+    normalize: bool | None = None
+
+    @property
+    def opening(self) -> dict[str, Any]:
+        """The arguments of `open_checkpoint` among it."""
+        return {"ema": self.ema, "arch": self.arch, "normalize": self.normalize}
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +234,9 @@ def record_of(
             "sha256": digest,
             "container": opened.container.kind,
             "layout": opened.layout,
+            **_place(opened),
         },
+        **({} if opened.base is None else {"base": asdict(opened.base)}),
         "architecture": {"fairseq": model.fairseq, "class": model.target, "head": model.head},
         "request": without_paths(request.record),
         "settings": without_paths(opened.settings),
@@ -239,7 +249,7 @@ def record_of(
         "decoding": model.processor.decoding,
         "table": {"name": model.plan.table.name, "digest": model.plan.table.digest},
         "tensors": {target: source for source, target in model.plan.renames.items()},
-        "drops": [drop.record for drop in model.plan.drops],
+        "drops": [drop.record for drop in model.drops],
         "fills": [{"key": fill.target, "rule": fill.rule, "reason": fill.reason} for fill in model.plan.fills],
         "edits": [
             {"key": edit.target, "row": edit.row, "rule": edit.rule, "value": edit.value, "reason": edit.reason}
@@ -257,6 +267,13 @@ def record_of(
         "dtype": dtype,
         "files": dict(files),
     }
+
+
+def _place(opened: Checkpoint) -> dict[str, Any]:
+    """Where the model is in its file, if that is not where fairseq's trainer puts it."""
+    made = {"where": opened.where, "prefix": opened.prefix, "renamed": dict(opened.renamed)}
+    usual = {"where": "model", "prefix": "", "renamed": {}}
+    return {key: value for key, value in made.items() if value != usual[key]}
 
 
 def _symbols(dictionary: Dictionary) -> dict[str, Any]:

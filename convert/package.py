@@ -19,7 +19,7 @@ from convert.conversion import DTYPES as DTYPES
 from convert.conversion import record_of
 from convert.errors import ConvertError, MismatchError, Problem
 from convert.model.architectures import describe
-from convert.model.directory import SUBWORDS
+from convert.model.directory import SUBWORDS, ModelDirectory
 from convert.model.types import Model, Request, make_request, request_again
 from convert.report import json_bytes
 from convert.transfer import Transfer, Written, pieces, split
@@ -64,18 +64,24 @@ def plan(
     keep_final_proj: bool = False,
     language: str | None = None,
     data_config: str | Path | None = None,
+    ema: bool = False,
+    arch: str = "",
+    normalize: bool | None = None,
 ) -> Model:
     """Decide what a conversion of a checkpoint would do. Reads no tensor bytes, but of buffers that must repeat each other.
 
     Args:
         checkpoint: the file that fairseq's trainer wrote.
         head: `encoder` for the model without its head; by default what the checkpoint is.
-        dictionary: a `dict.*.txt`, for checkpoints that carry none.
-        base: the pretrained checkpoint, for a fine-tuned one that does not carry its settings.
+        dictionary: a `dict.*.txt`, for checkpoints that carry none, or the `.model` of fairseq2's tokenizer.
+        base: the pretrained checkpoint, for one that does not carry its settings, or not those that it was fine-tuned from.
         training_only: settings unknown to this version that act while training only.
         keep_final_proj: keep the pretraining head of a model whose class has no place for it, in `final_proj.safetensors`.
         language: the one language to take of an MMS checkpoint that has adapters for several, or to translate into.
         data_config: the config.yaml of a speech-to-text task; its dictionary and its sentencepiece model lie beside it.
+        ema: take the exponential moving average of the weights that the checkpoint holds beside them.
+        arch: the architecture that fairseq2 registers by this name, for its files without settings.
+        normalize: whether waveforms were normalised, for checkpoints of fairseq2 that lie without their config.yaml.
 
     Raises:
         CheckpointError: the file cannot be read.
@@ -84,13 +90,17 @@ def plan(
     request = make_request(
         head=head,
         dictionary=dictionary,
-        base=base,
         training_only=training_only,
         keep_final_proj=keep_final_proj,
         language=language,
         data_config=data_config,
+        ema=ema,
+        arch=arch,
+        normalize=normalize,
     )
-    with open_checkpoint(checkpoint) as opened:
+    with open_checkpoint(
+        checkpoint, base=base, ema=ema, arch=arch, normalize=normalize, dictionary=dictionary
+    ) as opened:
         return describe(opened, request)
 
 
@@ -105,6 +115,9 @@ def convert(
     keep_final_proj: bool = False,
     language: str | None = None,
     data_config: str | Path | None = None,
+    ema: bool = False,
+    arch: str = "",
+    normalize: bool | None = None,
     dtype: str = "keep",
     max_shard_size: int = MAX_SHARD_SIZE,
     overwrite: bool = False,
@@ -116,7 +129,7 @@ def convert(
     Args:
         checkpoint: the file that fairseq's trainer wrote.
         out: the directory to make.
-        head, dictionary, base, training_only, keep_final_proj, language, data_config: as for `plan`.
+        head, dictionary, base, training_only, keep_final_proj, language, data_config, ema, arch, normalize: as for `plan`.
         dtype: `keep`, `float32`, `float16` or `bfloat16`.
         max_shard_size: the largest safetensors file, in bytes.
         overwrite: whether an existing model directory is replaced, once the new one is proved.
@@ -147,13 +160,17 @@ def convert(
     request = make_request(
         head=head,
         dictionary=dictionary,
-        base=base,
         training_only=training_only,
         keep_final_proj=keep_final_proj,
         language=language,
         data_config=data_config,
+        ema=ema,
+        arch=arch,
+        normalize=normalize,
     )
-    with open_checkpoint(checkpoint) as opened:
+    with open_checkpoint(
+        checkpoint, base=base, ema=ema, arch=arch, normalize=normalize, dictionary=dictionary
+    ) as opened:
         model = describe(opened, request)
         with beside(out) as work:
             files, digest = _write(
@@ -237,23 +254,17 @@ def compare_weights(
         CheckpointError, PlanError: the checkpoint cannot be read or converted.
         ConvertError: `not-a-model`, when the directory holds no conversion of ours.
     """
-    with open_checkpoint(checkpoint) as opened:
-        return compare_opened(opened, model_dir, dictionary=dictionary, base=base)
+    directory = ModelDirectory(Path(model_dir))
+    with open_checkpoint(checkpoint, base=base, dictionary=dictionary, **directory.record.asked.opening) as opened:
+        return compare_opened(opened, directory, dictionary=dictionary)
 
 
 def compare_opened(
-    opened: Checkpoint,
-    model_dir: str | Path,
-    *,
-    dictionary: str | Path | None = None,
-    base: str | Path | None = None,
+    opened: Checkpoint, directory: ModelDirectory, *, dictionary: str | Path | None = None
 ) -> list[Problem]:
     """Compare every tensor of a model directory with an opened checkpoint, as `compare_weights` does."""
-    from convert.model.directory import ModelDirectory
-
-    directory = ModelDirectory(Path(model_dir))
     dtype = DTYPES[directory.record.dtype]
-    asked = request_again(directory, opened, dictionary=dictionary, base=base)
+    asked = request_again(directory, opened, dictionary=dictionary)
     model = describe(opened, asked)
     problems = directory.compare(opened, pieces(opened.container, model.plan, opened.over(model.group), dtype))
     for sidecar in model.sidecars:
@@ -340,8 +351,6 @@ def _check_target(out: Path, overwrite: bool, checkpoint: Path) -> None:
 
 def _foreign_files(out: Path) -> list[str]:
     """Name what stands in a model directory beside the files that this tool writes there."""
-    from convert.model.directory import ModelDirectory
-
     try:
         written = set(ModelDirectory(out).record.files)
     except ConvertError:  # damaged, and so one more reason to replace it; what it was made of is not known any more

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from convert.checkpoint.container import Container, Range, corrupted, release
 from convert.checkpoint.unpickle import StoredTensor
@@ -82,8 +82,8 @@ def sha256_of_all(container: Container, used: Progress = lambda count: None) -> 
     """
     digests = []
     for one in container.files:
-        digests.append(sha256_of(one.data))
-        used(len(one.data))
+        digests.append(sha256_of(one.original.data))
+        used(len(one.original.data))
     if len(digests) == 1:
         return digests[0]
     lines = [f"{digest}  {one.path.name}\n" for digest, one in zip(digests, container.files, strict=True)]
@@ -206,20 +206,20 @@ class Transfer:
         self.ahead: ThreadPoolExecutor | None = None
         self.rest: Future[Any] | None = None
 
-    def _read(self, at: int, view: memoryview, file: int = 0) -> None:
-        """Fill a buffer from the source; reading beats touching a mapping, page by page."""
-        source = self.container.files[file]
+    def _read(self, file: BinaryIO, at: int, view: memoryview) -> None:
+        """Fill a buffer from a file; reading beats touching a mapping, page by page."""
         done = 0
         while done < len(view):
-            count = os.preadv(source.file.fileno(), [view[done:]], at + done)
+            count = os.preadv(file.fileno(), [view[done:]], at + done)
             if count == 0:
-                name = source.path.name
+                name = Path(file.name).name
                 raise CheckpointError(f"{name} became shorter while it was read", code="truncated", key=name)
             done += count
 
     def _hash(self, at: int, view: memoryview) -> None:
         """Hash a piece of the source, after all that stands before it; what was hashed already is passed over."""
-        if self.rest is not None or self.container.others:
+        # of several files, and of what was unpacked, these are not the bytes that are hashed next
+        if self.rest is not None or self.container.others or self.container.unpack is not None:
             return
         self._hash_to(at)
         if at == self.hashed:
@@ -230,7 +230,7 @@ class Transfer:
     def _hash_to(self, end: int) -> None:
         while self.hashed < end and not self.stopped:
             view = memoryview(self.scratch)[: end - self.hashed]
-            self._read(self.hashed, view)
+            self._read(self.container.original.file, self.hashed, view)
             self.source.update(view)
             self.hashed += len(view)
             self.progress(len(view))
@@ -241,7 +241,7 @@ class Transfer:
             if self.container.others:
                 return sha256_of_all(self.container) if self.rest is None else str(self.rest.result())
             if self.rest is None:
-                self._hash_to(len(self.container.data))
+                self._hash_to(self.container.size)
             else:
                 self.rest.result()
         finally:
@@ -261,13 +261,13 @@ class Transfer:
         So does the hashing of several files, whose tensors are not read in the files' order.
         """
         several = bool(self.container.others)
-        if self.rest is None and (several or len(self.container.data) - self.hashed > 2 * size):
+        if self.rest is None and (several or self.container.size - self.hashed > 2 * size):
             self.ahead = ThreadPoolExecutor(1)
             with _starting():
                 if several:
                     self.rest = self.ahead.submit(sha256_of_all, self.container, self._used)
                 else:
-                    self.rest = self.ahead.submit(self._hash_to, len(self.container.data))
+                    self.rest = self.ahead.submit(self._hash_to, self.container.size)
 
     def _used(self, count: int) -> None:
         if self.stopped:
@@ -341,7 +341,7 @@ class Transfer:
             for start in range(whole.start, whole.start + whole.count, CHUNK):
                 buffer = self.free.get()
                 view = memoryview(buffer)[: whole.start + whole.count - start]
-                self._read(start, view, whole.file)
+                self._read(self.container.files[whole.file].file, start, view)
                 self._hash(start, view)
                 yield _Chunk(at, view, piece, whole, buffer)
                 at += min(CHUNK, whole.start + whole.count - start)

@@ -52,16 +52,13 @@ def test_good_files_convert(checkpoints: dict[str, Path], tmp_path: Path) -> Non
 OTHER_FILES: dict[str, tuple[bytes, str, str]] = {
     "empty": (b"", "empty-file", "is empty"),
     "one-byte": (b"\x80", "corrupted-pickle", "the pickle cannot be read"),
-    "zeros": (bytes(4096), "foreign-file", "is not a file that torch.save wrote"),
-    "text": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "foreign-file", "is a text file"),
+    "zeros": (bytes(4096), "foreign-file", "begins with the bytes 00 00 00 00, as no file of torch.save"),
+    "text": (b"wav2vec_small.pt 950500491\n", "foreign-file", "is a text file"),
     "html": (b"\n<!DOCTYPE html><html><body>404</body></html>", "foreign-file", "is a web page: the download failed"),
-    "safetensors": (
-        struct.pack("<Q", 2) + b"{}      ",
-        "foreign-file",
-        "is a safetensors file, which needs no conversion",
-    ),
+    "safetensors": (struct.pack("<Q", 8) + b'{"a": 1}', "truncated", "is a damaged or truncated safetensors file"),
+    "no-tensors": (struct.pack("<Q", 2) + b"{}      ", "foreign-file", "holds an empty dict"),
     "pickle": (b"\x80\x02}q\x00.", "foreign-file", "is a pickle that torch.save did not write"),
-    "tar": (b"storages\0" + bytes(503), "foreign-file", "is not a file that torch.save wrote"),
+    "tar": (b"storages\0" + bytes(248) + b"ustar" + bytes(250), "foreign-file", "is a tar archive"),
     "zip-head": (b"PK\x03\x04" + bytes(100), "truncated", "is a truncated or damaged zip file"),
 }
 
@@ -80,7 +77,7 @@ def test_other_file(name: str, tmp_path: Path) -> None:
 # Torch files that are no checkpoint of a supported model -> code and status
 OTHER_OBJECTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str, int]] = {
     "transformers-bin": (lambda good: {"wav2vec2.masked_spec_embed": torch.zeros(4)}, "foreign-file", 2),
-    "bare-state-dict": (lambda good: good["model"], "foreign-file", 2),
+    "bare-state-dict": (lambda good: good["model"], "no-settings", 2),
     "module": (lambda good: torch.nn.Linear(2, 2), "foreign-file", 2),
     "list": (lambda good: [good], "foreign-file", 2),
     "tensor": (lambda good: torch.zeros(3), "foreign-file", 2),

@@ -57,7 +57,7 @@ BOMBS = {
         b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + b"K\x01(" + laughs() + b"NNttQ",
         "corrupted-pickle",
     ),
-    "laughs-object-key": (top(model=b"}cx\nY\n" + laughs() + b"RNs"), "corrupted-model"),
+    "laughs-object-key": (top(model=b"}cx\nY\n" + laughs() + b"RNs"), "foreign-file"),
     "list-cycle": (top(model=b"]r\0\0\0\x01j\0\0\0\x01a"), "foreign-file"),
     "copied-list": (
         b"](" + b"N" * 400_000 + b"er\0\0\0\x01" + b"c__builtin__\nlist\nj\0\0\0\x01\x85R" * 2_000,

@@ -178,7 +178,7 @@ ZIPS: dict[str, tuple[Callable[[Path], None], str]] = {
     "second-pickle": (_zip("other/data.pkl", b"N."), "foreign-file"),
     "torchscript": (_zip("archive/constants.pkl", b"N."), "foreign-file"),
     "big-endian": (_zip("archive/byteorder", b"big"), "byteorder"),
-    "compressed": (lambda path: _again(path, compression=zipfile.ZIP_DEFLATED), "compressed-entry"),
+    "bzip2": (lambda path: _again(path, compression=zipfile.ZIP_BZIP2), "compressed-entry"),
     "overlapping": (_overlapping, "hostile-zip"),
     "no-pickle": (lambda path: path.write_bytes(path.read_bytes().replace(b"data.pkl", b"data.plk")), "foreign-file"),
     "twice": (

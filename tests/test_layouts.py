@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from torch_files import change_pickle, plain, read, same, text
 
 from convert.checkpoint import open_checkpoint
-from convert.errors import PlanError
+from convert.errors import CheckpointError, PlanError
 from convert.package import convert
 
 
@@ -133,6 +133,6 @@ def test_enum_in_the_settings(good: dict[str, Any], tmp_path: Path) -> None:
 
 def test_empty_namespace(good: dict[str, Any], tmp_path: Path) -> None:
     torch.save(good | {"cfg": None, "args": Namespace()}, tmp_path / "model.pt")
-    with pytest.raises(PlanError) as raised:
+    with pytest.raises(CheckpointError) as raised:
         convert(tmp_path / "model.pt", tmp_path / "model")
-    assert raised.value.code == "no-base-settings"
+    assert raised.value.code == "no-settings"

@@ -7,7 +7,10 @@ the settings of the model alone.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from convert.checkpoint.unpickle import Global, StoredTensor, Stub
@@ -23,40 +26,47 @@ class TooLargeError(Exception):
     """Settings are deeper or larger than any trainer writes."""
 
 
-def read_settings(checkpoint: dict[str, Any], name: str) -> tuple[str, dict[str, Any]]:
-    """Read a checkpoint's settings.
+def read_settings(top: Mapping[Any, Any], name: str) -> tuple[str, dict[str, Any]] | None:
+    """Read the settings that a file holds beside its state_dict.
 
     Args:
-        checkpoint: the unpickled top level, with `cfg` (fairseq since 2020-11) or `args` (before).
+        top: the unpickled top level: `cfg` (fairseq since 2020-11), `args` (before), or `model_cfg` and `task_cfg` (s3prl).
         name: the file's name, for errors.
 
     Returns:
-        The layout (`cfg`, `omegaconf`, `args` or `unilm`), and the settings with the sections `model`, `task` and `criterion`.
+        The layout (`cfg`, `omegaconf`, `args`, `unilm` or `s3prl`), and the settings with the sections `model`, `task` and
+        `criterion`; `None`, when there are none, or those of another program.
         `settings["model"]["w2v_args"]`, where a fine-tuned model has it, is a dict of the same sections, or `None`.
 
     Raises:
-        CheckpointError: `no-settings`, when there are none; `corrupted-settings`, when they are no plain data.
+        CheckpointError: `corrupted-settings`, when they are no plain data.
     """
-    configuration = checkpoint.get("cfg")
     try:
-        if configuration is not None:
-            layout = "omegaconf" if isinstance(configuration, Stub) else "cfg"
-            plain = _resolved(plain_data(configuration))
-            return ("unilm", _wavlm(plain)) if _is_wavlm(plain) else (layout, _sections(plain))
-        if checkpoint.get("args") is not None:
-            return "args", _sections(plain_data(checkpoint["args"]))
+        for key in ("cfg", "args"):
+            if top.get(key) is None:
+                continue
+            plain = _resolved(plain_data(top[key]))
+            if _is_wavlm(plain):
+                return "unilm", _wavlm(plain)
+            settings = _sections(plain)
+            if _is_fairseqs(plain, settings["model"]):
+                return key if key == "args" or not isinstance(top[key], Stub) else "omegaconf", settings
+        if isinstance(top.get("model_cfg"), (dict, Stub)):
+            parts = {part: plain_data(top.get(f"{part}_cfg")) for part in SECTIONS}
+            return "s3prl", _sections(parts)
     except (TooLargeError, RecursionError):
         raise CheckpointError(
             f"{name}: its settings are deeper or larger than any trainer writes; nothing was written",
             code="corrupted-settings",
             key=name,
         ) from None
-    raise CheckpointError(
-        f"{name} holds a model without settings (neither `cfg` nor `args`): heads, strides and norm placement are unknown",
-        code="no-settings",
-        key=name,
-        hint="use the checkpoint that fairseq's trainer wrote, not a state_dict taken out of it",
-    )
+    return None
+
+
+def _is_fairseqs(plain: Any, model: Mapping[str, Any]) -> bool:
+    """Say whether settings are those of a model of fairseq's: another program's `args` lie beside a state_dict, too."""
+    named = isinstance(model.get("_name"), str) and ("task" in plain or "criterion" in plain)
+    return named or bool({"encoder_layers", "encoder_embed_dim", "w2v_args", "w2v_path"} & model.keys())
 
 
 def _sections(plain: Any) -> dict[str, Any]:
@@ -74,8 +84,12 @@ def _sections(plain: Any) -> dict[str, Any]:
         names["criterion"] = plain.get("criterion")
         settings = {section: {"_name": names[section]} | flat for section in SECTIONS}
         settings["model"]["flat"] = True
-    if isinstance(settings["model"].get("w2v_args"), dict):
-        settings["model"]["w2v_args"] = _sections(settings["model"]["w2v_args"])
+    inner = settings["model"].get("w2v_args")
+    if isinstance(inner, str):
+        with contextlib.suppress(ValueError):  # of JSON; another text says nothing
+            settings["model"]["w2v_args"] = inner = _resolved(plain_data(json.loads(inner)))
+    if isinstance(inner, dict):
+        settings["model"]["w2v_args"] = _sections(inner)
     return settings
 
 

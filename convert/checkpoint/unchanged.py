@@ -6,28 +6,30 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from convert.checkpoint import Checkpoint, open_checkpoint
 from convert.errors import CheckpointError
 
 
 @contextlib.contextmanager
-def unchanged(path: str | Path) -> Iterator[Checkpoint]:
+def unchanged(path: str | Path, **options: Any) -> Iterator[Checkpoint]:
     """Open a checkpoint, and hold it against its file when the work is done.
 
     Args:
-        path: as for `open_checkpoint`.
+        path, options: as for `open_checkpoint`.
 
     Raises:
         CheckpointError: it cannot be read; or `changed`, where its file is another one, or was written to, since.
     """
     before = _named(Path(path))
-    with open_checkpoint(path) as opened:
-        stamps = stamps_of(opened)
+    with open_checkpoint(path, **options) as opened:
+        stamps = [stamp(one.original.file) for one in opened.container.files]
         try:
             yield opened
         finally:
-            if stamps_of(opened) != stamps or _named(Path(path)) != before:
+            again = [stamp(one.original.file) for one in opened.container.files]
+            if again != stamps or _named(Path(path)) != before:
                 raise CheckpointError(
                     f"{opened.path.name} changed while it was read; nothing was written",
                     code="changed",
@@ -36,9 +38,9 @@ def unchanged(path: str | Path) -> Iterator[Checkpoint]:
                 )
 
 
-def stamps_of(opened: Checkpoint) -> list[list[int]]:
-    """Say of each file what changes with its content: device, inode, size, and the times of its content and its entry."""
-    return [_stamp(os.fstat(one.file.fileno())) for one in opened.container.files]
+def stamp(file: BinaryIO) -> list[int]:
+    """Say what changes with a file's content: device, inode, size, and the times of its content and of its entry."""
+    return _stamp(os.fstat(file.fileno()))
 
 
 def _named(path: Path) -> list[int]:

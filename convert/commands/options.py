@@ -20,11 +20,25 @@ def planning(function: F) -> F:
             help="Default: what the checkpoint is; `encoder` leaves its head out.",
         ),
         click.option(
-            "--dict", "dictionary", type=click.Path(path_type=Path), help="dict.*.txt, where the checkpoint has none."
+            "--dict", "dictionary", type=click.Path(path_type=Path), help="dict.*.txt, or fairseq2's tokenizer .model."
         ),
         click.option(
-            "--base", type=click.Path(path_type=Path), help="Pretrained checkpoint, where the settings refer to it."
+            "--base",
+            type=click.Path(path_type=Path),
+            help="Pretrained checkpoint (of fairseq2: model.yaml), where the settings are only there.",
         ),
+        click.option(
+            "--arch",
+            default="",
+            metavar="NAME",
+            help="fairseq2's name of the architecture, where no model.yaml is beside.",
+        ),
+        click.option(
+            "--normalize/--no-normalize",
+            default=None,
+            help="Whether waveforms were normalised, where fairseq2's config.yaml is not beside.",
+        ),
+        click.option("--ema", is_flag=True, help="Take the moving average of the weights that stands beside them."),
         click.option(
             "--training-only",
             multiple=True,

@@ -39,7 +39,7 @@ def as_data(model: Model) -> dict[str, Any]:
         "architecture": {"fairseq": model.fairseq, "class": model.target, "head": model.head},
         "table": {"name": model.plan.table.name, "digest": model.plan.table.digest},
         "renames": dict(model.plan.renames),
-        "drops": [drop.record for drop in model.plan.drops],
+        "drops": [drop.record for drop in model.drops],
         "fills": [{"key": fill.target, "rule": fill.rule, "reason": fill.reason} for fill in model.plan.fills],
         "edits": [{"key": e.target, "row": e.row, "rule": e.rule, "value": e.value} for e in model.plan.table.edits],
         "config": {value.name: {"value": value.value, "origin": value.origin} for value in model.config},

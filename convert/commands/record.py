@@ -33,6 +33,9 @@ from convert.report import size
 @click.option("--base", type=click.Path(path_type=Path), help="As for convert.")
 @click.option("--training-only", multiple=True, metavar="SETTING", help="As for convert.")
 @click.option("--data-config", type=click.Path(path_type=Path), help="As for convert.")
+@click.option("--arch", default="", metavar="NAME", help="As for convert.")
+@click.option("--normalize/--no-normalize", default=None, help="As for convert.")
+@click.option("--ema", is_flag=True, help="As for convert.")
 def command(checkpoint: Path, out: Path, **options: Any) -> Outcome:
     """Run fairseq once and keep its answers, to verify later where fairseq is not installed."""
     from convert.verification import record

@@ -37,7 +37,8 @@ class FairseqReference:
         from convert.verification.subject import read_subject
 
         with contextlib.ExitStack() as stack:
-            opened = stack.enter_context(unchanged(checkpoint))
+            opening = directory.record.asked.opening if directory else {}
+            opened = stack.enter_context(unchanged(checkpoint, **opening))
             request = request_again(directory, opened) if directory else Request()
             taken = language or (directory.record.language if directory else "")
             self.subject, _ = read_subject(opened, replace(request, language=taken))

@@ -8,6 +8,7 @@ from functools import partial
 
 from convert.checkpoint import Checkpoint
 from convert.errors import PlanError
+from convert.mapping.rules import Drop
 from convert.model import conformer, data2vec, fields, hubert, wavlm
 from convert.model.classification import CLASSIFICATION
 from convert.model.encoder import (
@@ -141,7 +142,9 @@ def describe(checkpoint: Checkpoint, request: Request) -> Model:
     model = ARCHITECTURES[name](checkpoint, request)
     if request.language and not model.language:
         choose({}, request.language, checkpoint.path.name)
-    return model
+    reason = f"does not start with {checkpoint.prefix}, as the model's names do: it belongs to another model"
+    # a relic: fairseq's model does not have it, so that the way back leaves it out
+    return replace(model, left_out=tuple(Drop(name, reason, relic=True) for name in checkpoint.outside))
 
 
 def architecture_of(checkpoint: Checkpoint) -> str:

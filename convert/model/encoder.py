@@ -135,7 +135,9 @@ def describe_encoder(
     """
     model = checkpoint.settings["model"]
     reader = (
-        encoder_settings(checkpoint, request) if kind.nested else Reader(dict(model), dict.fromkeys(model, "model"))
+        encoder_settings(checkpoint)
+        if kind.nested
+        else Reader(dict(model), dict.fromkeys(model, origin_of(checkpoint)))
     )
     family = family_of(checkpoint, reader, families)
     head = request.head or (kind.name if kind.name in family.classes else "encoder")
@@ -246,13 +248,16 @@ def unsupported(file: str, name: str, known: Iterable[str]) -> PlanError:
     )
 
 
-def encoder_settings(checkpoint: Checkpoint, request: Request) -> Reader:
+def origin_of(checkpoint: Checkpoint, section: str = "model") -> str:
+    """Say where settings stand: in a section of the checkpoint's own, or of those of the one that was passed with --base."""
+    return section if checkpoint.base is None or not checkpoint.base.whole else f"the base checkpoint's {section}"
+
+
+def encoder_settings(checkpoint: Checkpoint) -> Reader:
     """Join a fine-tuned model's settings the way `Wav2VecEncoder.__init__` does: the pretrained model's, overridden."""
     outer = checkpoint.settings["model"]
     inner = outer.get("w2v_args")
-    origin = "model.w2v_args.model"
-    if not isinstance(inner, dict) and request.base is not None:
-        inner, origin = request.base, "the base checkpoint's model"
+    origin = "model.w2v_args.model" if checkpoint.base is None else "the base checkpoint's model"
     if not isinstance(inner, dict):
         raise PlanError(
             f"{checkpoint.path.name} was fine-tuned, and the pretrained model's settings are not in it (w2v_args is empty)",

@@ -146,7 +146,7 @@ def describe_languages(checkpoint: Checkpoint, request: Request, **how: Any) -> 
         PlanError: every problem of settings, vocabularies, names and shapes at once.
     """
     problems: list[Problem] = []
-    found = languages_of(checkpoint, encoder_settings(checkpoint, request).values, problems)
+    found = languages_of(checkpoint, encoder_settings(checkpoint).values, problems)
     if not found and not request.language and not problems:
         return describe_encoder(checkpoint, request, **how)
     chosen = None if problems else choose(found, request.language, checkpoint.path.name)

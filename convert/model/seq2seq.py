@@ -69,7 +69,7 @@ def describe_seq2seq(
     Raises:
         PlanError: every problem of settings, vocabulary, names and shapes at once.
     """
-    reader = encoder_settings(checkpoint, request)
+    reader = encoder_settings(checkpoint)
     family = family_of(checkpoint, reader, families)
     outer, task = (
         Reader(dict(values), dict.fromkeys(values, section), reader.problems)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from convert.checkpoint import Checkpoint, open_checkpoint
+from convert.checkpoint import Checkpoint
 from convert.checkpoint.data_config import DataConfig, read_data_config
 from convert.checkpoint.dictionary import Dictionary, from_file
 from convert.mapping.rules import Drop, Plan
@@ -58,6 +58,7 @@ class Model:
         language: the language that the weights speak, where the checkpoint names it.
         group: where that language's tensors are, a key of `Checkpoint.groups`; empty for those of the model.
         languages: the dictionaries of all languages that the model directory has, where there are several.
+        left_out: what stands beside the model in the checkpoint, and belongs to another one.
     """
 
     fairseq: str
@@ -72,6 +73,12 @@ class Model:
     language: str = ""
     group: str = ""
     languages: Mapping[str, Dictionary] = field(default_factory=dict)
+    left_out: tuple[Drop, ...] = ()
+
+    @property
+    def drops(self) -> tuple[Drop, ...]:
+        """The checkpoint's tensors that are not among the weights."""
+        return (*self.plan.drops, *self.left_out)
 
     @property
     def configuration(self) -> dict[str, Any]:
@@ -86,7 +93,7 @@ class Model:
     def dropped(self) -> list[Drop]:
         """What is in no file: not what stands in a sidecar, though the weights leave it out."""
         kept = {source for sidecar in self.sidecars if not sidecar.group for source in sidecar.plan.renames}
-        return [drop for drop in self.plan.drops if drop.source not in kept]
+        return [drop for drop in self.drops if drop.source not in kept or drop in self.left_out]
 
     @property
     def kept(self) -> list[str]:
@@ -109,25 +116,30 @@ class Request:
     Args:
         head: `encoder`, a kind of checkpoint such as `ctc`, or empty for what the checkpoint is.
         dictionary: the dictionary of `--dict`.
-        base: the settings of the pretrained checkpoint, for a fine-tuned one without `w2v_args`.
         training_only: settings that the caller knows to act while training only.
         keep_final_proj: whether the pretraining head that transformers has no class for is kept in a sidecar.
         language: the one language of several: to take of adapters, or to translate into.
         data_config: the task's config.yaml with what it names, for a speech-to-text model.
+        ema, arch, normalize: how the checkpoint was opened.
     """
 
     head: str = ""
     dictionary: Dictionary | None = None
-    base: Mapping[str, Any] | None = None
     training_only: Sequence[str] = ()
     keep_final_proj: bool = False
     language: str = ""
     data_config: DataConfig | None = None
+    ema: bool = False
+    arch: str = ""
+    normalize: bool | None = None
 
     @property
     def record(self) -> dict[str, Any]:
         """What `conversion.json` keeps of it, so that the same can be asked for again."""
-        made = {"head": self.head, "keep_final_proj": self.keep_final_proj, "language": self.language}
+        made: dict[str, Any] = {"head": self.head, "keep_final_proj": self.keep_final_proj, "language": self.language}
+        made |= {"ema": True} if self.ema else {}
+        made |= {"arch": self.arch} if self.arch else {}
+        made |= {} if self.normalize is None else {"normalize": self.normalize}
         return made if self.data_config is None else made | {"data_config": dict(self.data_config.values)}
 
 
@@ -135,24 +147,24 @@ def make_request(
     *,
     head: str | None = None,
     dictionary: str | Path | None = None,
-    base: str | Path | None = None,
     training_only: Sequence[str] = (),
     keep_final_proj: bool = False,
     language: str | None = None,
     data_config: str | Path | None = None,
+    ema: bool = False,
+    arch: str = "",
+    normalize: bool | None = None,
 ) -> Request:
     """Read the files that a request names; the arguments are those of `convert.plan`.
 
     Raises:
         CheckpointError: one of them cannot be read.
     """
-    settings = None
-    if base is not None:
-        with open_checkpoint(base) as opened:
-            settings = opened.settings
     data = read_data_config(Path(data_config)) if data_config else None
     symbols = from_file(Path(dictionary)) if dictionary else data.dictionary if data else None
-    return Request(head or "", symbols, settings, tuple(training_only), keep_final_proj, language or "", data)
+    return Request(
+        head or "", symbols, tuple(training_only), keep_final_proj, language or "", data, ema, arch, normalize
+    )
 
 
 def request_again(
@@ -160,20 +172,19 @@ def request_again(
     opened: Checkpoint,
     *,
     dictionary: str | Path | None = None,
-    base: str | Path | None = None,
 ) -> Request:
     """Ask for the same as a conversion did.
 
     Args:
         directory: what it made: its record names no files, and keeps the dictionary of checkpoints that carry none.
         opened: the checkpoint.
-        dictionary, base: as for `convert.plan`.
+        dictionary: as for `convert.plan`.
     """
     record = directory.record
     made = make_request(
         dictionary=dictionary,
-        base=base,
         training_only=tuple(record.training_only),
+        **record.asked.opening,
         head=record.asked.head,
         keep_final_proj=record.asked.keep_final_proj,
         language=record.asked.language,

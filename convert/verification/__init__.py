@@ -136,6 +136,9 @@ def record(
     dictionary: str | Path | None = None,
     base: str | Path | None = None,
     training_only: Sequence[str] = (),
+    ema: bool = False,
+    arch: str = "",
+    normalize: bool | None = None,
     long: bool = True,
     language: str | None = None,
     data_config: str | Path | None = None,
@@ -149,7 +152,8 @@ def record(
         audio: recordings to run beside the bundled clip.
         fairseq_python: another interpreter, with torch and fairseq; by default this one.
         dtype: `float16` or `bfloat16`, to answer for weights rounded to it too.
-        head, dictionary, base, training_only, data_config: as for `convert`, which refuses the same checkpoints.
+        head, dictionary, base, training_only, ema, arch, normalize, data_config: as for `convert`, which refuses the same
+            checkpoints.
         long: whether 30 seconds of speech are among the inputs.
         language: as for `convert`; by default all languages are among the answers.
         overwrite: whether an existing file is replaced, once the new one is made.
@@ -166,13 +170,14 @@ def record(
     from convert.model.types import make_request
     from convert.verification.make import make_recording
 
+    options: dict[str, Any] = {"ema": ema, "arch": arch, "normalize": normalize}
     request = make_request(
         head=head,
         dictionary=dictionary,
-        base=base,
         training_only=training_only,
         language=language,
         data_config=data_config,
+        **options,
     )
     return make_recording(
         Path(checkpoint),
@@ -181,6 +186,7 @@ def record(
         audio=tuple(audio),
         fairseq_python=fairseq_python,
         dtype=dtype or "",
+        opening=options | {"base": base, "dictionary": dictionary},
         long=long,
         overwrite=overwrite,
     )

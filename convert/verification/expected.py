@@ -43,7 +43,7 @@ def expect(opened: Checkpoint, directory: ModelDirectory, sha256: str, **options
         opened: the checkpoint.
         directory: the model directory.
         sha256: the checkpoint's.
-        options: `dictionary` and `base`, as for `convert.plan`.
+        options: `dictionary`, as for `convert.plan`.
 
     Raises:
         PlanError: the checkpoint cannot be converted.

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from convert.checkpoint import Checkpoint
 from convert.checkpoint.unchanged import unchanged
@@ -26,19 +27,26 @@ def make_recording(
     out: Path,
     request: Request,
     *,
+    opening: Mapping[str, Any],
     fairseq_python: str | None,
     audio: Sequence[str | Path],
     dtype: str,
     long: bool,
     overwrite: bool,
 ) -> Path:
-    """Run fairseq and write its answers; the arguments are those of `convert.verification.record`."""
+    """Run fairseq and write its answers.
+
+    Args:
+        checkpoint, out: as for `convert.verification.record`; so are those without a word here.
+        request: what a conversion would be asked for.
+        opening: the options of `open_checkpoint`.
+    """
     check_place(out, overwrite)
     if dtype and dtype not in HALVES:
         raise ConvertError(f"{dtype!r} is neither float16 nor bfloat16", code="usage", key="--dtype")
     with tempfile.TemporaryDirectory(prefix="fairseq-to-hf-") as folder:
         made = Path(folder) / "answers"
-        with unchanged(checkpoint) as opened:
+        with unchanged(checkpoint, **opening) as opened:
             clips = _answer(opened, request, made, fairseq_python, audio, dtype, long)
         return _finish(made, out, clips)
 

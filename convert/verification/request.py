@@ -15,7 +15,7 @@ from typing import Any
 
 from convert.checkpoint import Checkpoint
 from convert.checkpoint.container import Container
-from convert.checkpoint.unchanged import stamps_of
+from convert.checkpoint.unchanged import stamp
 from convert.checkpoint.unpickle import StoredTensor
 from convert.mapping.adapters import stack
 from convert.model.settings import parse_convolutions
@@ -32,10 +32,10 @@ def handed(
         opened: the checkpoint.
         architecture, settings, training_only: as for `plain_settings`.
     """
-    paths = [str(Path(one.file.name).resolve()) for one in opened.container.files]
+    files = [one.file for one in opened.container.files]
     return {
         "settings": plain_settings(settings, architecture, training_only),
-        "files": [{"path": path, "stamp": one} for path, one in zip(paths, stamps_of(opened), strict=True)],
+        "files": [{"path": str(Path(file.name).resolve()), "stamp": stamp(file)} for file in files],
         "tensors": places(opened.container, opened.tensors),
         "groups": Groups(opened),
     }

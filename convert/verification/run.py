@@ -45,10 +45,11 @@ def verify(
     """Verify; the arguments are those of `convert.verification.verify`."""
     _usage(require, reference, fairseq_python, audio)
     directory = ModelDirectory(model_dir)
-    with unchanged(checkpoint) as opened:
+    opening = directory.record.asked.opening
+    with unchanged(checkpoint, base=base, dictionary=dictionary, **opening) as opened:
         digest = opened.sha256()
         check_source(directory, opened.path.name, digest)
-        request = request_again(directory, opened, dictionary=dictionary, base=base)
+        request = request_again(directory, opened, dictionary=dictionary)
         subject, geometry = read_subject(opened, request, digest)
         others = _others(subject, request.language, languages)
         chosen, absent = choose(devices)
@@ -76,7 +77,7 @@ def verify(
             if progress:
                 progress(min(steps[0], total), total)
 
-        _check_files(opened, directory, digest, {"dictionary": dictionary, "base": base}, findings)
+        _check_files(opened, directory, digest, {"dictionary": dictionary}, findings)
         advance()
         work = Work(subject, directory, clips, wanted, pieces, half, rounded, require, advance)
         description = None
@@ -158,7 +159,7 @@ def _check_files(
     """Check what needs no model: every tensor's bytes, every value of every JSON file; and that both checks see."""
 
     def bytes_of(path: Path) -> list[Problem]:
-        return compare_opened(opened, path, **options)
+        return compare_opened(opened, ModelDirectory(path), **options)
 
     findings.problems += bytes_of(directory.path)
     findings.controls.append(controls.one_unit(directory.path, _some_tensor(directory), bytes_of))

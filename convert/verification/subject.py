@@ -40,12 +40,7 @@ def read_subject(opened: Checkpoint, request: Request, sha256: str = "") -> tupl
         return _speech_to_text(opened, model, _file(opened, sha256))
     settings: dict[str, Any] = {key: dict(value) for key, value in opened.settings.items()}
     fine_tuned = any(name.startswith(("w2v_encoder.", "encoder.w2v_model.")) for name in opened.tensors)
-    if fine_tuned:
-        reader = encoder_settings(opened, request)
-        if not isinstance(settings["model"].get("w2v_args"), dict):
-            settings["model"]["w2v_args"] = request.base
-    else:
-        reader = Reader(dict(settings["model"]), {})
+    reader = encoder_settings(opened) if fine_tuned else Reader(dict(settings["model"]), {})
     known = request.dictionary or opened.dictionary
     if known and request.dictionary and model.fairseq in KINDS and not KINDS[model.fairseq].text:
         known = known.labels

@@ -1,0 +1,153 @@
+"""Files that other programs made of fairseq's: what is found in them, what converts, and what is said of the rest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import classification_models
+import conformer_models
+import data2vec_models
+import fairseq_models
+import hubert_models
+import pytest
+import seq2seq_models
+import torch
+import wavlm_models
+from held_models import COMPLETE, WITHOUT_SETTINGS
+from safetensors.torch import load_file
+from torch_files import read
+
+import convert
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a model of a family is built and saved, and whether it is a pretrained one."""
+
+    build: Callable[..., torch.nn.Module]
+    save: Callable[..., Path]
+    variant: str
+
+
+FAMILIES = {
+    "wav2vec2": Family(fairseq_models.build, fairseq_models.save, "pretrained_base"),
+    "wav2vec2-ctc": Family(fairseq_models.build, fairseq_models.save, "ctc_large"),
+    "hubert": Family(hubert_models.build, hubert_models.save, "hubert_base"),
+    "hubert-ctc": Family(hubert_models.build, hubert_models.save, "hubert_ctc_base"),
+    "data2vec": Family(data2vec_models.build, data2vec_models.save, "pretrained"),
+    "data2vec-ctc": Family(data2vec_models.build, data2vec_models.save, "ctc"),
+    "conformer": Family(conformer_models.build, conformer_models.save, "pretrained_relative"),
+    "classifier": Family(classification_models.build, classification_models.save, "classification_base"),
+    "seq2seq": Family(seq2seq_models.build, seq2seq_models.save, "sinusoidal"),
+    "wavlm": Family(wavlm_models.build, wavlm_models.save, "wavlm_base"),
+}
+
+
+@dataclass(frozen=True)
+class Made:
+    """A checkpoint as fairseq's trainer wrote it, the model in it, and what a plain conversion makes of it."""
+
+    path: Path
+    model: torch.nn.Module
+    state: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+    files: dict[str, bytes]
+    dictionary: Path | None
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
+    known: dict[str, Made] = {}
+
+    def make(name: str) -> Made:
+        if name not in known:
+            folder, family = tmp_path_factory.mktemp(name), FAMILIES[name]
+            model = family.build(family.variant)
+            path = family.save(family.variant, folder / "trainer.pt", model=model)
+            done = convert.convert(path, folder / "plain")
+            dictionary = None
+            if done.model.dictionary is not None:
+                dictionary = folder / "dict.ltr.txt"
+                symbols = done.model.dictionary.symbols[len(done.model.dictionary.special) :]
+                dictionary.write_text("".join(f"{symbol} 1\n" for symbol in symbols))
+            files = {
+                file.name: file.read_bytes() for file in done.path.glob("*.json") if file.name != "conversion.json"
+            }
+            tensors = load_file(done.path / "model.safetensors")
+            known[name] = Made(path, model, read(path), tensors, files, dictionary)
+        return known[name]
+
+    return make
+
+
+# what `config.json` has from the criterion
+CRITERION = {"ctc_zero_infinity", "diversity_loss_weight"}
+
+
+def converted(
+    path: Path, out: Path, like: Made, *, ignored: AbstractSet[str] = frozenset(), **options: Any
+) -> dict[str, Any]:
+    """Convert a file; every tensor and every file is what the trainer's own file gives. Return conversion.json."""
+    convert.convert(path, out, **options)
+    assert convert.compare_weights(path, out, **{k: v for k, v in options.items() if k in ("dictionary", "base")}) == []
+    found = load_file(out / "model.safetensors")
+    assert found.keys() == like.tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in like.tensors.items())
+    for name, content in like.files.items():
+        ours, theirs = (
+            {key: value for key, value in json.loads(text).items() if key not in ignored}
+            for text in ((out / name).read_bytes(), content)
+        )
+        assert ours == theirs, name
+    record: dict[str, Any] = json.loads((out / "conversion.json").read_text())
+    return record
+
+
+# kind -> where the model is, its prefix, and how many tensors of another model are beside it
+PLACES = {
+    "bare": ("", "", 0),
+    "model_alone": ("model", "", 0),
+    "countermeasure": ("", "module.ssl_model.model.", 7),
+    "countermeasure_inside": ("model_state_dict", "module.ssl_model.model.", 7),
+    "renamed_by_hand": ("generator", "encoders.speech.0.", 1),
+    "lightning": ("state_dict", "feature_extractors.0.ssl_model.", 1),
+    "whole_module": ("", "module.ssl_model.model.", 7),
+    "safetensors": ("", "", 0),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", WITHOUT_SETTINGS)
+def test_settings_from_the_base(kind: str, family: str, made: Callable[[str], Made], tmp_path: Path) -> None:
+    if kind == "whole_module" and family in ("wav2vec2-ctc", "hubert-ctc", "data2vec-ctc", "classifier", "seq2seq"):
+        pytest.skip("Python cannot pickle these models: fairseq makes the classes of their choices as it is imported")
+    like, path = made(family), tmp_path / "held.pt"
+    WITHOUT_SETTINGS[kind](like.state, like.model, path)
+    record = converted(path, tmp_path / "out", like, base=like.path, dictionary=like.dictionary)
+    where, prefix, others = PLACES[kind]
+    source = {key: record["source"].get(key, usual) for key, usual in (("where", "model"), ("prefix", ""))}
+    assert source == {"where": where, "prefix": prefix}
+    reason = f"does not start with {prefix}, as the model's names do: it belongs to another model"
+    assert [drop["reason"] for drop in record["drops"]].count(reason) == others
+    assert record["base"]["name"] == "trainer.pt" and record["base"]["whole"] is True
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", COMPLETE)
+def test_everything_is_in_the_file(kind: str, family: str, made: Callable[[str], Made], tmp_path: Path) -> None:
+    if family == "wavlm" and kind in ("s3prl", "cfg_as_args", "other_key"):
+        pytest.skip("unilm's files have no task, which these kinds need")
+    if family.startswith("data2vec") and kind == "later_pos_conv":
+        pytest.skip("data2vec has several positional convolutions, each numbered")
+    like, path = made(family), tmp_path / "held.pt"
+    COMPLETE[kind](like.state, like.model, path)
+    if kind == "s3prl":  # which leaves the criterion out: nothing of it is in the weights
+        record = converted(path, tmp_path / "out", like, ignored=CRITERION, dictionary=like.dictionary)
+    else:
+        record = converted(path, tmp_path / "out", like)
+    assert "base" not in record
