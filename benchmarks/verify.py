@@ -24,7 +24,7 @@ import json, sys, time
 from pathlib import Path
 import torch
 from convert.checkpoint import open_checkpoint
-from convert.model.types import make_request
+from convert.request import make_request
 from convert.verification.inputs import SPEECH, bundled, probes
 from convert.verification.reference import Live, tensor
 from convert.verification.subject import read_subject

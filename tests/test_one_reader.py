@@ -16,7 +16,7 @@ from torch_files import read
 
 from convert.checkpoint import open_checkpoint
 from convert.verification.fairseq_side.weights import Weights
-from convert.verification.request import handed
+from convert.verification.handed import handed
 
 
 @pytest.fixture(scope="module")

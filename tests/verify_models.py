@@ -12,8 +12,8 @@ import pytest
 from fairseq_models import save
 
 from convert.checkpoint import open_checkpoint
-from convert.model.types import make_request
 from convert.package import convert
+from convert.request import make_request
 from convert.verification import inputs, run
 from convert.verification.compare import Answer
 from convert.verification.inputs import Cut, Geometry, Probe

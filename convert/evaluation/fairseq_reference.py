@@ -7,11 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from convert.checkpoint.unchanged import unchanged
+from convert.directory import ModelDirectory
 from convert.errors import ConvertError
+from convert.families import Request
 from convert.loading import quiet
-from convert.model.directory import ModelDirectory
-from convert.model.types import Request, request_again
+from convert.request import request_again
+from convert.sources import open_source
 from convert.verification.devices import without_tf32
 
 
@@ -38,7 +39,8 @@ class FairseqReference:
 
         with contextlib.ExitStack() as stack:
             opening = directory.record.asked.opening if directory else {}
-            opened = stack.enter_context(unchanged(checkpoint, **opening))
+            opened = stack.enter_context(open_source(checkpoint, **opening))
+            stack.enter_context(opened.unchanged())
             request = request_again(directory, opened) if directory else Request()
             taken = language or (directory.record.language if directory else "")
             self.subject, _ = read_subject(opened, replace(request, language=taken))

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convert.errors import MismatchError
+from convert.errors import ConvertError, MismatchError, check_place
+from convert.sources import locate
 
 if TYPE_CHECKING:
     from convert.verification.report import Curve, Verification
@@ -70,15 +71,15 @@ def verify(
     from convert.verification.run import verify as run
 
     return run(
-        Path(checkpoint),
+        checkpoint,
         Path(model_dir),
         reference=_path(reference),
         fairseq_python=fairseq_python,
         devices=tuple(devices),
         audio=tuple(audio),
         require=require,
-        dictionary=_path(dictionary),
-        base=_path(base),
+        dictionary=None if dictionary is None else locate(dictionary)[0],
+        base=base,
         long=long,
         languages=tuple(languages),
         write_report=write,
@@ -167,29 +168,25 @@ def record(
     Example:
         >>> record("checkpoint_best.pt", "reference.safetensors")  # doctest: +SKIP
     """
-    from convert.model.types import make_request
+    from convert.package import opened_for
     from convert.verification.make import make_recording
+    from convert.verification.subject import HALVES
 
-    options: dict[str, Any] = {"ema": ema, "arch": arch, "normalize": normalize}
-    request = make_request(
-        head=head,
-        dictionary=dictionary,
-        training_only=training_only,
-        language=language,
-        data_config=data_config,
-        **options,
-    )
-    return make_recording(
-        Path(checkpoint),
-        Path(out),
-        request,
-        audio=tuple(audio),
-        fairseq_python=fairseq_python,
-        dtype=dtype or "",
-        opening=options | {"base": base, "dictionary": dictionary},
-        long=long,
-        overwrite=overwrite,
-    )
+    check_place(Path(out), overwrite)
+    if dtype and dtype not in HALVES:
+        raise ConvertError(f"{dtype!r} is neither float16 nor bfloat16", code="usage", key="--dtype")
+    asked = {"head": head, "dictionary": dictionary, "training_only": training_only}
+    asked |= {"language": language, "data_config": data_config}
+    with opened_for(checkpoint, base, asked, {"ema": ema, "arch": arch, "normalize": normalize}) as (opened, request):
+        return make_recording(
+            opened,
+            Path(out),
+            request,
+            audio=tuple(audio),
+            fairseq_python=fairseq_python,
+            dtype=dtype or "",
+            long=long,
+        )
 
 
 def _path(value: str | Path | None) -> Path | None:

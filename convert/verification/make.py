@@ -6,47 +6,39 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from convert.checkpoint import Checkpoint
-from convert.checkpoint.unchanged import unchanged
-from convert.errors import ConvertError, check_place
+from convert.families import Request
 from convert.loading import quiet
-from convert.model.types import Request
 from convert.verification.devices import steady
 from convert.verification.fairseq_side import recording
 from convert.verification.inputs import Waveform, collect, in_languages, probes
 from convert.verification.recording import Recorded, ask, pack
 from convert.verification.reference import answering, run_interpreter
 from convert.verification.run import pieces_of
-from convert.verification.subject import HALVES, read_subject
+from convert.verification.subject import read_subject
 
 
 def make_recording(
-    checkpoint: Path,
+    opened: Checkpoint,
     out: Path,
     request: Request,
     *,
-    opening: Mapping[str, Any],
     fairseq_python: str | None,
     audio: Sequence[str | Path],
     dtype: str,
     long: bool,
-    overwrite: bool,
 ) -> Path:
     """Run fairseq and write its answers.
 
     Args:
-        checkpoint, out: as for `convert.verification.record`; so are those without a word here.
+        opened: the checkpoint.
         request: what a conversion would be asked for.
-        opening: the options of `open_checkpoint`.
+        out, fairseq_python, audio, dtype, long: as for `convert.verification.record`.
     """
-    check_place(out, overwrite)
-    if dtype and dtype not in HALVES:
-        raise ConvertError(f"{dtype!r} is neither float16 nor bfloat16", code="usage", key="--dtype")
     with tempfile.TemporaryDirectory(prefix="fairseq-to-hf-") as folder:
         made = Path(folder) / "answers"
-        with unchanged(checkpoint, **opening) as opened:
+        with opened.unchanged():
             clips = _answer(opened, request, made, fairseq_python, audio, dtype, long)
         return _finish(made, out, clips)
 

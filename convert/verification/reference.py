@@ -31,7 +31,7 @@ class Subject:
 
     Args:
         name, size, sha256: of the file.
-        handed: settings, and where the tensors are; see `convert.verification.request.handed`.
+        handed: settings, and where the tensors are; see `convert.verification.handed.handed`.
         symbols: fairseq's dictionary; empty without one.
         special: ids of its special symbols.
         blank: the id of CTC's blank; -1 for a model with a decoder, which has none.

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from convert.checkpoint import Checkpoint
-from convert.checkpoint.unchanged import unchanged
+from convert.directory import ModelDirectory
 from convert.errors import ConvertError, MismatchError, Problem
-from convert.model.directory import ModelDirectory
-from convert.model.types import request_again
 from convert.package import compare_opened
+from convert.request import request_again
+from convert.sources import dictionary_beside, open_source
 from convert.verification import controls, expected
 from convert.verification.device_run import LONG, Work, on_device
 from convert.verification.devices import choose, describe, steady
@@ -27,7 +27,7 @@ Progress = Callable[[int, int], None]
 
 
 def verify(
-    checkpoint: Path,
+    checkpoint: str | Path,
     model_dir: Path,
     *,
     reference: Path | None,
@@ -36,7 +36,7 @@ def verify(
     audio: Sequence[str | Path],
     require: str | None,
     dictionary: Path | None,
-    base: Path | None,
+    base: str | Path | None,
     long: bool,
     languages: Sequence[str],
     write_report: bool,
@@ -46,10 +46,10 @@ def verify(
     _usage(require, reference, fairseq_python, audio)
     directory = ModelDirectory(model_dir)
     opening = directory.record.asked.opening
-    with unchanged(checkpoint, base=base, dictionary=dictionary, **opening) as opened:
+    with open_source(checkpoint, base=base, dictionary=dictionary, **opening) as opened, opened.unchanged():
         digest = opened.sha256()
         check_source(directory, opened.path.name, digest)
-        request = request_again(directory, opened, dictionary=dictionary)
+        request = request_again(directory, opened, dictionary=dictionary or dictionary_beside(opened))
         subject, geometry = read_subject(opened, request, digest)
         others = _others(subject, request.language, languages)
         chosen, absent = choose(devices)

@@ -8,17 +8,16 @@ from typing import Any
 from convert.checkpoint import Checkpoint
 from convert.checkpoint.dictionary import SPECIAL
 from convert.errors import ConvertError
-from convert.model.architectures import KINDS, describe
-from convert.model.encoder import encoder_settings
-from convert.model.languages import choose, languages_of
-from convert.model.processor import labels_of, sequence_decoding
-from convert.model.settings import Reader
-from convert.model.speech_to_text import ARCHITECTURES as SPEECH_TO_TEXT
-from convert.model.speech_to_text import LANGUAGE
-from convert.model.types import Model, Request
+from convert.families import ARCHITECTURES, Conversion, Request, describe
+from convert.families.adapters import choose, languages_of
+from convert.families.encoder_settings import encoder_settings
+from convert.families.settings import Reader
+from convert.families.speech_to_text import ARCHITECTURES as SPEECH_TO_TEXT
+from convert.families.speech_to_text import LANGUAGE
+from convert.families.tokenizers import labels_of, sequence_decoding
+from convert.verification.handed import handed
 from convert.verification.inputs import Geometry
 from convert.verification.reference import Subject
-from convert.verification.request import handed
 
 SPLIT_MASKS = ("hubert", "wavlm")  # fairseq's encoders that cut the mask of a padded batch into equal pieces
 HALVES = ("float16", "bfloat16")
@@ -35,14 +34,14 @@ def read_subject(opened: Checkpoint, request: Request, sha256: str = "") -> tupl
     Raises:
         PlanError: it cannot be converted so; what `convert` refuses is not verified either.
     """
-    model = describe(opened, request)
-    if model.fairseq in SPEECH_TO_TEXT:
-        return _speech_to_text(opened, model, _file(opened, sha256))
-    settings: dict[str, Any] = {key: dict(value) for key, value in opened.settings.items()}
+    plan = describe(opened, request)
+    if plan.fairseq in SPEECH_TO_TEXT:
+        return _speech_to_text(opened, plan, _file(opened, sha256))
+    settings = opened.settings
     fine_tuned = any(name.startswith(("w2v_encoder.", "encoder.w2v_model.")) for name in opened.tensors)
     reader = encoder_settings(opened) if fine_tuned else Reader(dict(settings["model"]), {})
     known = request.dictionary or opened.dictionary
-    if known and request.dictionary and model.fairseq in KINDS and not KINDS[model.fairseq].text:
+    if known and request.dictionary and not ARCHITECTURES[plan.fairseq][1].text:
         known = known.labels
     found = languages_of(opened, reader.values, [])
     spoken = choose(found, request.language, opened.path.name) if found or request.language else None
@@ -51,7 +50,7 @@ def read_subject(opened: Checkpoint, request: Request, sha256: str = "") -> tupl
     decoder = "decoder.embed_tokens.weight" in opened.tensors
     subject = Subject(
         **_file(opened, sha256),
-        handed=handed(opened, model.fairseq, settings, model.training_only),
+        handed=handed(opened, plan.fairseq, settings, plan.training_only),
         symbols=symbols,
         special=tuple(index for index, symbol in enumerate(symbols) if symbol in SPECIAL),
         blank=-1 if decoder else 0,
@@ -74,13 +73,13 @@ def _file(opened: Checkpoint, sha256: str) -> dict[str, Any]:
     return {"name": name, "size": opened.size, "sha256": sha256 or opened.sha256()}
 
 
-def _speech_to_text(opened: Checkpoint, model: Model, file: Mapping[str, Any]) -> tuple[Subject, Geometry]:
+def _speech_to_text(opened: Checkpoint, plan: Conversion, file: Mapping[str, Any]) -> tuple[Subject, Geometry]:
     """The same of a speech-to-text transformer: its windows of 25 ms every 10 ms, and its convolutions, each of half the frames."""
-    symbols = model.dictionary.symbols if model.dictionary else ()
+    symbols = plan.dictionary.symbols if plan.dictionary else ()
     kernels = str(opened.settings["model"]["conv_kernel_sizes"]).split(",")
     subject = Subject(
         **file,
-        handed=handed(opened, model.fairseq, opened.settings, model.training_only),
+        handed=handed(opened, plan.fairseq, opened.settings, plan.training_only),
         symbols=symbols,
         special=tuple(i for i, symbol in enumerate(symbols) if symbol in SPECIAL or LANGUAGE.fullmatch(symbol)),
         blank=-1,
@@ -92,7 +91,7 @@ def _speech_to_text(opened: Checkpoint, model: Model, file: Mapping[str, Any]) -
 
 
 def _post_process(settings: Mapping[str, Any]) -> str:
-    """fairseq's `post_process`; the symbols of phone labels stay apart, as `convert.model.processor` keeps them."""
+    """fairseq's `post_process`; the symbols of phone labels stay apart, as `convert.families.tokenizers` keeps them."""
     if labels_of(settings["task"]) in ("phn", "phones"):
         return "none"
     criterion = settings["criterion"]

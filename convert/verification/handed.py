@@ -10,15 +10,13 @@ import contextlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from convert.checkpoint import Checkpoint
 from convert.checkpoint.container import Container
-from convert.checkpoint.unchanged import stamp
+from convert.checkpoint.stacks import stack
 from convert.checkpoint.unpickle import StoredTensor
-from convert.mapping.adapters import stack
-from convert.model.settings import parse_convolutions
+from convert.families.settings import parse_convolutions
 
 _PLAIN = re.compile(r"\w*|[\d.,:e+ -]*", re.ASCII)
 
@@ -32,10 +30,10 @@ def handed(
         opened: the checkpoint.
         architecture, settings, training_only: as for `plain_settings`.
     """
-    files = [one.file for one in opened.container.files]
+    files = [one.place for one in opened.container.files]
     return {
         "settings": plain_settings(settings, architecture, training_only),
-        "files": [{"path": str(Path(file.name).resolve()), "stamp": stamp(file)} for file in files],
+        "files": [{"path": str(file.path), "stamp": file.stamp} for file in files],
         "tensors": places(opened.container, opened.tensors),
         "groups": Groups(opened),
     }
