@@ -21,6 +21,10 @@ SAFE = {"allow_pickle": "False", "trust_remote_code": "False", "weights_only": "
 BUILTINS = {"eval", "exec", "compile", "__import__", "execfile"}
 
 
+def _bases(node: ast.ClassDef) -> list[str]:
+    return [ast.unparse(base) for base in node.bases]
+
+
 def other_readers(source: str) -> list[str]:
     """Name every use of what opens, evaluates or imports by a file's word; `load` of anything but text and our own."""
     tree, found = ast.parse(source), []
@@ -32,6 +36,14 @@ def other_readers(source: str) -> list[str]:
         if (node.level or str(node.module).split(".")[0] == "convert")
     }
     own |= {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    safe = {
+        node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and _bases(node) == ["yaml.SafeLoader"]
+    }
+    plain = {
+        node.func
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and {ast.unparse(k.value) for k in node.keywords if k.arg == "Loader"} & safe
+    }
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found += [
@@ -46,7 +58,8 @@ def other_readers(source: str) -> list[str]:
             found += [module] if strange or (taken & FUNCTIONS and module.split(".")[0] != "convert") else []
         elif isinstance(node, ast.Attribute):
             root = node.value.id if isinstance(node.value, ast.Name) else ""
-            if node.attr in FUNCTIONS or (node.attr in ("load", "loads") and root not in TEXT | own):
+            loads = node.attr in ("load", "loads") and root not in TEXT | own and node not in plain
+            if node.attr in FUNCTIONS or loads:
                 found.append(ast.unparse(node))
         elif isinstance(node, ast.Name) and node.id in BUILTINS - own:
             found.append(node.id)
@@ -85,6 +98,7 @@ def test_no_other_reader(path: Path) -> None:
             "read(path, allow_pickle=True)",
             "from_pretrained(path, trust_remote_code=True)",
             "yaml.load(text, yaml.Loader)",
+            "class A(yaml.Loader): ...\nyaml.load(text, Loader=A)",
         ),
         *(
             "numpy.fromfile(path)",
