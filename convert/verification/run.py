@@ -143,6 +143,13 @@ def _recording(path: Path, subject: Subject) -> Recorded:
             key=path.name,
             hint=f"record this one: fairseq-to-hf record {subject.name} FILE",
         )
+    if recorded.blank is None and "<ctc_blank>" in subject.symbols:
+        raise ConvertError(
+            f"{path.name} was made by a version that took <ctc_blank> for the blank: its texts are not fairseq's",
+            code="bad-recording",
+            key=path.name,
+            hint=f"record again: fairseq-to-hf record {subject.name} FILE",
+        )
     if recorded.language != subject.language:
         raise ConvertError(
             f"{path.name} was recorded in the language {recorded.language!r}, the model speaks {subject.language!r}",
