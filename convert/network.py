@@ -6,7 +6,7 @@ import functools
 import io
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection, InvalidURL
 from typing import Any
@@ -22,6 +22,16 @@ clock = time.monotonic
 
 class InterruptedTransfer(Exception):  # noqa: N818
     """The network's fault: worth another attempt."""
+
+
+def public_address(address: str) -> str:
+    """Write an address without what may be a secret: user, password, and the query, which signs or holds a token.
+
+    Example:
+        >>> public_address("https://me:secret@example.org/model.pt?token=abc")
+        'https://example.org/model.pt'
+    """
+    return without_user(address).partition("?")[0].partition("#")[0]
 
 
 def ask(address: str, timeout: float, method: str = "GET", headers: Mapping[str, str] | None = None) -> HTTPResponse:
@@ -51,7 +61,7 @@ def declared_size(answer: HTTPResponse, address: str) -> int:
     """
     length = answer.headers["Content-Length"] or ""
     if not re.fullmatch("[0-9]{1,15}", length) or not int(length):
-        key = without_user(address)
+        key = public_address(address)
         raise ConvertError(f"{key}: the server does not say how large it is", code="size", key=key)
     return int(length)
 
@@ -59,7 +69,7 @@ def declared_size(answer: HTTPResponse, address: str) -> int:
 @contextmanager
 def network(address: str) -> Iterator[None]:
     """Tell what another attempt may mend from what it cannot."""
-    key = without_user(address)
+    key = public_address(address)
     try:
         yield
     except HTTPError as error:
@@ -75,25 +85,50 @@ def network(address: str) -> Iterator[None]:
         raise InterruptedTransfer(reason or type(error).__name__) from None
 
 
-class _Paced(io.RawIOBase):
-    """The bytes of a connection, given up when they come too slowly: only the time that was spent waiting counts."""
+class Pace:
+    """How quickly an answer comes: only time spent waiting counts, and the first byte may take the whole time-out."""
 
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Expect another answer."""
+        self.began, self.waited, self.count = False, 0.0, 0
+
+    @contextmanager
+    def waiting(self, window: float | None) -> Iterator[Callable[[int], None]]:
+        """Measure one read.
+
+        Args:
+            window: seconds over which an answer has to bring `SLOWEST` bytes each.
+
+        Yields:
+            A function that is told how many bytes came.
+
+        Raises:
+            TimeoutError: it was too slow.
+        """
+        started, count = clock(), [0]
+        yield count.append
+        self.waited += clock() - started if self.began else 0.0
+        self.began, self.count = True, self.count + sum(count)
+        if window is not None and self.waited > window:
+            if self.count < SLOWEST * self.waited:
+                raise TimeoutError(f"fewer than {SLOWEST} bytes a second")
+            self.waited, self.count = 0.0, 0
+
+
+class _Paced(io.RawIOBase):
     def __init__(self, raw: io.RawIOBase, window: float | None) -> None:
-        self.raw, self.window = raw, window
-        self.waited, self.count = 0.0, 0
+        self.raw, self.window, self.pace = raw, window, Pace()
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int | None:
-        started = clock()
-        count = self.raw.readinto(buffer)
-        self.waited += clock() - started
-        self.count += count or 0
-        if self.window is not None and self.waited > self.window:
-            if self.count < SLOWEST * self.waited:
-                raise TimeoutError(f"fewer than {SLOWEST} bytes a second")
-            self.waited, self.count = 0.0, 0
+        with self.pace.waiting(self.window) as came:
+            count = self.raw.readinto(buffer)
+            came(count or 0)
         return count
 
     def close(self) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +39,24 @@ def shown(value: object, keep: str = "") -> str:
         letter if letter.isprintable() or letter in keep else letter.encode("unicode_escape").decode()
         for letter in text
     )
+
+
+def quoted(name: object) -> str:
+    """Write a file's name for a shell to read, whatever it holds.
+
+    Example:
+        >>> quoted("my model.pt"), quoted("-x")
+        ("'my model.pt'", './-x')
+    """
+    word = f"./{name}" if str(name).startswith("-") else str(name)
+    if word.isprintable():
+        return shlex.quote(word)
+    letters = (letter if letter.isprintable() and letter not in "\\'" else _octets(letter) for letter in word)
+    return f"$'{''.join(letters)}'"
+
+
+def _octets(letter: str) -> str:
+    return "".join(f"\\x{byte:02x}" for byte in os.fsencode(letter))
 
 
 def without_user(text: str) -> str:
@@ -97,6 +117,15 @@ def size(count: int) -> str:
             return f"{count} B" if unit == "B" else f"{value:.3g} {unit}"
         value /= 1000
     raise AssertionError("unreachable")
+
+
+def padding_text(one: Mapping[str, Any]) -> str:
+    """Say what transformers makes of a padded batch of which fairseq counts other frames."""
+    theirs, ours = (", ".join(map(str, one[f"{side}_frames"])) for side in ("fairseq", "transformers"))
+    return (
+        f"padded batches: of {', '.join(map(str, one['samples']))} samples fairseq counts {theirs} frames, and "
+        f"transformers {ours}; {one['stage']} is up to {one['max_abs_difference']:.1e} off then, by design"
+    )
 
 
 def problem_lines(problems: Iterable[Problem]) -> list[str]:

@@ -30,16 +30,17 @@ from hub_fixtures import (  # noqa: F401
 from convert.errors import ConvertError
 from convert.fetching import catalogue
 from convert.publishing.card import BEGIN, END, compose
-from convert.publishing.facts import Stated, gather, papers
+from convert.publishing.facts import Features, Stated, gather, papers
 from convert.publishing.files import read
 from convert.publishing.frontmatter import split
+from convert.publishing.verified import Verified
 
 SELF = "wav2vec2-large-lv60-10m-self"
 
 
 def facts_of(directory, repo_id="me/tiny", *, verified=True, pin="v1", **stated):
     inventory = read(directory)
-    proof = inventory.json("verification.json") if verified else None
+    proof = Verified.of(inventory.json("verification.json")) if verified else None
     return gather(inventory, repo_id, verification=proof, pin=pin, stated=Stated(**stated))
 
 
@@ -110,9 +111,8 @@ def test_says_who_trained_it_and_what_its_features_are(model):  # noqa: F811
     """Control: each of these words is missing from the card of a wav2vec 2.0 model."""
     facts = facts_of(model)
     wavlm = compose(dataclasses.replace(facts, class_name="WavLMModel")).decode()
-    features = {"num_mel_bins": 80, "sampling_rate": 16000}
     name = "Speech2TextForConditionalGeneration"
-    speech = compose(dataclasses.replace(facts, class_name=name, preprocessor=features)).decode()
+    speech = compose(dataclasses.replace(facts, class_name=name, features=Features(num_mel_bins=80))).decode()
     parts = [(wavlm, "transfer from unilm"), (wavlm, "github.com/microsoft/unilm"), (speech, "80 log-mel features")]
     for card, part in [*parts, (speech, "Silence"), (speech, "model.generate(**inputs)")]:
         assert part in card and part not in compose(facts).decode()
@@ -132,9 +132,7 @@ def test_the_catalogue_is_asked_by_name_or_hash_and_never_by_file_name(model):  
     conversion["source"]["name"] = "wav2vec_vox_10m_pl.pt"
     write(model / "conversion.json", conversion)
     assert facts_of(model).entry is None
-    conversion["source"]["catalogue"] = SELF  # what `convert` knows when `fetch` brought the file
-    write(model / "conversion.json", conversion)
-    assert facts_of(model).entry == catalogue()[SELF]
+    assert facts_of(model, catalogue=SELF).entry == catalogue()[SELF]
     with pytest.raises(ConvertError, match="no released checkpoint is called 'nonsense'"):
         facts_of(model, catalogue="nonsense")
 

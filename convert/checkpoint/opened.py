@@ -20,10 +20,10 @@ from convert.checkpoint.layouts import open_container
 from convert.checkpoint.pickled import is_harmful
 from convert.checkpoint.refusals import ambiguous, no_model, no_settings
 from convert.checkpoint.settings import read_settings
+from convert.checkpoint.stacks import is_unstacked, stacked, unstack
 from convert.checkpoint.unpickle import StoredTensor, Stub
 from convert.errors import CheckpointError
-from convert.mapping.adapters import is_unstacked, stacked, unstack
-from convert.mapping.rules import TensorSpec
+from convert.rules import TensorSpec
 
 _SLACK = 64_000_000  # bytes that the views of a small file may need beyond the file's size
 _TENSOR, _TENSORS = 64, 1000  # bytes of a file for each tensor in it, of which there may be some more
@@ -57,6 +57,23 @@ class Base:
     whole: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a file was fetched from.
+
+    Args:
+        address: without user, password and token.
+        catalogue: its name in the catalogue of released checkpoints, or empty.
+        sha256: of the bytes that came from there, or empty where that is not recorded.
+        dictionary: the dictionary that lies beside it there.
+    """
+
+    address: str
+    catalogue: str
+    sha256: str
+    dictionary: Path | None
+
+
 @dataclass(slots=True)
 class Checkpoint:
     """An opened fairseq checkpoint: everything but the tensors' bytes. Use it as a context manager.
@@ -81,6 +98,7 @@ class Checkpoint:
         base: where settings were taken from, if not from this file or, by fairseq2, from beside it.
         averages: where exponential moving averages of the weights are.
         notes: what else there is to say of it.
+        origin: where the file was fetched from, if it was.
         tokenizer: the sentencepiece model that belongs to a checkpoint of fairseq2, as it is; empty without one.
     """
 
@@ -102,6 +120,7 @@ class Checkpoint:
     base: Base | None = None
     averages: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    origin: Origin | None = None
     tokenizer: bytes = b""
 
     def __enter__(self) -> Checkpoint:
@@ -345,6 +364,11 @@ def _open(seen: Survey, ema: bool) -> Checkpoint:
         outside=tuple(key for key in state.entries if not key.startswith(prefix)),
         renamed=renamed,
         averages=tuple(average.where for average in seen.averages),
+        notes=tuple(
+            f"a moving average of the weights is in `{average.where}`: --ema takes it"
+            for average in seen.averages
+            if not ema
+        ),
     )
 
 
@@ -395,6 +419,9 @@ def _based(opened: Checkpoint, base: Path | None) -> Checkpoint:
                     hint="pass the pretrained checkpoint that it was made from",
                 )
         found = Base(base.name, other.sha256(), not opened.settings)
+        shapes = "their geometry is held against the tensors' shapes; heads and strides do not show in those"
+        told = f"settings from {base.name} (SHA-256 {found.sha256[:12]}…): {shapes}"
+        opened = replace(opened, notes=(*opened.notes, told))
         if opened.settings:  # `w2v_args` alone is missing
             model = {**opened.settings["model"], "w2v_args": pretrained}
             return replace(opened, settings=opened.settings | {"model": model}, base=found)

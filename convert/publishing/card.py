@@ -71,7 +71,10 @@ def _place(facts: Facts, rest: str, newline: str) -> str:
     before, after = (rest[: found.start()], rest[found.end() :]) if found else (rest, "")
     title = re.search(r"^(#+) ", found[0], re.MULTILINE) if found else None
     level = len(title[1]) if title else 2 if rest.strip() else 1  # kept, whatever people add around it
-    section = "\n".join([BEGIN, *([] if facts.verified else [_WARNING, ""]), sections.body(facts, level), END])
+    body = sections.body(facts, level)
+    if _MARK.search(body):  # what comes from files is escaped: no value can end the section
+        raise _refusal("a value in it would end its section", "report this")
+    section = "\n".join([BEGIN, *([] if facts.verified else [_WARNING, ""]), body, END])
     section = section.replace("\n", newline) + newline
     if not facts.verified:  # the warning is the first line of the card's text, wherever the section stood
         return section + (newline if before and not found else "") + before + after

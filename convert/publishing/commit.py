@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 from convert.errors import ConvertError
 from convert.publishing.files import LocalFile
-from convert.publishing.hub import ask, explain, lacks_xet, recoverable, rest, status_of, unanswered, waiting_time
+from convert.publishing.hub import (
+    ask,
+    explain,
+    lacks_xet,
+    recoverable,
+    rest,
+    status_of,
+    text_of,
+    unanswered,
+    waiting_time,
+)
 from convert.publishing.remote import Remote, RemoteFile, head_of, own_pull_request, tree
 
 if TYPE_CHECKING:
@@ -99,7 +109,7 @@ def send(api: HfApi, plan: Plan, remote: Remote) -> Receipt:
                 create_pr=new_pull,
             )
             number = int(made.pr_num) if made.pr_num is not None else remote.pull
-            return Receipt(str(made.oid), number)
+            return Receipt(text_of(made.oid), number)
         except recoverable() as error:
             status, lost = status_of(error), unanswered(error)
             perhaps = perhaps or lost
@@ -189,7 +199,7 @@ def _settle(api: HfApi, plan: Plan, remote: Remote, lost: bool, perhaps: bool) -
         rest(pause)
         if head_of(api, plan.repo_id, remote.revision) == remote.head:
             continue
-        commits = [row.commit_id for row in _commits(api, plan.repo_id, remote.revision)]
+        commits = [text_of(row.commit_id) for row in _commits(api, plan.repo_id, remote.revision)]
         new = commits[: commits.index(remote.head)] if remote.head in commits else commits
         for commit in reversed(new if perhaps else []):  # the first of them: others may stand on top of ours
             if plan.done_in(tree(api, plan.repo_id, commit)):
@@ -203,7 +213,7 @@ def _commits(api: HfApi, repo_id: str, revision: str) -> list[Any]:
 
 
 def _pull_request(api: HfApi, plan: Plan, lost: bool) -> Receipt | None:
-    name = str(ask(api.whoami, "ask who the token belongs to", plan.repo_id)["name"])
+    name = ask(lambda: text_of(api.whoami()["name"]), "ask who the token belongs to", plan.repo_id)
     for pause in LOST_PULL if lost else (0.0,):
         rest(pause)
         number = own_pull_request(api, plan.repo_id, name)

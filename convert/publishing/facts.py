@@ -6,13 +6,17 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
+from convert.conversion import NAME as CONVERSION
+from convert.conversion import Record
 from convert.errors import ConvertError
 from convert.publishing.files import MODEL, Inventory
+from convert.publishing.verified import EVALUATION, Evaluated, Result, Verified
+from convert.typed import Misfit, read
 
 if TYPE_CHECKING:
     from convert.fetching import Entry
@@ -54,17 +58,35 @@ class Stated:
 
 
 @dataclass(frozen=True, slots=True)
+class Config:
+    """What a card says of config.json."""
+
+    architectures: tuple[Annotated[str, re.compile(r"[A-Za-z]\w{0,80}", re.ASCII)], ...] = ("",)
+    model_type: Annotated[str, re.compile(r"[\w-]{0,40}", re.ASCII)] = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """What a card says of preprocessor_config.json."""
+
+    sampling_rate: int = 16000
+    do_normalize: bool | None = None
+    return_attention_mask: bool | None = None
+    num_mel_bins: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Facts:
     """Everything a card may say. `None` and empty mean unknown, and are left out."""
 
     repo_id: str
     pin: str | None  # the tag that the snippets load; None where no tag can be set
     class_name: str
-    config: Mapping[str, Any]
-    preprocessor: Mapping[str, Any]
-    conversion: Mapping[str, Any]
-    verification: Mapping[str, Any] | None
-    evaluation: tuple[Mapping[str, Any], ...]
+    model_type: str
+    features: Features | None
+    record: Record
+    verification: Verified | None
+    evaluation: tuple[Result, ...]
     entry: Entry | None
     license: str | None
     language: tuple[str, ...]
@@ -103,8 +125,22 @@ class Facts:
     @property
     def languages(self) -> tuple[str, ...]:
         """The languages that have an adapter of their own."""
-        names = (re.fullmatch(r"adapter\.([\w-]+)\.safetensors", name) for name in self.conversion.get("files") or ())
+        names = (re.fullmatch(r"adapter\.([\w-]+)\.safetensors", name) for name in self.record.files)
         return tuple(sorted(match[1] for match in names if match))
+
+    def compared(self, name: str) -> bool:
+        """Whether a value of conversion.json was compared: a card that says "verified" repeats no other."""
+        return self.verification is None or f"{CONVERSION}: {name}" not in self.verification.skipped
+
+    @property
+    def checkpoint(self) -> str:
+        """The name of the checkpoint: the one that it had when it was verified, for it may have been renamed before."""
+        return self.verification.checkpoint.name if self.verification else self.record.source.name
+
+    @property
+    def tool(self) -> str:
+        """What made the conversion, with its version."""
+        return f"fairseq-to-hf {self.record.tool.version}" if self.compared("tool.version") else "fairseq-to-hf"
 
     @property
     def title(self) -> str:
@@ -143,7 +179,7 @@ def gather(
     inventory: Inventory,
     repo_id: str,
     *,
-    verification: Mapping[str, Any] | None,
+    verification: Verified | None,
     pin: str | None,
     stated: Stated,
 ) -> Facts:
@@ -157,25 +193,25 @@ def gather(
         stated: what a person says.
 
     Raises:
-        ConvertError: the catalogue does not know the name, or knows other bytes by it.
+        ConvertError: the catalogue does not know the name, or knows other bytes by it; a file holds something else.
     """
-    conversion = inventory.json("conversion.json") or {}
-    config = inventory.json("config.json")
-    entry = _entry(conversion.get("source") or {}, stated.catalogue)
-    class_name = str((config.get("architectures") or [""])[0])
+    record = inventory.record()
+    config = _read(Config, inventory, "config.json") or Config()
+    entry = _entry(record.source.sha256, stated.catalogue)
+    class_name = next(iter(config.architectures), "")
     numbers = [number for prefix, number in _METHOD.items() if class_name.startswith(prefix)]
     numbers += [entry.citation] if entry and entry.citation not in numbers else []
     language = stated.language or ((entry.language or ()) if entry else ())
-    vocabulary = inventory.json("vocab.json") or {}
+    vocabulary, evaluation = inventory.json("vocab.json"), inventory.json(EVALUATION)
     return Facts(
         repo_id=repo_id,
         pin=pin,
         class_name=class_name,
-        config=config,
-        preprocessor=inventory.json("preprocessor_config.json") or {},
-        conversion=conversion,
+        model_type=config.model_type,
+        features=_read(Features, inventory, "preprocessor_config.json"),
+        record=record,
         verification=verification,
-        evaluation=_results(inventory.json("evaluation.json")),
+        evaluation=Evaluated.of(evaluation).results if evaluation is not None else (),
         entry=entry,
         license=stated.license or (entry.license.lower() if entry and entry.license else None),
         language=tuple(language),
@@ -183,25 +219,36 @@ def gather(
         base_model=stated.base_model or (entry.base_model if entry else None),
         papers=tuple(papers()[number] for number in numbers if number in papers()),
         sample=next((name for name in ("sample.flac", "sample.wav") if name in inventory.files), None),
-        letters={"|", "E", "T", "A"} <= set(vocabulary),
+        letters=isinstance(vocabulary, dict) and {"|", "E", "T", "A"} <= vocabulary.keys(),
         stated=frozenset(name for name in ("license", "language", "datasets", "base_model") if getattr(stated, name)),
     )
 
 
-def _entry(source: Mapping[str, Any], name: str | None) -> Entry | None:
+T = TypeVar("T")
+
+
+def _read(kind: type[T], inventory: Inventory, name: str) -> T | None:
+    value = inventory.json(name)
+    try:
+        return None if value is None else read(kind, value)
+    except Misfit as error:
+        message = f"{name}: {error}: not what a model of transformers has; nothing was sent"
+        raise ConvertError(message, code="not-a-model", key=name, hint="convert the checkpoint again") from None
+
+
+def _entry(sha256: str, name: str | None) -> Entry | None:
     from convert.fetching import catalogue
 
     entries = catalogue()
-    name = name or source.get("catalogue")
     if name is None:  # never by the file's name: two different files are often called checkpoint_best.pt
-        found = [entry for entry in entries.values() if _sha256(entry) and _sha256(entry) == source.get("sha256")]
+        found = [entry for entry in entries.values() if _sha256(entry) and _sha256(entry) == sha256]
         return found[0] if found else None
     if name not in entries:
         message = f"no released checkpoint is called {name!r}"
         raise ConvertError(message, code="unknown-name", key=name, hint="all names: fairseq-to-hf fetch --list")
     known = _sha256(entries[name])
-    if known and known != source.get("sha256"):
-        detail = f"the catalogue's {name} has sha256 {known[:12]}…, this model was made from {source.get('sha256')}"
+    if known and known != sha256:
+        detail = f"the catalogue's {name} has sha256 {known[:12]}…, this model was made from {sha256}"
         raise ConvertError(detail, code="catalogue", key=name, status=1)
     return entries[name]
 
@@ -209,14 +256,3 @@ def _entry(source: Mapping[str, Any], name: str | None) -> Entry | None:
 def _sha256(entry: Entry) -> str | None:
     value = getattr(entry, "sha256", None)  # the catalogue knows it for some
     return str(value) if value else None
-
-
-def _results(evaluation: Any) -> tuple[Mapping[str, Any], ...]:
-    if evaluation is None:
-        return ()
-    rows: Sequence[Mapping[str, Any]] = evaluation.get("results") or ()
-    for row in rows:
-        if not (row.get("dataset") or {}).get("type") or not isinstance((row.get("metrics") or {}).get("wer"), float):
-            message = "evaluation.json: a result without a dataset's type or a word error rate"
-            raise ConvertError(message, code="evaluation", key="evaluation.json", hint="run evaluate again")
-    return tuple(rows)

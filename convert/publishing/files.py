@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -11,10 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from convert.conversion import NAME as CONVERSION
+from convert.conversion import Record
 from convert.errors import ConvertError, Problem
+from convert.report import parse_json
 
 PIECE = 1 << 20
 SMALL = 10 << 20  # the Hub stores larger files with LFS, whatever they hold
+LARGEST_TEXT = 100 << 20  # conversion.json of a model of 1,000 languages has 25 MB
 
 # What `from_pretrained` may read: these have to be the verified bytes.
 MODEL = re.compile(
@@ -27,15 +30,20 @@ OURS = ("conversion.json", "verification.json", "evaluation.json")
 BESIDE = re.compile(r"LICENSE(\.txt|\.md)?|NOTICE|sample\.(wav|flac)")
 CARD = "README.md"
 
-_TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")
+# of the Hub, of AWS, of GitHub, of OpenAI, of Slack; private keys; passwords in addresses
+_SECRET = re.compile(
+    rb"\bhf_[A-Za-z0-9]{30,}|\bAKIA[0-9A-Z]{16}\b|\bgh[opsur]_[A-Za-z0-9]{36}|\bgithub_pat_\w{40}|\bsk-[\w-]{32,}"
+    rb"|\bxox[abeoprs]-[\w-]{10,}|-----BEGIN [A-Z ]*PRIVATE KEY-----|://[^\s/@:\"'<>]+:[^\s/@\"'<>]+@"
+)
 _HOME = re.compile(r"(/home/|/Users/|/root/|/private/|/tmp/|file://|[A-Za-z]:\\)")
+_TEXTS = (".json", ".md", ".txt", "LICENSE", "NOTICE")
 _SYMBOLS = ("vocab.json", "tokenizer.json", "alphabet.json")  # a phoneme may well be written /a/
 _ABSOLUTE = re.compile(r"/[\w.@+-]+(/[\w.@+-]*)+")
 
 
 @dataclass(frozen=True, slots=True)
 class LocalFile:
-    """One file as it will be published; `content` holds a small file's bytes, so that no later change can slip in."""
+    """One file as it will be published; `content` holds a small or a text file's bytes, so that no later change slips in."""
 
     name: str
     size: int
@@ -68,12 +76,19 @@ class Inventory:
 
     def json(self, name: str) -> Any:
         """Return a JSON file's value, `None` when there is no such file."""
-        if name not in self.files:
-            return None
-        try:
-            return json.loads(self.files[name].content or b"")
-        except ValueError as error:
-            raise ConvertError(f"{name}: not JSON: {error}", code="not-json", key=name) from None
+        return parse_json(self.files[name].content or b"", name) if name in self.files else None
+
+    def record(self) -> Record:
+        """Read conversion.json.
+
+        Raises:
+            ConvertError: `not-a-model`: it is not there, or is not what a conversion writes.
+        """
+        if CONVERSION not in self.files:
+            message = f"{CONVERSION} is missing: the directory does not say what it was made from"
+            hint = "fairseq-to-hf convert CHECKPOINT OUT makes a model directory"
+            raise ConvertError(message, code="not-a-model", key=CONVERSION, hint=hint)
+        return Record.of(self.files[CONVERSION].content or b"")
 
 
 def git_sha1(content: bytes) -> str:
@@ -149,20 +164,20 @@ def _reason_to_leave_out(name: str, path: Path) -> str:
 
 def _hash(name: str, path: Path) -> LocalFile:
     size = path.stat().st_size
-    if size <= SMALL and not name.endswith(".safetensors"):
+    if size <= (LARGEST_TEXT if name.endswith(_TEXTS) else SMALL) and not name.endswith(".safetensors"):
         content = path.read_bytes()
-        return LocalFile(
-            name, len(content), hashlib.sha256(content).hexdigest(), git_sha1(content), path.resolve(), content
-        )
+        sha1 = git_sha1(content) if len(content) <= SMALL else None
+        return LocalFile(name, len(content), hashlib.sha256(content).hexdigest(), sha1, path.resolve(), content)
     stamp = _stamp(path)
     sha256 = hashlib.sha256()
-    sha1 = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False) if size <= SMALL else None
+    digest = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False) if size <= SMALL else None
     with path.open("rb") as file:
         while piece := file.read(PIECE):
             sha256.update(piece)
-            if sha1:
-                sha1.update(piece)
-    return LocalFile(name, size, sha256.hexdigest(), sha1.hexdigest() if sha1 else None, path.resolve(), None, stamp)
+            if digest:
+                digest.update(piece)
+    sha1 = digest.hexdigest() if digest else None
+    return LocalFile(name, size, sha256.hexdigest(), sha1, path.resolve(), None, stamp)
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -171,15 +186,16 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 def _leaks(file: LocalFile) -> list[Problem]:
-    if file.content is None or not file.name.endswith((".json", ".md", ".txt")):
-        return []
-    if _TOKEN.search(file.content):
-        return [Problem("token", file.name, "holds what looks like a Hub token")]
+    if file.content is None:
+        large = file.size > SMALL and file.name.endswith(_TEXTS)
+        return [Problem("too-large", file.name, f"has {file.size} bytes, and cannot be searched")] if large else []
+    if _SECRET.search(file.content):
+        return [Problem("token", file.name, "holds what looks like a token or a password")]
     if not file.name.endswith(".json") or file.name in _SYMBOLS:
         return []
     try:
-        value = json.loads(file.content)
-    except ValueError:
+        value = parse_json(file.content, file.name)
+    except ConvertError:
         return [Problem("not-json", file.name, "is not JSON")]
     found = sorted({key for key, text in _texts(value, "") if private(text) and not key.startswith("dictionary.")})
     return [Problem("private-path", file.name, f"{key} names a path of the machine it was made on") for key in found]

@@ -10,7 +10,17 @@ import yaml  # type: ignore[import-untyped,unused-ignore]
 
 from convert.errors import ConvertError
 
+_LARGEST = 100_000  # characters of a block; PyYAML reads some 300,000 a second
 _BLOCK = re.compile(r"\A(\s*---[ \t]*(?:\r\n|\n))(.*?)(^---[ \t]*(?:\r\n|\n|\Z))", re.DOTALL | re.MULTILINE)
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads plain data without aliases, which can stand for more than memory holds, and cannot be edited one by one."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "aliases are not read", self.peek_event().start_mark)
+        return super().compose_node(parent, index)
 
 
 class Block:
@@ -27,13 +37,17 @@ class Block:
         self._parse()
 
     def _parse(self) -> None:
+        if len(self.text) > _LARGEST:
+            raise _cannot(f"its metadata has {len(self.text)} characters")
         try:
-            self.value: dict[str, Any] = yaml.safe_load(self.text) or {}
-            root = yaml.compose(self.text, Loader=yaml.SafeLoader)
+            root = yaml.compose(self.text, Loader=_Loader)
+            self.value: dict[str, Any] = yaml.load(self.text, Loader=_Loader) or {}
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             line = f" at line {mark.line + 2}" if mark else ""
             raise _cannot(f"its metadata is not YAML{line}") from None
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:  # of tags and dates
+            raise _cannot(f"its metadata holds a value that cannot be read ({type(error).__name__})") from None
         if root is not None and (not isinstance(root, yaml.MappingNode) or root.flow_style):
             raise _cannot("its metadata is not a block of keys, one a line")
         self.nodes = {key.value: (key, value) for key, value in root.value} if root is not None else {}

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from convert.errors import ConvertError
+from convert.network import Pace
+from convert.report import without_user
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -21,8 +23,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 ATTEMPTS = 4
 PACE = 1.0  # of our own pauses; the tests go faster
+MOST_PAGES = 5000  # requests for answers, in one run
 LONGEST_WAIT = 300.0  # seconds; a quota that asks for more ends the run instead
 _SECRETS = re.compile(r"hf_[A-Za-z0-9]+|(?<=\?)\S+")
+_QUOTA = "the Hub's quota is used up"
 _TALKERS = ("huggingface_hub", "httpx", "httpx2", "httpcore", "httpcore2")
 
 
@@ -47,7 +51,12 @@ def client(timeout: float, progress: bool) -> Iterator[HfApi]:
     def limited() -> Any:
         made = utils._http.default_client_factory()  # it carries the hook that refuses to speak when offline
         made.timeout = http_library().Timeout(timeout, connect=min(timeout, 10.0))
-        made.event_hooks = {**made.event_hooks, "request": [*made.event_hooks.get("request", ()), _patience()]}
+        hooks = {"request": _patience(), "response": _no_long_wait}
+        made.event_hooks = {name: [*made.event_hooks.get(name, ()), hook] for name, hook in hooks.items()}
+        for transport in (made._transport, *made._mounts.values()):
+            pool: Any = getattr(transport, "_pool", None)
+            if hasattr(pool, "_network_backend"):
+                pool._network_backend = _PacedBackend(pool._network_backend)
         return made
 
     # The client's warnings name signed addresses: whoever has one may write to the storage.
@@ -70,11 +79,60 @@ def client(timeout: float, progress: bool) -> Iterator[HfApi]:
             utils.enable_progress_bars()
 
 
+class _PacedBackend:
+    """Opens connections whose answers may not trickle: the client's time-out starts anew with every byte."""
+
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
+
+    def connect_tcp(self, *args: Any, **options: Any) -> _PacedStream:
+        return _PacedStream(self._backend.connect_tcp(*args, **options))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+
+class _PacedStream:
+    def __init__(self, stream: Any) -> None:
+        self._stream, self._pace = stream, Pace()
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        with self._pace.waiting(timeout) as came:
+            piece: bytes = self._stream.read(max_bytes, timeout)
+            came(len(piece))
+        return piece
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        self._pace.restart()
+        self._stream.write(buffer, timeout)
+
+    def start_tls(self, *args: Any, **options: Any) -> _PacedStream:
+        return _PacedStream(self._stream.start_tls(*args, **options))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _no_long_wait(response: Any) -> None:
+    """A hook that ends what the client would wait for: it sleeps as long as the Hub asks it to."""
+    asked = re.findall(
+        r"(?:;\s*t=|^)([0-9]+)", response.headers.get("RateLimit", response.headers.get("Retry-After", ""))
+    )
+    if response.status_code == 429 and any(len(seconds) > 9 or int(seconds) > LONGEST_WAIT for seconds in asked):
+        raise ConvertError(_QUOTA, code="quota", hint="run it again in an hour")
+
+
 def _patience() -> Callable[[Any], None]:
-    """A hook that slows down and ends `HfApi.create_repo`, which repeats without a pause when another one is running."""
-    asked = itertools.count()
+    """A hook that ends what the client repeats without end.
+
+    `HfApi.create_repo` asks again without a pause while another one is running, and lists go on as long as the Hub names a
+    next page.
+    """
+    asked, pages = itertools.count(), itertools.count()
 
     def hook(request: Any) -> None:
+        if request.method == "GET" and next(pages) > MOST_PAGES:
+            raise _nonsense("its lists have no end")
         if request.method == "POST" and request.url.path.endswith("/api/repos/create"):
             number = next(asked)
             if number > 6:
@@ -127,7 +185,9 @@ def http_library() -> Any:
 
 def recoverable() -> tuple[type[Exception], ...]:
     """Return what the client raises: the same failure has different faces in uploads, in xet and in the API."""
-    return (OSError, ValueError, RuntimeError, KeyError, http_library().HTTPError)
+    http = http_library()
+    # of answers that make no sense: LookupError, TypeError, AttributeError
+    return (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, http.HTTPError, http.InvalidURL)
 
 
 def status_of(error: BaseException | None) -> int | None:
@@ -141,12 +201,26 @@ def status_of(error: BaseException | None) -> int | None:
 
 
 def unanswered(error: BaseException) -> bool:
-    """Whether the Hub may have done what was asked all the same: a lost answer, a time-out, an error behind its door."""
+    """Whether the Hub may have done what was asked all the same: no answer, one that makes no sense, an error behind it."""
     status = status_of(error)
     if status is not None:
         return status >= 500 or status == 408
-    httpx = http_library()
-    return isinstance(error, httpx.TransportError) and not isinstance(error, httpx.ConnectError)
+    http = http_library()
+    return (
+        makes_no_sense(error)
+        or isinstance(error, TimeoutError)
+        or (isinstance(error, http.TransportError) and not isinstance(error, http.ConnectError))
+    )
+
+
+def makes_no_sense(error: BaseException) -> bool:
+    """Whether an error comes from reading an answer: the client expects the types and the forms that the Hub documents."""
+    from huggingface_hub.errors import HFValidationError
+
+    ours = isinstance(error, (OSError, HFValidationError)) or (
+        isinstance(error, ValueError) and "metadata" in str(error)
+    )
+    return isinstance(error, (LookupError, TypeError, AttributeError, ValueError, RecursionError)) and not ours
 
 
 def waiting_time(error: BaseException, attempt: int) -> float | None:
@@ -169,7 +243,7 @@ def _retry_after(error: BaseException | None) -> float | None:
         response = getattr(error, "response", None)
         if response is not None:
             value = response.headers.get("Retry-After", "")
-            return float(value) if value.isdigit() else None
+            return float(value) if re.fullmatch("[0-9]{1,9}", value) else None
         error = error.__cause__
     return None
 
@@ -178,7 +252,7 @@ def explain(error: BaseException, what: str, repo_id: str) -> ConvertError:
     """Turn an error of the client into one sentence with the next step; status 2, but 1 for a conflict."""
     from huggingface_hub import errors
 
-    said = _SECRETS.sub("…", _said(error).strip().split("\n")[0])
+    said = _SECRETS.sub("…", without_user(_said(error).strip().split("\n")[0]))
     tail = f": {said}" if said else ""
     status = status_of(error)
     if isinstance(error, errors.OfflineModeIsEnabled):
@@ -198,7 +272,7 @@ def explain(error: BaseException, what: str, repo_id: str) -> ConvertError:
         hint = "look at the repository, and run it again"
     elif status == 429:
         wait = _retry_after(error)
-        code, text = "quota", "the Hub's quota is used up"
+        code, text = "quota", _QUOTA
         hint = f"run it again in {wait:.0f} seconds" if wait else "run it again in an hour"
     elif status is not None and status >= 500:
         code, text, hint = "server", f"the Hub answered {status}", "run it again; it goes on where it stopped"
@@ -208,15 +282,37 @@ def explain(error: BaseException, what: str, repo_id: str) -> ConvertError:
         code, text, hint = "timeout", "the Hub did not answer in time", "run it again, or give it more --timeout"
     elif lacks_xet(error):
         code, text, hint = "xet", "this Hub has no xet storage", "set HF_HUB_DISABLE_XET=1"
+    elif isinstance(error, errors.HFValidationError):
+        code, text, hint = "name", _SECRETS.sub("…", " ".join(str(error).split())), "USER/REPO"
     elif isinstance(error, ValueError) and "metadata" in str(error):
         code, text, hint = "card", _SECRETS.sub("…", " ".join(str(error).split())), "correct README.md"
+    elif makes_no_sense(error):
+        return _nonsense(f"its answer cannot be read ({type(error).__name__})", what, repo_id)
     else:
-        endpoint = os.environ.get("HF_ENDPOINT", "the Hub")
+        endpoint = without_user(os.environ.get("HF_ENDPOINT", "the Hub"))
         code, text = "network", f"{endpoint} cannot be reached or broke the connection ({type(error).__name__})"
         hint = "check the connection, and run it again; it goes on where it stopped"
     return ConvertError(
         f"could not {what}: {text}", code=code, key=repo_id, hint=hint, status=1 if code == "conflict" else 2
     )
+
+
+def _nonsense(reason: str, what: str = "publish", repo_id: str = "") -> ConvertError:
+    endpoint = without_user(os.environ.get("HF_ENDPOINT", "the Hub"))
+    hint = "look at HF_ENDPOINT, or for a newer huggingface_hub"
+    message = f"could not {what}: {endpoint} makes no sense: {reason}"
+    return ConvertError(message, code="nonsense", key=repo_id, hint=hint)
+
+
+def text_of(value: Any) -> str:
+    """Return a text of the Hub's.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if not isinstance(value, str):
+        raise TypeError("a text was expected")
+    return value
 
 
 def _said(error: BaseException | None) -> str:

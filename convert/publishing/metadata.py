@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import asdict
 from typing import Any
 
 from convert.errors import ConvertError, Problem
@@ -27,9 +28,8 @@ def wanted(facts: Facts) -> dict[str, Any]:
     `evaluation.json`.
     """
     task = TASKS[facts.output]
-    kind = str(facts.config.get("model_type", ""))
     tags = ["audio", task] if facts.text else ["audio"]
-    tags += ["speech", *([kind] if kind else []), "fairseq"]
+    tags += ["speech", *([facts.model_type] if facts.model_type else []), "fairseq"]
     tags += ["hf-asr-leaderboard"] if facts.text else []
     tags += [] if facts.verified else [UNVERIFIED]
     values: dict[str, Any] = {
@@ -101,16 +101,12 @@ def merge(text: str, newline: str, facts: Facts) -> str:
 def _model_index(facts: Facts) -> list[dict[str, Any]] | None:
     results = []
     for row in facts.evaluation:
-        dataset = {
-            key: str(row["dataset"][key])
-            for key in ("type", "name", "config", "split", "revision")
-            if row["dataset"].get(key)
-        }
+        dataset = {key: value for key, value in asdict(row.dataset).items() if value}
         dataset.setdefault("name", dataset["type"])
-        how = f"decoder: {row.get('decoder')}, normalizer: {row.get('normalizer')}"
+        how = f"decoder: {row.decoder}, normalizer: {row.normalizer}"
         metrics = [
             {"type": kind, "value": round(100 * value, 4), "name": f"Test {NAMES.get(kind, kind)} ({how})"}
-            for kind, value in sorted(row["metrics"].items(), key=lambda pair: pair[0] != "wer")
+            for kind, value in sorted(row.metrics.items(), key=lambda pair: pair[0] != "wer")
         ]
         task = {"type": "automatic-speech-recognition", "name": "Automatic Speech Recognition"}
         results.append({"task": task, "dataset": dataset, "metrics": metrics})

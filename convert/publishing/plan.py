@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from convert.errors import ConvertError, Problem
 from convert.publishing import card as cards
 from convert.publishing.commit import Plan
 from convert.publishing.facts import Facts
 from convert.publishing.files import CARD, MODEL, OURS, Inventory, LocalFile
-from convert.publishing.remote import TITLE, UNVERIFIED, Remote, was_published
+from convert.publishing.remote import TITLE, UNVERIFIED, Remote, User, was_published
+from convert.report import shown
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -28,17 +28,12 @@ class Wish:
     delete_stale: bool
 
 
-def may_write(user: Mapping[str, Any], repo_id: str, create_pr: bool) -> None:
+def may_write(user: User, repo_id: str, create_pr: bool) -> None:
     """Refuse a namespace that the user cannot write to, before anything is sent."""
     owner = repo_id.split("/")[0]
-    writable = [str(user.get("name"))]
-    writable += [str(org.get("name")) for org in user.get("orgs") or () if org.get("roleInOrg") != "read"]
-    token = (user.get("auth") or {}).get("accessToken") or {}
-    scopes = (token.get("fineGrained") or {}).get("scoped") or ()  # such a token may not list its organisations
-    writable += [str((scope.get("entity") or {}).get("name")).split("/")[0] for scope in scopes]
-    if not create_pr and owner not in writable:
-        message = f"{user.get('name')} may not write to {owner}; nothing was sent"
-        hint = f"publish to {user.get('name')}/{repo_id.split('/')[1]}, or propose the change with --create-pr"
+    if not create_pr and owner not in user.owners:
+        message = f"{user.name} may not write to {owner}; nothing was sent"
+        hint = f"publish to {user.name}/{repo_id.split('/')[1]}, or propose the change with --create-pr"
         raise ConvertError(message, code="forbidden", key=repo_id, hint=hint)
 
 
@@ -61,12 +56,9 @@ def make(api: HfApi, inventory: Inventory, facts: Facts, remote: Remote, wish: W
             hint="--delete-stale deletes them in the same commit; the repository's history keeps them",
         )
     stale += sorted(name for name in remote.files if name in OURS and name not in names)
-    source = facts.conversion.get("source") or {}
-    tool = facts.conversion.get("tool") or {}
     description = (
-        f"Source: {source.get('name')}, sha256 {source.get('sha256')}\n"
-        f"Converted by {tool.get('name')} {tool.get('version')}; "
-        + ("verified: verification.json" if facts.verified else "NOT verified")
+        f"Source: {shown(facts.checkpoint)}, sha256 {shown(facts.record.source.sha256)}\n"
+        f"Converted by {facts.tool}; " + ("verified: verification.json" if facts.verified else "NOT verified")
     )
     warning = "" if facts.verified else UNVERIFIED
     title = f"{warning}{TITLE}: {facts.title}"

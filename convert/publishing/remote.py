@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from convert.errors import ConvertError, Problem
 from convert.publishing.files import CARD, LocalFile
-from convert.publishing.hub import ask, hub_utils
+from convert.publishing.hub import ask, hub_utils, text_of
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -65,24 +65,53 @@ class Remote:
         return "private" if self.private else "public"
 
 
-def who(api: HfApi, repo_id: str, create_pr: bool) -> Mapping[str, Any]:
+@dataclass(frozen=True, slots=True)
+class User:
+    """Who a token belongs to, and what it may do.
+
+    Args:
+        name: the user.
+        role: the token's: `read`, `write` or `fineGrained`.
+        owners: the namespaces that it may write to, as far as it says so.
+        scoped: whether it is for some namespaces alone.
+        granted: the permissions of a fine-grained token.
+    """
+
+    name: str
+    role: str
+    owners: frozenset[str]
+    scoped: bool
+    granted: frozenset[str]
+
+    @classmethod
+    def of(cls, answer: Any) -> User:
+        """Read an answer of `whoami`; one of another form raises TypeError, LookupError or AttributeError."""
+        name = text_of(answer["name"])
+        token = (answer.get("auth") or {}).get("accessToken") or {}
+        fine = token.get("fineGrained") or {}
+        scopes = fine.get("scoped") or []
+        owners = [org.get("name") for org in answer.get("orgs") or () if org.get("roleInOrg") != "read"]
+        # such a token may not list its organisations
+        owners += [str((scope.get("entity") or {}).get("name")).split("/")[0] for scope in scopes]
+        granted = {text_of(permission) for scope in scopes for permission in scope.get("permissions") or ()}
+        granted |= {text_of(permission) for permission in fine.get("global") or ()}
+        role = str(token.get("role"))
+        return cls(name, role, frozenset({name, *map(text_of, owners)}), bool(scopes), frozenset(granted))
+
+
+def who(api: HfApi, repo_id: str, create_pr: bool) -> User:
     """Ask who the token belongs to, and refuse one that cannot write before anything else is done.
 
     A read token passes `create_repo(exist_ok=True)` and fails only at the commit.
     """
-    answer: Mapping[str, Any] = ask(api.whoami, "ask who the token belongs to", repo_id)
-    token = (answer.get("auth") or {}).get("accessToken") or {}
-    fine = token.get("fineGrained") or {}
-    scopes = fine.get("scoped") or []
-    granted = {permission for scope in scopes for permission in scope.get("permissions") or ()}
-    granted |= set(fine.get("global") or ())
+    user = ask(lambda: User.of(api.whoami()), "ask who the token belongs to", repo_id)
     needed = {"repo.write", "discussion.write"} if create_pr else {"repo.write"}
-    if token.get("role") == "read" or (token.get("role") == "fineGrained" and scopes and not needed & granted):
-        message = f"the token of {answer.get('name')} may only read; nothing was sent"
+    if user.role == "read" or (user.role == "fineGrained" and user.scoped and not needed & user.granted):
+        message = f"the token of {user.name} may only read; nothing was sent"
         raise ConvertError(
             message, code="read-token", hint="make a token with write permission, and set HF_TOKEN to it"
         )
-    return answer
+    return user
 
 
 def read(api: HfApi, repo_id: str, *, revision: str, create_pr: bool, name: str) -> Remote:
@@ -122,7 +151,7 @@ def head_of(api: HfApi, repo_id: str, revision: str) -> str | None:
 
     def look() -> str | None:
         try:
-            return api.model_info(repo_id, revision=revision).sha
+            return text_of(api.model_info(repo_id, revision=revision).sha)
         except RevisionNotFoundError:
             return None
 
@@ -137,7 +166,9 @@ def tree(api: HfApi, repo_id: str, commit: str) -> dict[str, RemoteFile]:
 
         rows = api.list_repo_tree(repo_id, revision=commit, recursive=True)
         return {
-            row.path: RemoteFile(row.size, row.blob_id, row.lfs.sha256 if row.lfs else None)
+            text_of(row.path): RemoteFile(
+                int(row.size), text_of(row.blob_id), text_of(row.lfs.sha256) if row.lfs else None
+            )
             for row in rows
             if isinstance(row, RepoFile)
         }
@@ -153,7 +184,8 @@ def own_pull_request(api: HfApi, repo_id: str, name: str) -> int | None:
             repo_id, author=name, discussion_type="pull_request", discussion_status="open", repo_type="model"
         )
         ours = (TITLE, UNVERIFIED + TITLE)
-        return [row.num for row in rows if row.author == name and row.is_pull_request and row.title.startswith(ours)]
+        mine = [row for row in rows if row.author == name and row.is_pull_request]
+        return [int(row.num) for row in mine if text_of(row.title).startswith(ours)]
 
     return max(ask(look, f"list the pull requests of {repo_id}", repo_id), default=None)
 
@@ -187,18 +219,20 @@ def validate(api: HfApi, repo_id: str, card: bytes) -> tuple[str, ...]:
     """
     utils = hub_utils()
 
-    def look() -> Any:
+    def look() -> tuple[tuple[str, ...], ...]:
         body = {"content": card.decode(), "repoType": "model"}
         address = f"{api.endpoint}/api/validate-yaml"
         response = utils.get_session().post(address, json=body, headers=utils.build_hf_headers())
         if response.status_code != 400:
             utils.hf_raise_for_status(response)
-        return response.json()
+        answer = response.json()
+        return tuple(tuple(str(row["message"]) for row in answer.get(kind) or ()) for kind in ("errors", "warnings"))
 
     answer = ask(look, "have the card checked", repo_id)
-    problems = [Problem("card", CARD, str(row.get("message"))) for row in answer.get("errors") or ()]
+    errors, warnings = answer
+    problems = [Problem("card", CARD, message) for message in errors]
     if problems:
         message = "the Hub would refuse the card's metadata; nothing was sent"
         hint = "correct the option or the line it names"
         raise ConvertError(message, code="card", key=CARD, status=1, problems=problems, hint=hint)
-    return tuple(str(row.get("message")) for row in answer.get("warnings") or ())
+    return warnings

@@ -145,7 +145,7 @@ def _run(api: HfApi, inventory: Inventory, facts: Facts, wish: Wish, dry_run: bo
     model = [file for file in inventory.files.values() if MODEL.fullmatch(file.name)]
     first: Remote | None = None
     for _ in range(5):
-        remote = read(api, facts.repo_id, revision=wish.revision, create_pr=wish.create_pr, name=str(user.get("name")))
+        remote = read(api, facts.repo_id, revision=wish.revision, create_pr=wish.create_pr, name=user.name)
         if wish.create_pr and not remote.exists:
             message = f"{facts.repo_id} is not there, or the token may not see it: nothing to propose a change to"
             raise ConvertError(message, code="not-found", key=facts.repo_id, hint="leave --create-pr out to create it")

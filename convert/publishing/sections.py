@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import asdict
+from typing import Any, TypeGuard
+from urllib.parse import quote
 
+from convert.conversion import Dropped, Edited, Filled
 from convert.publishing import snippets
 from convert.publishing.facts import Facts, Paper
 from convert.publishing.files import private
-from convert.publishing.proof import proof
-from convert.report import fold, size
-from convert.verification.report import padding_text
+from convert.publishing.proof import proof, table
+from convert.publishing.text import code, text
+from convert.publishing.verified import Result
+from convert.report import fold, padding_text, quoted, size
 
 # The settings of a fairseq checkpoint that decide what the network computes.
 _SETTINGS = (
@@ -63,116 +66,111 @@ def _what(facts: Facts) -> str:
     if facts.entry:
         lines.append(f"{facts.entry.description}.")
     same = "the weights are identical" if facts.verified else "it has not been verified that they compute the same"
-    source = f"{facts.trainer}'s `{facts.conversion.get('architecture', {}).get('fairseq', 'model')}`"
+    source = f"{facts.trainer}'s {code(facts.record.architecture.fairseq)}"
     lines.append(
         f"This is a direct state_dict transfer from {facts.trainer} to Hugging Face, of {source} to `{facts.class_name}`: {same}."
     )
     if facts.base_model:
-        lines.append(f"It was fine-tuned from [{facts.base_model}](https://huggingface.co/{facts.base_model}).")
-    text = " ".join(lines)
+        address = f"https://huggingface.co/{quote(facts.base_model)}"
+        lines.append(f"It was fine-tuned from [{text(facts.base_model)}]({address}).")
+    section = " ".join(lines)
     for paper in facts.papers:
         links = [f"[paper](https://arxiv.org/abs/{paper.arxiv})"]
         links += [f"[{name}]({link})" for name, link in (("blog", paper.blog), ("original", paper.code)) if link]
-        text += f"\n\n**{paper.title}** ({', '.join(paper.authors)}, {paper.year}): {', '.join(links)}.\n"
-        text += "".join(f"\n- {fact}" for fact in paper.facts)
+        section += f"\n\n**{paper.title}** ({', '.join(paper.authors)}, {paper.year}): {', '.join(links)}.\n"
+        section += "".join(f"\n- {fact}" for fact in paper.facts)
     if any(paper.facts for paper in facts.papers):
-        text += (
+        section += (
             "\n\nThe papers' figures are those of their best systems, with a language model; none was measured here."
         )
-    return text
+    return section
 
 
 def _source(facts: Facts) -> str:
-    source = facts.conversion.get("source") or {}
-    tool = facts.conversion.get("tool") or {}
+    record = facts.record
     address = facts.entry.address if facts.entry else None
-    file = re.sub(r"[^\w.+-]", "_", str(source.get("name")))  # a file's name may hold anything, Markdown too
-    name = f"[{address.rsplit('/', 1)[-1]}]({address})" if address else f"`{file}`"
-    count = f", {size(int(source['size']))}" if source.get("size") else ""
+    name = f"[{address.rsplit('/', 1)[-1]}]({address})" if address else code(facts.checkpoint)
+    count = f", {size(record.source.size)}" if record.source.size else ""
+    command = f"fairseq-to-hf convert {quoted(facts.checkpoint)} {facts.repo_id.split('/')[-1]}"
     lines = [
-        f"- Checkpoint: {name}{count}, sha256 `{source.get('sha256')}`",
-        f"- Trained with [{facts.trainer}]({_TRAINERS[facts.trainer]}); converted by {tool.get('name')} {tool.get('version')}: "
-        f"`{tool.get('name')} convert {file} {facts.repo_id.split('/')[-1]}`",
+        f"- Checkpoint: {name}{count}, sha256 {code(record.source.sha256)}",
+        f"- Trained with [{facts.trainer}]({_TRAINERS[facts.trainer]}); converted by {facts.tool}: {code(command)}",
     ]
-    for title, key in (("Left out", "drops"), ("Filled in", "fills"), ("Changed", "edits")):
-        rows: Sequence[Mapping[str, Any]] = facts.conversion.get(key) or ()
-        reasons = sorted({str(row.get("reason")) for row in rows})
-        lines += [f"- {title}: {_tensors(rows, reason)}: {reason}" for reason in reasons]
-    settings = _settings(facts.conversion.get("settings") or {})
-    table = "\n".join(f"| `{key}` | `{value}` |" for key, value in settings)
-    return "\n".join(lines) + (f"\n\n| fairseq setting | value |\n| --- | --- |\n{table}" if table else "")
-
-
-def _tensors(rows: Sequence[Mapping[str, Any]], reason: str) -> str:
-    names = fold(str(row.get("key")) for row in rows if str(row.get("reason")) == reason)
-    return ", ".join(f"`{name}`" for name in names)
+    groups: dict[str, Sequence[Dropped | Filled | Edited]] = {
+        "Left out": record.drops,
+        "Filled in": record.fills,
+        "Changed": record.edits,
+    }
+    for (title, rows), key in zip(groups.items(), ("drops", "fills", "edits"), strict=True):
+        for reason in sorted({row.reason for row in rows}):
+            names = ", ".join(code(name) for name in fold(row.key for row in rows if row.reason == reason))
+            lines.append(f"- {title}: {names}" + (f": {text(reason)}" if facts.compared(key) else ""))
+    settings = [f"| {code(key)} | {code(value)} |" for key, value in _settings(record.settings)]
+    return "\n".join(lines + (["", "| fairseq setting | value |", "| --- | --- |", *settings] if settings else []))
 
 
 def _settings(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
-    model = settings.get("model") or {}
-    inner = model.get("w2v_args")
-    inner = inner.get("model", inner) if isinstance(inner, Mapping) else {}
+    inner = settings["model"].get("w2v_args")
+    inner = inner["model"] if isinstance(inner, dict) else {}
     found = []
     for part, key in _SETTINGS:
-        values = settings.get(part) or {}
-        value = values.get(key, inner.get(key) if part == "model" else None)
-        text = str(value).replace("|", "\\|")
-        if value is not None and not private(text):
-            found.append((f"{part}.{key}", text))
+        value = settings[part].get(key, inner.get(key) if part == "model" else None)
+        if value is not None and not private(str(value)):
+            found.append((f"{part}.{key}", str(value)))
     return found
 
 
 def _usage(facts: Facts) -> str:
     needs = "transformers torch soundfile"
     needs += " datasets" if "datasets" in snippets.usage(facts) else ""
-    text = f"`pip install {needs}`, then:\n\n```python\n{snippets.usage(facts)}```"
+    section = f"`pip install {needs}`, then:\n\n```python\n{snippets.usage(facts)}```"
     if facts.output == "hidden":
-        text += "\n\nThe model has no vocabulary: it gives hidden states, no text."
-    kept = (facts.conversion.get("sidecars") or {}).get("final_proj.safetensors") or {}
+        section += "\n\nThe model has no vocabulary: it gives hidden states, no text."
+    kept = facts.record.sidecars.get("final_proj.safetensors")
     if kept:
-        text += (
+        section += (
             "\n\nThe head of pretraining, for which transformers' class has no place, is in `final_proj.safetensors`"
         )
-        joined = facts.class_name == "HubertModel" and "final_proj.weight" in (kept.get("tensors") or {})
-        text += f":\n\n```python\n{snippets.final_proj(facts)}```" if joined else ", under fairseq's names."
+        joined = facts.class_name == "HubertModel" and "final_proj.weight" in kept.tensors
+        section += f":\n\n```python\n{snippets.final_proj(facts)}```" if joined else ", under fairseq's names."
     if facts.languages:
         several = f"{len(facts.languages)} languages, each with an adapter and a vocabulary of its own"
-        spoken = facts.conversion.get("language")
-        text += (
-            f"\n\nThe model knows {several}: {', '.join(f'`{name}`' for name in facts.languages)}. "
-            f"Without being asked it speaks `{spoken}`. To change the language of "
+        section += (
+            f"\n\nThe model knows {several}: {', '.join(map(code, facts.languages))}. "
+            f"Without being asked it speaks {code(facts.record.language)}. To change the language of "
             "a loaded model: `processor.tokenizer.set_target_lang(name)` and `model.load_adapter(name)`."
         )
-    return text
+    return section
 
 
 def _input(facts: Facts) -> str:
-    hertz = facts.preprocessor.get("sampling_rate", 16000)
+    features = facts.features
+    hertz = features.sampling_rate if features else 16000
     lines = [f"- One channel of {hertz / 1000:g} kHz audio; another sampling rate gives wrong results. Resample first."]
-    if facts.preprocessor.get("do_normalize"):
+    if features and features.do_normalize:
         lines.append(
             "- Each waveform is brought to zero mean and unit variance (`do_normalize`), by the processor. On quiet audio "
             "this is not what fairseq does: transformers adds 1e-7 to the variance, fairseq 1e-5. At -40 dBFS fairseq's "
             "result has 0.953 of transformers' amplitude, at -50 dBFS 0.69, so that both may write different text there; "
             "louder speech is not affected."
         )
-    elif "num_mel_bins" in facts.preprocessor:
+    elif features and features.num_mel_bins:
         lines.append(
-            f"- The feature extractor makes {facts.preprocessor['num_mel_bins']} log-mel features of every 10 ms, normalised "
+            f"- The feature extractor makes {features.num_mel_bins} log-mel features of every 10 ms, normalised "
             "over the utterance as `do_ceptral_normalize` says. Silence has a deviation of 0, by which transformers divides "
             "(fairseq takes 1e-5 at least): leave it out. With torchaudio installed the features are fairseq's, without it "
             "they differ by about 1e-4."
         )
-    elif facts.preprocessor:
+    elif features:
         lines.append(
             "- The waveform is not normalised (`do_normalize` is false), as in training: samples from -1 to 1."
         )
-    if facts.preprocessor.get("return_attention_mask"):
+    if features and features.return_attention_mask:
         lines.append(
             "- In a padded batch, pass the processor's `attention_mask` on: fairseq masks padding always, and without the "
             "mask shorter utterances come out differently."
         )
-    elif facts.preprocessor:
+    elif features:
         lines.append("- The processor returns no `attention_mask`; run utterances of different lengths one by one.")
     if facts.class_name.startswith(("Hubert", "WavLM")):
         lines.append(
@@ -185,11 +183,11 @@ def _input(facts: Facts) -> str:
 
 def _measured_padding(facts: Facts) -> str:
     """Say what the verification measured of a padded batch whose frames are counted otherwise."""
-    rows: Sequence[Mapping[str, Any]] = (facts.verification or {}).get("padding") or ()
+    rows = facts.verification.padding if facts.verification else ()
     if not rows:
         return ""
     return (
-        f" Measured on {padding_text(rows[0]).removeprefix('padded batches: ')}. With an `attention_mask` that has as many "
+        f" Measured on {text(padding_text(asdict(rows[0])).removeprefix('padded batches: '))}. With an `attention_mask` that has as many "
         "ones as it takes samples for fairseq's frames, transformers computes what fairseq does; that was verified, too."
     )
 
@@ -199,9 +197,9 @@ def _evaluation(facts: Facts) -> str:
         return "The model writes no text, so that there is no word error rate to measure."
     parts = []
     if facts.evaluation:
-        rows = "\n".join(_result(row) for row in facts.evaluation)
-        parts.append(f"| data | WER % | CER % | utterances | decoder | normaliser |\n|{' --- |' * 6}\n{rows}")
-        commands = dict.fromkeys(str(row["command"]) for row in facts.evaluation if row.get("command"))
+        head = ["data", "WER %", "CER %", "utterances", "decoder", "normaliser"]
+        parts.append(table([head, *map(_result, facts.evaluation)]))
+        commands = [command for command in dict.fromkeys(row.command for row in facts.evaluation) if _is_plain(command)]
         parts += ["Measured with:\n\n```sh\n" + "\n".join(commands) + "\n```"] if commands else []
     else:
         parts.append("No evaluation of this model has been made: its word error rate is not known.")
@@ -209,27 +207,26 @@ def _evaluation(facts: Facts) -> str:
             parts.append("To measure it: `fairseq-to-hf evaluate MODEL_DIR --manifest test.tsv`.")
     if snippets.librispeech(facts):
         tests = "LibriSpeech's `clean` and `other` test sets"
-        done = {str((row.get("dataset") or {}).get("config")) for row in facts.evaluation}
+        done = {row.dataset.config for row in facts.evaluation}
         if not {"clean", "other"} <= done:
             parts.append(f"On {tests}:\n\n| clean | other |\n| --- | --- |\n| not measured | not measured |")
-        text = f"This measures it on {tests}, greedy decoding, no language model, no text normalisation"
-        parts.append(f"{text} (`pip install jiwer` as well):\n\n```python\n{snippets.evaluation(facts)}```")
+        how = f"This measures it on {tests}, greedy decoding, no language model, no text normalisation"
+        parts.append(f"{how} (`pip install jiwer` as well):\n\n```python\n{snippets.evaluation(facts)}```")
     return "\n\n".join(parts)
 
 
-def _result(row: Mapping[str, Any]) -> str:
-    data = row["dataset"]
-    name = ", ".join(str(data[key]) for key in ("name", "config", "split") if data.get(key)) or str(data["type"])
-    revision = f" at `{str(data['revision']).removeprefix('sha256:')[:12]}`" if data.get("revision") else ""
-    rates = [f"{100 * row['metrics'][kind]:.2f}" if kind in row["metrics"] else "" for kind in ("wer", "cer")]
-    cells = [
-        name + revision,
-        *rates,
-        str(row.get("utterances", "")),
-        str(row.get("decoder")),
-        str(row.get("normalizer")),
-    ]
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+def _is_plain(command: str | None) -> TypeGuard[str]:
+    """Whether a command line can stand in a block of code, and end neither the block nor the section."""
+    return bool(command) and str(command).isprintable() and not {"`", "<", "~"} & {*str(command)}
+
+
+def _result(row: Result) -> list[str]:
+    data = row.dataset
+    name = text(", ".join(part for part in (data.name, data.config, data.split) if part) or data.type)
+    name += f" at {code(data.revision.removeprefix('sha256:')[:12])}" if data.revision else ""
+    rates = [f"{100 * row.metrics[kind]:.2f}" if kind in row.metrics else "" for kind in ("wer", "cer")]
+    utterances = "" if row.utterances is None else str(row.utterances)
+    return [name, *rates, utterances, text(row.decoder), text(row.normalizer)]
 
 
 def _limits(facts: Facts) -> str:
@@ -240,7 +237,7 @@ def _limits(facts: Facts) -> str:
         )
     if facts.entry is None:
         lines.append("- What it was trained on is known only as far as this card says it.")
-    environment = (facts.verification or {}).get("environment") or {}
+    environment = facts.verification.environment if facts.verification else {}
     if "transformers" in environment:
         lines.append(
             "- The proof holds for the versions it names; bit-identity depends on processor and thread count too."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from convert.publishing.facts import Facts
 
 _PROCESSOR = "processor = AutoProcessor.from_pretrained(repository, revision=revision{language})\n"
@@ -137,7 +139,7 @@ def usage(facts: Facts) -> str:
     if facts.ctc and facts.letters and "en" in facts.language:
         return _TRANSCRIBE.format(name=facts.class_name, load=_load(facts))
     classes, load, use = _USES[facts.output]
-    hertz = facts.preprocessor.get("sampling_rate", 16000)
+    hertz = facts.features.sampling_rate if facts.features else 16000
     classes = f"{classes}, {facts.class_name}"
     return _OWN_FILE.format(classes=classes, load=_load(facts, load), use=use.rstrip("\n"), hertz=hertz)
 
@@ -162,4 +164,4 @@ def _load(facts: Facts, parts: str = _PROCESSOR) -> str:
 
 def _pin(facts: Facts) -> str:
     remark = "  # exactly the files this card speaks of" if facts.pin else "  # pin the commit that you have checked"
-    return f'repository = "{facts.repo_id}"\nrevision = "{facts.pin or "main"}"{remark}\n'
+    return f'repository = "{facts.repo_id}"\nrevision = {json.dumps(facts.pin or "main")}{remark}\n'

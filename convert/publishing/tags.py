@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from convert.errors import ConvertError
 from convert.publishing.files import LocalFile
-from convert.publishing.hub import ask
+from convert.publishing.hub import ask, text_of
 from convert.publishing.remote import tree
 
 if TYPE_CHECKING:
@@ -16,11 +16,14 @@ if TYPE_CHECKING:
 
 def find(api: HfApi, repo_id: str, tag: str) -> str | None:
     """Return the commit of a tag, `None` when there is no such tag."""
-    refs = ask(lambda: api.list_repo_refs(repo_id), f"list the tags of {repo_id}", repo_id)
-    if not any(row.name == tag for row in refs.tags):
+
+    def look() -> bool:
+        return any(row.name == tag for row in api.list_repo_refs(repo_id).tags)
+
+    if not ask(look, f"list the tags of {repo_id}", repo_id):
         return None
     # of an annotated tag, the list may name the tag's own object: ask for the commit
-    return ask(lambda: api.model_info(repo_id, revision=tag).sha, f"read the tag {tag} of {repo_id}", repo_id)
+    return ask(lambda: text_of(api.model_info(repo_id, revision=tag).sha), f"read the tag {tag} of {repo_id}", repo_id)
 
 
 def check(api: HfApi, repo_id: str, tag: str, model: Iterable[LocalFile], commit: str | None) -> str | None:

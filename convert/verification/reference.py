@@ -118,6 +118,10 @@ class Reference(Protocol):
     def floors(self, probe: Probe, name: str, answer: Answer, exact: Answer) -> dict[str, float]:
         """Measure how far its arithmetic is from its own in float64, by stage."""
 
+    @property
+    def blank(self) -> int | None:
+        """The id that fairseq takes for CTC's blank; -1 for a model without one, `None` where the reference does not say."""
+
     def spell(self, language: str = "") -> str:
         """Transcribe every symbol of the dictionary, in order; of a language's, where one is named."""
 
@@ -188,6 +192,11 @@ class Live:
     def floors(self, probe: Probe, name: str, answer: Answer, exact: Answer) -> dict[str, float]:
         """Measure how far its arithmetic is from its own in float64."""
         return distances(answer.stages, exact.stages)
+
+    @property
+    def blank(self) -> int:
+        """The blank of fairseq's own criterion."""
+        return self.inner.blank
 
     def spell(self, language: str = "") -> str:
         """Transcribe every symbol of the dictionary, in order."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.errors import Problem
-from convert.report import json_bytes, problem_lines
+from convert.report import json_bytes, padding_text, problem_lines
 from convert.verification.compare import SCORES
 from convert.verification.controls import Control
 from convert.verification.endtoend import EndToEnd
@@ -185,15 +185,6 @@ def _reasons(report: Mapping[str, Any]) -> list[Problem]:
         for first, *others in groups.values()
     ]
     return sorted(reasons, key=lambda problem: EFFECTS.index(problem.code) if problem.code in EFFECTS else -1)
-
-
-def padding_text(one: Mapping[str, Any]) -> str:
-    """Say what transformers makes of a padded batch of which fairseq counts other frames."""
-    theirs, ours = (", ".join(map(str, one[f"{side}_frames"])) for side in ("fairseq", "transformers"))
-    return (
-        f"padded batches: of {', '.join(map(str, one['samples']))} samples fairseq counts {theirs} frames, and "
-        f"transformers {ours}; {one['stage']} is up to {one['max_abs_difference']:.1e} off then, by design"
-    )
 
 
 def _weights(weights: Mapping[str, Any]) -> str:

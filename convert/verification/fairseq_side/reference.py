@@ -213,12 +213,16 @@ class Reference:
         """The best symbol of every frame, for each utterance; nothing without a vocabulary."""
         return stages["logits"].float().argmax(-1).split(frames) if "logits" in stages else ()
 
+    @property
+    def blank(self) -> int:
+        """The id of CTC's blank; -1 where there is none."""
+        return int(self.request["blank"])
+
     def spell(self, language: str = "") -> str:
         """Transcribe a path that holds every symbol of the dictionary that is not special, in order, twice."""
         self.speak(language)
-        special, blank = self.request["special"], self.request["blank"]
-        ids = [i for i in range(len(self.request["symbols"])) if i not in special]
-        return self.transcribe([part for i in ids * 2 for part in (i, blank)]) if ids else ""
+        ids = [i for i in range(len(self.request["symbols"])) if i not in self.request["special"]]
+        return self.transcribe([part for i in ids * 2 for part in (i, self.blank)]) if ids else ""
 
     def words(self) -> Any:
         """fairseq's dictionary: the checkpoint's own, or one of the symbols that were passed."""
@@ -239,13 +243,8 @@ class Reference:
         raise CannotBuildError("%s writes no text" % type(self.model).__name__)
 
     def transcribe(self, path: Any) -> str:
-        """Turn a greedy path (an id for each frame) into text, as `CtcCriterion` does; special symbols count as blank."""
-        from fairseq.data import data_utils
-
-        blank = self.request["blank"]
-        ids: Any = torch.as_tensor([blank if i in self.request["special"] else i for i in path])
-        kept = ids.unique_consecutive()
-        return str(data_utils.post_process(self.words().string(kept[kept != blank]), self.request["post_process"]))
+        """Turn the best symbol of every frame, or what a decoder generated, into text; nothing without a vocabulary."""
+        return ""
 
 
 class HeadlessReference(Reference):
