@@ -172,10 +172,10 @@ class Checkpoint:
             self.container.check_unchanged()
 
     def sha256(self) -> str:
-        """Hash the file, through the mapping."""
-        from convert.transfer import sha256_of
+        """Hash its files, through the mapping."""
+        from convert.transfer import sha256_of_all
 
-        return sha256_of(self.container.original.data)
+        return sha256_of_all(self.container)
 
 
 @dataclass(frozen=True, slots=True)
