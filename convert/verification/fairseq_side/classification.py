@@ -55,8 +55,7 @@ class ClassificationReference(CtcReference):
 
     def transcribe(self, path: Any) -> str:
         """Name labels, as fairseq's own dictionary does."""
-        symbols = self.request["symbols"] if self.dictionary is None else self.dictionary.symbols
-        return " ".join(symbols[index] for index in path)
+        return " ".join(self.request["symbols"][index] for index in path)
 
 
 ARCHITECTURES = {"wav2vec_classification": (build_classifier, ClassificationReference)}
