@@ -16,7 +16,7 @@ import sentencepiece
 import torch
 import yaml
 
-from convert.checkpoint import fairseq2
+from convert.checkpoint import fairseq2, open_checkpoint
 from convert.checkpoint.container import Container
 from convert.checkpoint.fairseq2 import Options, find_run, find_tokenizer, join, read_settings, read_tokenizer
 from convert.checkpoint.fairseq2_architectures import ARCHITECTURES, ASR, PRETRAINED
@@ -25,7 +25,7 @@ from convert.checkpoint.layouts import open_container
 from convert.checkpoint.sentencepiece import read_model
 from convert.checkpoint.unpickle import StoredTensor
 from convert.errors import CheckpointError
-from convert.transfer import read_array, sha256_of_all
+from convert.transfer import read_array
 
 
 def joined(path: Path) -> tuple[Container, dict[str, StoredTensor]]:
@@ -173,8 +173,11 @@ def test_a_folder_without_a_checkpoint(tmp_path: Path) -> None:
 def test_several_files_have_one_digest(run: Path) -> None:
     container, _ = joined(run / "best")
     done = subprocess.run("sha256sum sdp_*.pt | sha256sum", shell=True, cwd=container.path.parent, capture_output=True)
-    assert sha256_of_all(container) == done.stdout.decode().split()[0]
+    assert container.sha256() == done.stdout.decode().split()[0]
     container.close()
+    with open_checkpoint(run / "best") as opened:
+        assert opened.sha256() == done.stdout.decode().split()[0]
+        assert opened.size == sum(file.stat().st_size for file in container.path.parent.iterdir())
 
 
 # --- settings -------------------------------------------------------------------------------------------------------

@@ -2,65 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from convert.errors import ConvertError
-from convert.files import check_file, new_file, scratch_directory
+from convert.checkpoint import Checkpoint
+from convert.families import Request
+from convert.files import new_file, scratch_directory
 from convert.loading import quiet
 from convert.verification.devices import steady
 from convert.verification.fairseq_side import recording
-from convert.verification.fairseq_side.importing import CannotBuildError
-from convert.verification.inputs import Waveform, collect, in_languages, probes
+from convert.verification.inputs import collect, in_languages, probes
 from convert.verification.recording import Recorded, ask, pack
-from convert.verification.reference import HINT, run_interpreter
+from convert.verification.reference import answering, run_interpreter
 from convert.verification.run import pieces_of
-from convert.verification.subject import HALVES, read_subject
+from convert.verification.subject import read_subject
 
 
 def make_recording(
-    checkpoint: str | Path,
+    opened: Checkpoint,
     out: Path,
+    request: Request,
     *,
     fairseq_python: str | None,
     audio: Sequence[str | Path],
     dtype: str,
-    dictionary: Path | None,
-    base: str | Path | None,
-    ema: bool,
-    trusted: bool,
     long: bool,
-    language: str,
     overwrite: bool,
 ) -> Path:
-    """Run fairseq and write its answers; the arguments are those of `convert.verification.record`."""
-    check_file(out, overwrite)
-    if dtype and dtype not in HALVES:
-        raise ConvertError(f"{dtype!r} is neither float16 nor bfloat16", code="usage", key="--dtype")
-    subject, geometry = read_subject(
-        checkpoint, dictionary=dictionary, base=base, ema=ema, trusted=trusted, language=language
-    )
-    clips = collect(audio, subject.rate, geometry)
-    wanted = [one for one in probes(geometry, clips, rate=subject.rate) if long or one.name != "30-seconds"]
-    if not language:
-        wanted = in_languages(wanted, (name for name in subject.languages if name != subject.language))
-    pieces = list(pieces_of(geometry, clips, wanted).values())
-    request, arrays = ask(subject, clips, wanted, pieces, dtype)
-    if fairseq_python is not None:
-        with run_interpreter(fairseq_python, request, arrays) as made:
-            return _finish(made, out, clips, overwrite)
-    with scratch_directory() as folder:
-        made = folder / "answers"
-        try:
-            with quiet(), steady():
-                recording.record(request | {"out": str(made)}, arrays)
-        except CannotBuildError as error:
-            raise ConvertError(f"{error}", code="no-fairseq", hint=HINT) from error
-        return _finish(made, out, clips, overwrite)
+    """Run fairseq and write its answers.
 
-
-def _finish(made: Path, out: Path, clips: Mapping[str, Waveform], overwrite: bool) -> Path:
-    with new_file(out, overwrite=overwrite) as path:
-        pack(made, path, clips)
+    Args:
+        opened: the checkpoint.
+        request: what a conversion would be asked for.
+        out, fairseq_python, audio, dtype, long, overwrite: as for `convert.verification.record`.
+    """
+    with new_file(out, overwrite=overwrite) as path, opened.unchanged():
+        subject, geometry = read_subject(opened, request)
+        clips = collect(audio, subject.rate, geometry)
+        wanted = [one for one in probes(geometry, clips, rate=subject.rate) if long or one.name != "30-seconds"]
+        if not request.language:
+            wanted = in_languages(wanted, (name for name in subject.languages if name != subject.language))
+        pieces = list(pieces_of(geometry, clips, wanted).values())
+        asked, arrays = ask(subject, clips, wanted, pieces, dtype)
+        if fairseq_python is not None:
+            with run_interpreter(fairseq_python, asked, arrays) as answers:
+                pack(answers, path, clips)
+        else:
+            with scratch_directory() as folder:
+                with answering(), quiet(), steady():
+                    recording.record(asked | {"out": str(folder / "answers")}, arrays)
+                pack(folder / "answers", path, clips)
         Recorded(path)  # what was written can be read
     return out
