@@ -95,7 +95,7 @@ def _seen(seen: Survey) -> dict[str, Any]:
     state = max((*seen.states, *seen.averages), key=lambda one: (len(one.roots), len(one.entries)))
     container, prefix = seen.container, next(iter(state.roots), "")
     found = {str(name): value for name, value in state.entries.items() if isinstance(value, StoredTensor)}
-    dtypes = {DTYPES.get(tensor.storage.type, (tensor.storage.type, 0))[0] for tensor in found.values()}
+    dtypes = {DTYPES.get(tensor.storage.type, tensor.storage.type) for tensor in found.values()}
     return {
         "file": {"name": seen.path.name, "size": container.size, "container": container.kind}
         | {"compressed": container.unpack is not None},
