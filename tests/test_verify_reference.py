@@ -68,18 +68,14 @@ class Unknown:
     """A class that no trainer of fairseq pickles."""
 
 
-def test_a_pickle_with_an_unknown_global(tmp_path: Path) -> None:
+def test_a_pickle_with_a_class_of_the_users_own(tmp_path: Path) -> None:
     checkpoint = save("ctc_base", tmp_path / "model.pt")
     state = torch.load(checkpoint, weights_only=False)
     state["extra_state"]["mine"] = Unknown()
     torch.save(state, checkpoint)
     model = convert(checkpoint, tmp_path / "converted").path
-    with pytest.raises(ConvertError, match=r"test_verify_reference\.Unknown") as caught:
-        verify(checkpoint, model)
-    assert (caught.value.code, caught.value.status) == ("unsafe-pickle", 2)
-    with pytest.raises(ConvertError, match="Unknown"):
-        record(checkpoint, tmp_path / "reference.safetensors")
-    assert verify(checkpoint, model, trust_checkpoint=True, long=False).passed
+    assert verify(checkpoint, model, long=False).passed
+    assert record(checkpoint, tmp_path / "reference.safetensors", long=False).is_file()
 
 
 def test_a_directory_of_another_checkpoint(base: tuple[Path, Path], tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -159,6 +159,18 @@ class Checkpoint:
             for name, tensor in self.tensors_of(group).items()
         }
 
+    @contextlib.contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Refuse what is done meanwhile, however it ends, if one of the files changes.
+
+        Raises:
+            CheckpointError: `changed`.
+        """
+        try:
+            yield
+        finally:
+            self.container.check_unchanged()
+
     def sha256(self) -> str:
         """Hash its files, through the mapping."""
         from convert.transfer import sha256_of_all
@@ -208,8 +220,10 @@ def survey(path: str | Path) -> Survey:
         top = container.value if isinstance(container.value, dict) else {}
         found = states(container.value)
         layout, settings = read_settings(top, path.name) or ("", None)
-        averages = tuple(state for state in found if state.is_average and state.roots)
-        plain = tuple(state for state in found if state not in averages)
+        plain = tuple(state for state in found if not (state.is_average and state.roots))
+        averages = tuple(state for state in found if state not in plain)
+        # fairseq's own: beside it, `ema_fp32_params` is the same in a wider type
+        averages = tuple(state for state in averages if state.where == "extra_state.ema") or averages
         return Survey(path, container, top, plain, averages, layout, settings)
     except BaseException:
         container.close()
@@ -380,8 +394,7 @@ def _choose(seen: Survey, ema: bool) -> tuple[State, str]:
     """
     listed = seen.states
     if ema:
-        # fairseq's own first: beside it, `ema_fp32_params` is the same in a wider type
-        listed = tuple(one for one in seen.averages if one.where == "extra_state.ema") or seen.averages
+        listed = seen.averages
         if not listed:
             raise CheckpointError(
                 f"{seen.path.name} holds no exponential moving average of a model's weights; nothing was written",

@@ -86,4 +86,8 @@ def main(path: str) -> int:
     except CannotBuildError as error:
         sys.stderr.write("%s\n" % error)
         return 3
+    except Exception as error:
+        reason = ("%s: %s" % (type(error).__name__, error)).split("\n")[0]
+        sys.stderr.write("fairseq cannot run the model: %s\n" % reason)
+        return 3
     return 0
