@@ -24,7 +24,7 @@ from convert.checkpoint.layouts import open_container
 from convert.checkpoint.sentencepiece import read_model
 from convert.checkpoint.unpickle import StoredTensor
 from convert.errors import CheckpointError
-from convert.transfer import read_array, sha256_of_all
+from convert.transfer import read_array
 
 
 def joined(path: Path) -> tuple[Container, dict[str, StoredTensor]]:
@@ -172,7 +172,7 @@ def test_a_folder_without_a_checkpoint(tmp_path: Path) -> None:
 def test_several_files_have_one_digest(run: Path) -> None:
     container, _ = joined(run / "best")
     done = subprocess.run("sha256sum sdp_*.pt | sha256sum", shell=True, cwd=container.path.parent, capture_output=True)
-    assert sha256_of_all(container) == done.stdout.decode().split()[0]
+    assert container.sha256() == done.stdout.decode().split()[0]
     container.close()
     with open_checkpoint(run / "best") as opened:
         assert opened.sha256() == done.stdout.decode().split()[0]
