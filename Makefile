@@ -54,9 +54,9 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 	touch $@
 
 # fairseq is archived; fairseq-fixed is its main branch with the dataclass fixes that Python 3.11 needs. Its C++ parts
-# are for training only (READTHEDOCS leaves them out). Of s3prl, the
-# copy of unilm's WavLM.py is used alone. fairseq2's native part wants one exact torch: its models run without it. Those who
-# train Omnilingual ASR have 0.6.0, in a folder of its own here.
+# are for training only (READTHEDOCS leaves them out). Of s3prl, only the copy of unilm's WavLM.py is used. fairseq2's
+# native part wants one exact torch: its models run without it. Those who train Omnilingual ASR have 0.6.0, in a folder of
+# its own here.
 $(VENV)/.test: $(VENV)/.demo
 	$(BIN)/python -m pip install -q -e ".[verify,evaluate,test]" setuptools wheel
 	READTHEDOCS=1 $(BIN)/python -m pip install -q --no-deps --no-build-isolation fairseq-fixed s3prl

@@ -13,28 +13,31 @@ from pathlib import Path
 
 import torch
 
-from convert.mapping.wav2vec2 import Layout, table
+from convert.families.base import Part
+from convert.families.ctc import Symbols
+from convert.families.encoder import Encoder, Layout
+from convert.mapping import table
 
 LETTERS = list("|ETAONIHSRDLUMWCFGYPBVK'XJQZ")
 CONVOLUTIONS = "[(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512,2,2)] + [(512,2,2)]"
 LARGE = Layout(
     family="wav2vec2",
     kind="ctc",
-    convolutions=((512, 10), *((512, 3),) * 4, (512, 2), (512, 2)),
-    group_norm=False,
-    conv_bias=True,
-    projection=True,
-    weight_norm=True,
-    hidden=1024,
-    ffn=4096,
-    layers=24,
-    conv_pos=128,
-    pos_group=64,
-    vocab=len(LETTERS) + 4,
-    codes=0,
-    code_width=0,
-    codevector=0,
-    final=0,
+    prefix="w2v_encoder.w2v_model.",
+    encoder=Encoder(
+        convolutions=((512, 10), *((512, 3),) * 4, (512, 2), (512, 2)),
+        group_norm=False,
+        conv_bias=True,
+        projection=True,
+        weight_norm=True,
+        hidden=1024,
+        ffn=4096,
+        layers=24,
+        conv_pos=128,
+        pos_group=64,
+    ),
+    head=Symbols(len(LETTERS) + 4),
+    own=Part(),
 )
 ENCODER = {
     "arch": "wav2vec2",

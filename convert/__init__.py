@@ -14,6 +14,7 @@ _PUBLIC = {
     "PlanError": "convert.errors",
     "MismatchError": "convert.errors",
     "convert": "convert.package",
+    "convert_all": "convert.package",
     "plan": "convert.package",
     "compare_weights": "convert.package",
     "restore": "convert.restoration",

@@ -16,7 +16,7 @@ from convert.typed import Misfit, read
 
 if TYPE_CHECKING:
     from convert.checkpoint import Checkpoint
-    from convert.model.types import Model, Request
+    from convert.families import Conversion, Request
 
 NAME = "conversion.json"
 DTYPES = {
@@ -63,7 +63,7 @@ class Architecture:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What the conversion was asked for; `convert.model.types.Request` explains it."""
+    """What the conversion was asked for; `convert.families.Request` explains it."""
 
     closed: ClassVar[bool] = True
     head: str | None = None
@@ -71,11 +71,18 @@ class Asked:
     language: str | None = None
     data_config: Mapping[str, Any] | None = None
     ema: bool = False
+    arch: str = ""
+    normalize: bool | None = None
+
+    @property
+    def opening(self) -> dict[str, Any]:
+        """The arguments of `open_checkpoint` among it."""
+        return {"ema": self.ema, "arch": self.arch, "normalize": self.normalize}
 
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """A tensor that was left out; see `convert.mapping.rules.Drop`."""
+    """A tensor that was left out; see `convert.rules.Drop`."""
 
     key: str
     reason: str
@@ -86,7 +93,7 @@ class Dropped:
 
 @dataclass(frozen=True, slots=True)
 class Filled:
-    """A tensor that a rule made; see `convert.mapping.rules.Fill`."""
+    """A tensor that a rule made; see `convert.rules.Fill`."""
 
     key: str
     rule: str
@@ -95,7 +102,7 @@ class Filled:
 
 @dataclass(frozen=True, slots=True)
 class Edited:
-    """A row that was changed; see `convert.mapping.rules.Edit`."""
+    """A row that was changed; see `convert.rules.Edit`."""
 
     key: str
     row: int
@@ -205,7 +212,13 @@ def _check_sections(settings: Any, name: str) -> None:
 
 
 def record_of(
-    opened: Checkpoint, model: Model, request: Request, digest: str, dtype: str, files: Mapping[str, Any], version: str
+    opened: Checkpoint,
+    model: Conversion,
+    request: Request,
+    digest: str,
+    dtype: str,
+    files: Mapping[str, Any],
+    version: str,
 ) -> dict[str, Any]:
     """Make the content of conversion.json: nothing in it is private or volatile.
 
@@ -227,7 +240,7 @@ def record_of(
             "sha256": digest,
             "container": opened.container.kind,
             "layout": opened.layout,
-            **_place(opened),
+            **_place(opened, digest),
         },
         **({} if opened.base is None else {"base": asdict(opened.base)}),
         "architecture": {"fairseq": model.fairseq, "class": model.target, "head": model.head},
@@ -243,11 +256,8 @@ def record_of(
         "table": {"name": model.plan.table.name, "digest": model.plan.table.digest},
         "tensors": {target: source for source, target in model.plan.renames.items()},
         "drops": [drop.record for drop in model.drops],
-        "fills": [{"key": fill.target, "rule": fill.rule, "reason": fill.reason} for fill in model.plan.fills],
-        "edits": [
-            {"key": edit.target, "row": edit.row, "rule": edit.rule, "value": edit.value, "reason": edit.reason}
-            for edit in model.plan.table.edits
-        ],
+        "fills": [fill.record for fill in model.plan.fills],
+        "edits": [edit.record for edit in model.plan.table.edits],
         "edited_rows": _edited_rows(opened, model),
         "left_rows": _left_rows(opened, model, dtype),
         "sidecars": {
@@ -262,10 +272,12 @@ def record_of(
     }
 
 
-def _place(opened: Checkpoint) -> dict[str, Any]:
-    """Where the model is in its file, if that is not where fairseq's trainer puts it."""
+def _place(opened: Checkpoint, digest: str) -> dict[str, Any]:
+    """Where the model is in its file, if that is not where fairseq's trainer puts it; where the file is from, if known."""
     made = {"where": opened.where, "prefix": opened.prefix, "renamed": dict(opened.renamed)}
-    usual = {"where": "model", "prefix": "", "renamed": {}}
+    usual: dict[str, Any] = {"where": "model", "prefix": "", "renamed": {}, "address": "", "catalogue": ""}
+    if opened.origin is not None and opened.origin.sha256 in ("", digest):
+        made |= {"address": opened.origin.address, "catalogue": opened.origin.catalogue}
     return {key: value for key, value in made.items() if value != usual[key]}
 
 
@@ -273,7 +285,7 @@ def _symbols(dictionary: Dictionary) -> dict[str, Any]:
     return {name: list(getattr(dictionary, name)) for name in ("symbols", "counts", "special")}
 
 
-def _edited_rows(opened: Checkpoint, model: Model) -> dict[str, dict[str, str]]:
+def _edited_rows(opened: Checkpoint, model: Conversion) -> dict[str, dict[str, str]]:
     """The bytes of every row that is edited as they were before, in hexadecimal, for the way back."""
     from convert.transfer import read_array
 
@@ -286,7 +298,7 @@ def _edited_rows(opened: Checkpoint, model: Model) -> dict[str, dict[str, str]]:
     return kept
 
 
-def _left_rows(opened: Checkpoint, model: Model, dtype: str) -> dict[str, str]:
+def _left_rows(opened: Checkpoint, model: Conversion, dtype: str) -> dict[str, str]:
     """The bytes of the rows before those that a tensor takes, of the same type as it, in hexadecimal, for the way back."""
     from convert.transfer import cast, read_array
 

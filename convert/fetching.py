@@ -1,4 +1,4 @@
-"""Downloads a released fairseq checkpoint by its name in the catalogue, and remembers its SHA-256."""
+"""Downloads a checkpoint by its name in the catalogue or by its address, and remembers its SHA-256."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.resources import files
@@ -17,8 +17,8 @@ from types import MappingProxyType
 from typing import Any
 
 from convert.errors import ConvertError, MismatchError
-from convert.network import InterruptedTransfer, ask, declared_size, network
-from convert.report import json_bytes, parse_json, without_user
+from convert.network import InterruptedTransfer, ask, declared_size, network, public_address
+from convert.report import json_bytes, parse_json
 
 PIECE = 1 << 20
 
@@ -38,6 +38,21 @@ class Entry:
     datasets: tuple[str, ...]  # Hub ids, as far as its training data is on the Hub
     base_model: str | None  # the Hub id of what it was fine-tuned from
     citation: str  # arXiv number
+    symbols: bool = False  # whether it has a vocabulary or labels, so that a conversion needs a dictionary
+
+    @property
+    def needs(self) -> str:
+        """Say what a conversion needs beside the file."""
+        if not self.symbols:
+            return "nothing"
+        if self.dictionary:
+            return "its dictionary, which is fetched with it"
+        return "a dictionary, of which fairseq lists none: --dict FILE, unless the checkpoint carries it"
+
+    def matches(self, words: Iterable[str]) -> bool:
+        """Say whether an entry speaks of all of these words."""
+        text = " ".join((self.name, self.title, self.description, *(self.language or ()), *self.datasets)).lower()
+        return all(word.lower() in text for word in words)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,26 +127,47 @@ def fetch(
         raise ConvertError(f"no released checkpoint is called {name!r}", code="unknown-name", key=name, hint=hint)
     target = Path(directory, f"{name}.pt")
     target.parent.mkdir(parents=True, exist_ok=True)
-    bring = functools.partial(_bring, name, timeout=timeout, attempts=attempts, pause=pause, progress=progress)
+    options: dict[str, Any] = {"timeout": timeout, "attempts": attempts, "pause": pause, "progress": progress}
     dictionary, brought = None, False
     if address := entries[name].dictionary:  # first: when its address is dead, that shows before the large transfer
         dictionary = target.with_name(f"{name}.dict.txt")
-        _, brought = bring(address, dictionary)
-    record, downloaded = bring(entries[name].address, target)
+        _, brought = bring(name, address, dictionary, **options)
+    record, downloaded = bring(name, entries[name].address, target, **options)
     return Fetched(target, dictionary, record, brought or downloaded)
 
 
-def _bring(
-    name: str, address: str, target: Path, *, timeout: float, attempts: int, pause: float, progress: bool
+def bring(
+    name: str,
+    address: str,
+    target: Path,
+    *,
+    timeout: float = 30.0,
+    attempts: int = 5,
+    pause: float = 1.0,
+    progress: bool = False,
 ) -> tuple[Record, bool]:
+    """Download one file, and write its record beside it.
+
+    Args:
+        name: what the record calls it.
+        address: where it is.
+        target: the file to make, in a directory that is there.
+        timeout, attempts, pause, progress: as for `fetch`.
+
+    Returns:
+        Its record, and whether anything was downloaded.
+
+    Raises:
+        ConvertError, MismatchError: as `fetch`.
+    """
     sidecar = target.with_name(f"{target.name}.json")
-    shown = without_user(address)
-    recorded = _read_record(sidecar)
+    public = public_address(address)
+    recorded = read_record(sidecar)
     if target.exists():
         if recorded is None:
             message = f"{target}: is in the way and has no record {sidecar.name}; left as it is"
             raise ConvertError(message, code="in-the-way", key=str(target), hint="move it away and fetch again")
-        found = Record(name, shown, target.stat().st_size, _sha256(target), recorded.etag)
+        found = Record(name, public, target.stat().st_size, _sha256(target), recorded.etag)
         _compare(found, recorded, target, f"move {target.name} and {sidecar.name} away and fetch again")
         return recorded, False
     for attempt in range(attempts):
@@ -143,9 +179,9 @@ def _bring(
             reason = error
     else:
         kept = [f"{part.stat().st_size} bytes are kept in {part.name}" for part in _parts(target)]
-        message = f"{shown}: {reason}, {attempts} attempts; {', '.join(kept) or 'nothing was written'}"
-        raise ConvertError(message, code="network", key=shown, hint="run it again: it goes on where it stopped")
-    found = Record(name, shown, part.stat().st_size, _sha256(part), etag)
+        message = f"{public}: {reason}, {attempts} attempts; {', '.join(kept) or 'nothing was written'}"
+        raise ConvertError(message, code="network", key=public, hint="run it again: it goes on where it stopped")
+    found = Record(name, public, part.stat().st_size, _sha256(part), etag)
     if recorded:
         _compare(found, recorded, part, f"to accept the new bytes, delete {sidecar.name} and fetch again")
     # the record first: killed in between, the next fetch finds the whole part and has only to rename it
@@ -237,7 +273,12 @@ def _compare(found: Record, recorded: Record, path: Path, hint: str) -> None:
         raise MismatchError(message, code="sha256", key=str(path), hint=hint)
 
 
-def _read_record(sidecar: Path) -> Record | None:
+def read_record(sidecar: Path) -> Record | None:
+    """Read the record of a fetched file; `None`, when there is none.
+
+    Raises:
+        ConvertError: `record`, when it is something else.
+    """
     kinds: dict[str, Any] = {"name": str, "address": str, "size": int, "sha256": str, "etag": (str, type(None))}
     try:
         fields = parse_json(sidecar.read_bytes(), sidecar.name)

@@ -84,11 +84,18 @@ def load_model(part: Any, source: str | Path, *, status: int = 2, **options: Any
         MismatchError: `load`: a tensor is missing, unexpected or of another shape; all of them are listed.
         ConvertError: `load`: transformers cannot load it.
     """
-    model, found = load(part, source, status=status, output_loading_info=True, **options)
+    listed = {
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,
+    }  # transformers 5 raises, and names no tensor
+    model, found = load(part, source, status=status, **listed, **options)
     problems = [
-        Problem(code.replace("_", "-"), str(key[0] if isinstance(key, tuple) else key), "as transformers reports it")
-        for code in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        for key in found.get(code, ())
+        *(Problem("missing-keys", key, "not in the weights file") for key in found["missing_keys"]),
+        *(Problem("unexpected-keys", key, "not in the model's class") for key in found["unexpected_keys"]),
+        *(
+            Problem("mismatched-keys", key, f"shape: weights file {tuple(stored)}, model {tuple(expected)}")
+            for key, stored, expected in found["mismatched_keys"]
+        ),
     ]
     if problems:
         name = source.name if isinstance(source, Path) else source

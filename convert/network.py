@@ -24,6 +24,16 @@ class InterruptedTransfer(Exception):  # noqa: N818
     """The network's fault: worth another attempt."""
 
 
+def public_address(address: str) -> str:
+    """Write an address without what may be a secret: user, password, and the query, which signs or holds a token.
+
+    Example:
+        >>> public_address("https://me:secret@example.org/model.pt?token=abc")
+        'https://example.org/model.pt'
+    """
+    return without_user(address).partition("?")[0].partition("#")[0]
+
+
 def ask(address: str, timeout: float, method: str = "GET", headers: Mapping[str, str] | None = None) -> HTTPResponse:
     """Send a request, and follow redirects over HTTP.
 
@@ -51,7 +61,7 @@ def declared_size(answer: HTTPResponse, address: str) -> int:
     """
     length = answer.headers["Content-Length"] or ""
     if not re.fullmatch("[0-9]{1,15}", length) or not int(length):
-        key = without_user(address)
+        key = public_address(address)
         raise ConvertError(f"{key}: the server does not say how large it is", code="size", key=key)
     return int(length)
 
@@ -59,7 +69,7 @@ def declared_size(answer: HTTPResponse, address: str) -> int:
 @contextmanager
 def network(address: str) -> Iterator[None]:
     """Tell what another attempt may mend from what it cannot."""
-    key = without_user(address)
+    key = public_address(address)
     try:
         yield
     except HTTPError as error:

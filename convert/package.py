@@ -8,20 +8,22 @@ import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from convert.checkpoint import Checkpoint, open_checkpoint
+from convert.checkpoint import Checkpoint
 from convert.conversion import DTYPES as DTYPES
 from convert.conversion import record_of
+from convert.directory import ModelDirectory
 from convert.errors import ConvertError, MismatchError, Problem
-from convert.model.architectures import describe
-from convert.model.directory import SUBWORDS, ModelDirectory
-from convert.model.types import Model, Request, make_request, request_again
+from convert.families import Conversion, Request, describe
+from convert.families.tokenizers import SUBWORDS
 from convert.report import json_bytes
+from convert.request import make_request, request_again
+from convert.sources import dictionary_beside, locate, open_source
 from convert.transfer import Transfer, Written, pieces, split
 
 MAX_SHARD_SIZE = 5_000_000_000  # what transformers' save_pretrained splits at
@@ -34,6 +36,7 @@ _USUAL = {
     "tokenizer.json",
 }
 _USUAL |= {"generation_config.json", SUBWORDS, "tokenizer_config.json", "verification.json", "vocab.json"}
+SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")  # of the files that are taken for checkpoints in a folder
 Progress = Callable[[int, int], None]
 
 
@@ -46,12 +49,14 @@ class Converted:
         model: what was decided about it.
         files: size and SHA-256 of every file.
         source_sha256: SHA-256 of the checkpoint.
+        based: whether settings were taken from the checkpoint that was passed as `base`.
     """
 
     path: Path
-    model: Model
+    model: Conversion
     files: dict[str, dict[str, Any]]
     source_sha256: str
+    based: bool = False
 
 
 def plan(
@@ -65,35 +70,45 @@ def plan(
     language: str | None = None,
     data_config: str | Path | None = None,
     ema: bool = False,
-) -> Model:
+    arch: str = "",
+    normalize: bool | None = None,
+) -> Conversion:
     """Decide what a conversion of a checkpoint would do. Reads no tensor bytes, but of buffers that must repeat each other.
 
     Args:
-        checkpoint: the file that fairseq's trainer wrote.
+        checkpoint: a path, a name of the catalogue, an address, or a file on the Hub; see `convert.sources.open_source`.
         head: `encoder` for the model without its head; by default what the checkpoint is.
-        dictionary: a `dict.*.txt`, for checkpoints that carry none.
+        dictionary: a `dict.*.txt`, for checkpoints that carry none, or the `.model` of fairseq2's tokenizer.
         base: the pretrained checkpoint, for one that does not carry its settings, or not those that it was fine-tuned from.
         training_only: settings unknown to this version that act while training only.
         keep_final_proj: keep the pretraining head of a model whose class has no place for it, in `final_proj.safetensors`.
         language: the one language to take of an MMS checkpoint that has adapters for several, or to translate into.
         data_config: the config.yaml of a speech-to-text task; its dictionary and its sentencepiece model lie beside it.
         ema: take the exponential moving average of the weights that the checkpoint holds beside them.
+        arch: the architecture that fairseq2 registers by this name, for its files without settings.
+        normalize: whether waveforms were normalised, for checkpoints of fairseq2 that lie without their config.yaml.
 
     Raises:
         CheckpointError: the file cannot be read.
         PlanError: it cannot be converted completely; every reason is in `problems`.
     """
-    request = make_request(
-        head=head,
-        dictionary=dictionary,
-        training_only=training_only,
-        keep_final_proj=keep_final_proj,
-        language=language,
-        data_config=data_config,
-        ema=ema,
-    )
-    with open_checkpoint(checkpoint, base=base, ema=ema) as opened:
+    asked: dict[str, Any] = {"head": head, "dictionary": dictionary, "training_only": training_only}
+    asked |= {"keep_final_proj": keep_final_proj, "language": language, "data_config": data_config}
+    opening: dict[str, Any] = {"ema": ema, "arch": arch, "normalize": normalize}
+    with _opened(checkpoint, base, asked, opening) as (opened, request):
         return describe(opened, request)
+
+
+@contextlib.contextmanager
+def _opened(
+    checkpoint: str | Path, base: str | Path | None, asked: Mapping[str, Any], opening: Mapping[str, Any]
+) -> Iterator[tuple[Checkpoint, Request]]:
+    """Open a checkpoint, wherever it is, and read the files that are asked for with it."""
+    given = asked["dictionary"]
+    dictionary = None if given is None else locate(given)[0]
+    with open_source(checkpoint, base=base, dictionary=dictionary, **opening) as opened:
+        found = {"dictionary": dictionary or dictionary_beside(opened)}
+        yield opened, make_request(**{**asked, **found, **opening})
 
 
 def convert(
@@ -108,6 +123,8 @@ def convert(
     language: str | None = None,
     data_config: str | Path | None = None,
     ema: bool = False,
+    arch: str = "",
+    normalize: bool | None = None,
     dtype: str = "keep",
     max_shard_size: int = MAX_SHARD_SIZE,
     overwrite: bool = False,
@@ -117,9 +134,9 @@ def convert(
     """Turn a fairseq checkpoint into a Hugging Face model directory, completely or not at all.
 
     Args:
-        checkpoint: the file that fairseq's trainer wrote.
+        checkpoint: a path, a name of the catalogue, an address, or a file on the Hub; see `convert.sources.open_source`.
         out: the directory to make.
-        head, dictionary, base, training_only, keep_final_proj, language, data_config, ema: as for `plan`.
+        head, dictionary, base, training_only, keep_final_proj, language, data_config, ema, arch, normalize: as for `plan`.
         dtype: `keep`, `float32`, `float16` or `bfloat16`.
         max_shard_size: the largest safetensors file, in bytes.
         overwrite: whether an existing model directory is replaced, once the new one is proved.
@@ -147,28 +164,53 @@ def convert(
     if max_shard_size < 1:
         raise ConvertError(f"a shard of {max_shard_size} bytes is too small", code="usage", key="--max-shard-size")
     _check_target(out, overwrite, Path(checkpoint))
-    request = make_request(
-        head=head,
-        dictionary=dictionary,
-        training_only=training_only,
-        keep_final_proj=keep_final_proj,
-        language=language,
-        data_config=data_config,
-        ema=ema,
-    )
-    with open_checkpoint(checkpoint, base=base, ema=ema) as opened:
+    asked: dict[str, Any] = {"head": head, "dictionary": dictionary, "training_only": training_only}
+    asked |= {"keep_final_proj": keep_final_proj, "language": language, "data_config": data_config}
+    opening: dict[str, Any] = {"ema": ema, "arch": arch, "normalize": normalize}
+    with _opened(checkpoint, base, asked, opening) as (opened, request):
         model = describe(opened, request)
         with beside(out) as work:
             files, digest = _write(
                 opened, model, request, work, DTYPES[dtype], max_shard_size, allow_non_finite, progress
             )
             into_place(work, out, overwrite)
-    return Converted(out, model, files, digest)
+    return Converted(out, model, files, digest, opened.base is not None)
+
+
+def convert_all(folder: str | Path, out: str | Path, **options: Any) -> dict[Path, Converted | ConvertError]:
+    """Convert every checkpoint in a folder, each into a directory of its own.
+
+    Args:
+        folder: the folder; what is in folders inside it is left alone.
+        out: the directory to make them in, each by the checkpoint's name; it may be there already.
+        options: as for `convert`.
+
+    Returns:
+        What was made of each checkpoint, or why it was refused.
+
+    Raises:
+        ConvertError: `no-checkpoint`, when the folder is none, or holds none.
+    """
+    folder, out = Path(folder), Path(out)
+    files = [file for file in sorted(folder.glob("*")) if file.suffix in SUFFIXES and file.is_file()]
+    if not files:
+        what = "holds no checkpoint" if folder.is_dir() else "is not a folder"
+        hint = f"a checkpoint's name ends in {', '.join(SUFFIXES)}"
+        raise ConvertError(f"{folder} {what}; nothing was written", code="no-checkpoint", key=str(folder), hint=hint)
+    out.mkdir(exist_ok=True)
+    done: dict[Path, Converted | ConvertError] = {}
+    for file in files:
+        alone = [other.stem for other in files].count(file.stem) == 1
+        try:
+            done[file] = convert(file, out / (file.stem if alone else file.name), **options)
+        except ConvertError as error:
+            done[file] = error
+    return done
 
 
 def _write(
     opened: Checkpoint,
-    model: Model,
+    model: Conversion,
     request: Request,
     work: Path,
     dtype: str,
@@ -241,7 +283,7 @@ def compare_weights(
         ConvertError: `not-a-model`, when the directory holds no conversion of ours.
     """
     directory = ModelDirectory(Path(model_dir))
-    with open_checkpoint(checkpoint, base=base, ema=directory.record.asked.ema) as opened:
+    with open_source(checkpoint, base=base, dictionary=dictionary, **directory.record.asked.opening) as opened:
         return compare_opened(opened, directory, dictionary=dictionary)
 
 

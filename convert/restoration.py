@@ -13,19 +13,19 @@ from typing import Any, BinaryIO
 
 from convert.checkpoint import Checkpoint, open_checkpoint
 from convert.checkpoint.dictionary import SPECIAL, Dictionary
+from convert.checkpoint.stacks import stack
 from convert.checkpoint.writer import NewNamespace, NewTensor, write_checkpoint
 from convert.conversion import File, Record, differences
+from convert.directory import ModelDirectory, Place
 from convert.errors import MismatchError, PlanError, Problem, check_place
-from convert.mapping import adapters
-from convert.mapping.data2vec import TEACHER
-from convert.mapping.rules import Table, TensorSpec
-from convert.mapping.wav2vec2 import NO_HEAD, Layout, table
-from convert.model.architectures import describe
-from convert.model.directory import ModelDirectory, Place
-from convert.model.fields import ACTIVATIONS, LAYER_SETTINGS, WAV2VEC2
-from convert.model.speech_to_text import ARCHITECTURES as SPEECH_TO_TEXT
-from convert.model.types import request_again
+from convert.families import describe, wav2vec2
+from convert.families.base import NO_HEAD
+from convert.families.data2vec import TEACHER
+from convert.families.encoder_settings import ACTIVATIONS, LAYER_SETTINGS
+from convert.families.speech_to_text import ARCHITECTURES as SPEECH_TO_TEXT
 from convert.package import beside, into_place
+from convert.request import request_again
+from convert.rules import Table, TensorSpec
 from convert.transfer import CHUNK, WIDTHS
 
 # What a model in transformers may still call the positional convolution's weight norm (before torch 2.1).
@@ -72,9 +72,7 @@ class _Draft:
 
     def new(self) -> dict[str, NewTensor]:
         """The tensors to write, under fairseq's names: adapters that it stacks are joined."""
-        return {
-            key: self._stacked(rows) if rows else self._new(key) for key, rows in adapters.stack(self.specs).items()
-        }
+        return {key: self._stacked(rows) if rows else self._new(key) for key, rows in stack(self.specs).items()}
 
     def _new(self, key: str) -> NewTensor:
         return NewTensor(self.specs[key].dtype, self.specs[key].shape, self.bytes[key]())
@@ -154,7 +152,10 @@ def _prove(path: Path, draft: _Draft, directory: ModelDirectory | None) -> None:
 def _compare_settings(opened: Checkpoint, directory: ModelDirectory) -> None:
     """Plan the conversion again: settings that it refuses, or makes something else of, are not those of a conversion."""
     again = replace(opened, settings=dict(directory.record.settings))  # as they were, the criterion's with them
-    meant = describe(again, request_again(directory, again)).configuration
+    request = request_again(directory, again)
+    if request.data_config is None:  # of several adapters, the one that was taken is now the model's own
+        request = replace(request, language="")
+    meant = describe(again, request).configuration
     if directory.record.dtype != "keep":
         meant["torch_dtype"] = directory.record.dtype
     problems = list(differences("config.json", meant, directory.config))
@@ -389,29 +390,9 @@ def _unsupported(config: Mapping[str, Any], head: str) -> list[Problem]:
 
 def _table(config: Mapping[str, Any], head: str, directory: ModelDirectory, names: Mapping[str, str]) -> Table:
     """Make the table of a transformers model, and hold it against the tensors that are there."""
-    groups, per_group = config.get("num_codevector_groups", 2), config.get("num_codevectors_per_group", 320)
     lm_head = directory.tensors.get("lm_head.bias")
-    layout = Layout(
-        family="wav2vec2",
-        kind=head,
-        convolutions=tuple(zip(config["conv_dim"], config["conv_kernel"], strict=True)),
-        group_norm=config.get("feat_extract_norm", "group") == "group",
-        conv_bias=config.get("conv_bias", False),
-        projection=config["conv_dim"][-1] != config["hidden_size"],
-        weight_norm=True,
-        hidden=config["hidden_size"],
-        ffn=config["intermediate_size"],
-        layers=config["num_hidden_layers"],
-        conv_pos=config.get("num_conv_pos_embeddings", 128),
-        pos_group=config["hidden_size"] // config.get("num_conv_pos_embedding_groups", 16),
-        vocab=lm_head.spec.shape[0] if lm_head else 0,
-        latent=0,
-        codes=groups * per_group,
-        code_width=config.get("codevector_dim", 256) // groups,
-        codevector=config.get("codevector_dim", 256),
-        final=config.get("proj_codevector_dim", 256),
-    )
-    made = table(layout, head)
+    layout = wav2vec2.layout_of(config, head, lm_head.spec.shape[0] if lm_head else 0)
+    made = wav2vec2.table(layout, head)
     problems = [Problem("missing-tensor", key, "is not in the model") for key in made.shapes if key not in names]
     problems = [p for p in problems if p.key != "wav2vec2.masked_spec_embed"]
     problems += [
@@ -443,24 +424,7 @@ def _does_nothing(directory: ModelDirectory, name: str) -> bool:
 
 def _settings(config: Mapping[str, Any], head: str, directory: ModelDirectory) -> dict[str, Any]:
     """fairseq's settings from config.json; what it does not say has transformers' default."""
-    defaults: dict[str, Any] = {"conv_bias": False, "layer_norm_first": False, "conv_pos": 128, "conv_pos_groups": 16}
-    defaults |= {"mask_length": 10, "mask_channel_length": 10, "latent_vars": 320, "latent_groups": 2}
-    defaults |= {"num_negatives": 100, "logit_temp": 0.1, "mask_channel_prob": 0.0}
-    model: dict[str, Any] = {}
-    for name, target in WAV2VEC2.same.items():
-        model[name] = config.get(target, defaults.get(name, 0.1 if "drop" in name else None))
-    twins = {value: key for key, value in reversed(ACTIVATIONS.items())}
-    convolutions = zip(config["conv_dim"], config["conv_kernel"], config["conv_stride"], strict=True)
-    model |= {
-        "_name": "wav2vec2",
-        "activation_fn": twins[config.get("hidden_act", "gelu")],
-        "extractor_mode": "default" if config.get("feat_extract_norm", "group") == "group" else "layer_norm",
-        "conv_feature_layers": str([tuple(layer) for layer in convolutions]),
-        "mask_prob": config.get("mask_time_prob", 0.05),
-        "final_dim": config.get("proj_codevector_dim", 256),
-        "latent_dim": config.get("codevector_dim", 256),
-        "quantize_targets": head == "pretraining",
-    }
+    model = wav2vec2.settings_of(config, head)
     features: dict[str, Any] = {}
     if (directory.path / "preprocessor_config.json").is_file():
         features = directory.json("preprocessor_config.json")

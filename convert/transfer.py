@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from convert.checkpoint.container import Container, Range, corrupted, release
 from convert.checkpoint.unpickle import StoredTensor
 from convert.errors import CheckpointError, ConvertError, MismatchError, PlanError, Problem
-from convert.mapping.rules import FLOATS, Edit, Plan, TensorSpec
+from convert.rules import FLOATS, Add, Edit, Identity, Plan, Sinusoids, TensorSpec, What, Zeros
 
 if TYPE_CHECKING:
     import numpy as np
@@ -120,7 +120,7 @@ def pieces(container: Container, plan: Plan, tensors: Mapping[str, StoredTensor]
             Piece(
                 TensorSpec(fill.target, spec.shape, kind),
                 None,
-                _filler(container, fill.rule, spec.shape, kind, tensors, by_target),
+                _filler(container, fill.what, spec.shape, kind, tensors, by_target),
             )
         )
     return sorted(listed, key=lambda piece: -WIDTHS[piece.spec.dtype])  # stable; keeps every tensor aligned
@@ -596,10 +596,8 @@ def _maker(
             array = _wide(array, source).copy()
             kind = "F32" if source == "BF16" else source
         for edit in edits:
-            if edit.rule == "add":
-                array[edit.row] += array.dtype.type(edit.value)
-            else:
-                array[edit.row] = array.dtype.type(edit.value)
+            number = array.dtype.type(edit.what.value)
+            array[edit.row] = array[edit.row] + number if isinstance(edit.what, Add) else number
         return cast(array, kind, target)
 
     return make
@@ -627,27 +625,24 @@ def sinusoids(rows: int, width: int) -> np.ndarray[Any, Any]:
 
 def _filler(
     container: Container,
-    rule: str,
+    what: What,
     shape: tuple[int, ...],
     dtype: str,
     tensors: Mapping[str, StoredTensor],
     by_target: Mapping[str, str],
 ) -> Callable[[], bytes]:
-    def make() -> bytes:
+    def numbers() -> np.ndarray[Any, Any]:
         import numpy as np
 
-        if rule == "zeros":
-            return cast(np.zeros(shape, np.float32), "F32", dtype)
-        if rule == "identity":
-            return cast(np.eye(*shape, dtype=np.float32), "F32", dtype)
-        if rule.startswith("norm of "):
-            tensor = tensors[by_target[rule.removeprefix("norm of ")]]
-            array = _wide(read_array(container, tensor), container.dtype(tensor)[0])
-            norm = np.sqrt((array.astype(np.float64) ** 2).sum(axis=tuple(range(array.ndim - 1))))
-            return cast(norm.astype(np.float32).reshape(shape), "F32", dtype)
-        if rule.startswith("sinusoids from row "):
-            first = int(rule.removeprefix("sinusoids from row "))
-            return cast(sinusoids(first + shape[0], shape[1])[first:], "F32", dtype)
-        raise ConvertError(f"no such rule: {rule}", code="rule", key=rule)
+        if isinstance(what, Zeros):
+            return np.zeros(shape, np.float32)
+        if isinstance(what, Identity):
+            return np.eye(*shape, dtype=np.float32)
+        if isinstance(what, Sinusoids):
+            return sinusoids(what.first + shape[0], shape[1])[what.first :]
+        tensor = tensors[by_target[what.key]]
+        array = _wide(read_array(container, tensor), container.dtype(tensor)[0])
+        squares = (array.astype(np.float64) ** 2).sum(axis=tuple(range(array.ndim - 1)))
+        return np.asarray(np.sqrt(squares), np.float32).reshape(shape)
 
-    return make
+    return lambda: cast(numbers(), "F32", dtype)

@@ -16,7 +16,7 @@ import torch
 import yaml
 
 sys.path[:0] = [str(Path(__file__).parent.parent)] if __name__ == "__main__" else []
-from convert.verification.fairseq_side.fairseq2 import import_fairseq2, one_process  # noqa: E402
+from convert.verification.fairseq_side.fairseq2 import import_fairseq2, one_process, uncompiled  # noqa: E402
 from convert.verification.fairseq_side.importing import CannotBuildError  # noqa: E402
 
 try:
@@ -129,6 +129,25 @@ def save_run(
     if tokenizer and family == "wav2vec2_asr":
         save_tokenizer(folder / "tokenizer.model")
     return folder
+
+
+def resize(folder: Path, symbols: int) -> None:
+    """Give a run's head another number of rows."""
+    (file,) = folder.rglob("sdp_00.pt")
+    weights = torch.load(file)
+    for key in ("final_proj.weight", "final_proj.bias"):
+        weights[key] = torch.randn(symbols, *weights[key].shape[1:])
+    torch.save(weights, file, pickle_protocol=2)
+    card = yaml.safe_load((folder / "checkpoints/model.yaml").read_text())
+    card["model_config"]["target_vocab_size"] = symbols
+    (folder / "checkpoints/model.yaml").write_text(yaml.safe_dump(card))
+
+
+def quantize(model: Any, features: torch.Tensor) -> torch.Tensor:
+    """Quantize features with a pretraining model's codebooks, without a compiler."""
+    with uncompiled():
+        quantized: torch.Tensor = model.quantizer(features).quantized_vectors
+    return quantized
 
 
 def save_file(name: str, path: Path, *, seed: int = 0, wrap: str = "model") -> Path:

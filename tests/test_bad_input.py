@@ -239,7 +239,7 @@ def _setting(section: str, name: str, value: Any) -> Callable[[dict[str, Any]], 
     return lambda state: state["cfg"][section].update({name: value})
 
 
-# Found here, to be mended in convert.mapping and convert.model: each is a traceback, or takes all memory.
+# Found here, to be mended in convert.families: each is a traceback, or takes all memory.
 GAPS: dict[str, Callable[[dict[str, Any]], None]] = {
     "axes-of-fc1": _tensor(f"{PREFIX}encoder.layers.0.fc1.weight", (5,)),
     "axes-of-a-convolution": _tensor(f"{PREFIX}feature_extractor.conv_layers.0.0.weight", (5,)),

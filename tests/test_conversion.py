@@ -18,8 +18,8 @@ from fairseq_models import save
 from convert import conversion
 from convert.checkpoint import open_checkpoint
 from convert.conversion import Record
+from convert.directory import ModelDirectory
 from convert.errors import ConvertError
-from convert.model.directory import ModelDirectory
 from convert.package import convert
 from convert.report import json_bytes
 from convert.typed import Misfit, read

@@ -304,7 +304,7 @@ def test_a_state_dict_of_real_fairseq_fits_the_class(name: str, tmp_path: Path) 
         live = getattr(transformers, TARGETS[VARIANTS[name].kind])(made).state_dict()
     assert {key: value.shape for key, value in moved.items()} == {key: value.shape for key, value in live.items()}
     layout = infer_layout({key: value.shape for key, value in state.items()})
-    assert layout.family == "data2vec_audio" and layout.depth == VARIANTS[name].encoder["pos_conv_depth"]
+    assert layout.family == "data2vec_audio" and layout.own.depth == VARIANTS[name].encoder["pos_conv_depth"]
     back = table(layout).inverse.map_state_dict(moved)
     assert all(back[key] is state[key] for key in back)
     assert {key for key in state if key not in back} == {key for key in state if key.startswith("final_proj.")}

@@ -251,12 +251,12 @@ def test_options_that_do_not_go_together(case: str) -> None:
 
 
 def test_a_folder_of_recordings_with_a_table_is_a_dataset_too(tmp_path: Path) -> None:
-    pytest.importorskip("datasets")
+    datasets = pytest.importorskip("datasets")
     folder = tmp_path / "speech"
     for index in range(2):
         write_audio(folder / "test" / f"{index}.wav", noise(6000 + index, index))
     (folder / "test" / "metadata.csv").write_text("file_name,sentence\n0.wav,THE FOX\n1.wav,A DOG\n")
-    if importlib.util.find_spec("torchcodec"):
+    if importlib.util.find_spec("torchcodec") or int(datasets.__version__.split(".")[0]) < 4:
         rows = read(hub_source(asked(folder, None), RATE))
         assert rows == [("0.wav", "THE FOX", 6000), ("1.wav", "A DOG", 6001)]
     else:

@@ -17,9 +17,11 @@ import torch
 import yaml
 
 from convert.checkpoint import fairseq2
-from convert.checkpoint.container import Container, open_container
+from convert.checkpoint.container import Container
 from convert.checkpoint.fairseq2 import Options, find_run, find_tokenizer, join, read_settings, read_tokenizer
 from convert.checkpoint.fairseq2_architectures import ARCHITECTURES, ASR, PRETRAINED
+from convert.checkpoint.finding import FAIRSEQ2
+from convert.checkpoint.layouts import open_container
 from convert.checkpoint.sentencepiece import read_model
 from convert.checkpoint.unpickle import StoredTensor
 from convert.errors import CheckpointError
@@ -28,7 +30,6 @@ from convert.transfer import read_array, sha256_of_all
 
 def joined(path: Path) -> tuple[Container, dict[str, StoredTensor]]:
     run = find_run(path)
-    assert run is not None
     parts = []
     for file in run.files:
         container = open_container(file)
@@ -93,7 +94,7 @@ def test_steps_by_name(name: str, inside: str, run: Path) -> None:
     if (inside, name) == ("", "step_300"):
         return
     found = find_run(run / inside / name)
-    assert found is not None and found.path.name == ("step_200" if name.startswith("best") else "step_300")
+    assert found.path.name == ("step_200" if name.startswith("best") else "step_300")
     assert [file.name for file in found.files] == ["sdp_00.pt", "sdp_01.pt", "sdp_02.pt"]
     assert run in found.folders
 
@@ -101,7 +102,7 @@ def test_steps_by_name(name: str, inside: str, run: Path) -> None:
 @pytest.mark.parametrize("inside", ["", "model", "model/pp_00", "model/pp_00/tp_00", "model/pp_00/tp_00/sdp_01.pt"])
 def test_any_folder_of_a_step(inside: str, run: Path) -> None:
     found = find_run(run / "checkpoints/step_100" / inside)
-    assert found is not None and found.path.name == "step_100" and len(found.files) == 3
+    assert found.path.name == "step_100" and len(found.files) == 3
     assert find_tokenizer(found, Options()) == run / "tokenizer.model"
 
 
@@ -112,7 +113,7 @@ def test_an_older_step(tmp_path: Path) -> None:
         models.save_file("ctc_base", tmp_path / f"checkpoints/step_{step}/model.pt")
         (tmp_path / f"checkpoints/step_{step}/score.txt").write_text(f"{score}\n")
     found = find_run(tmp_path / "best")
-    assert found is not None and found.files == (tmp_path / "checkpoints/step_10/model.pt",)
+    assert found.files == (tmp_path / "checkpoints/step_10/model.pt",)
 
 
 def test_several_steps_are_listed(run: Path) -> None:
@@ -166,10 +167,7 @@ def test_other_parallelism_is_refused(folder: str, what: str, copy: Path) -> Non
 
 def test_a_folder_without_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "step_5.tmp").mkdir()
-    error = refused(tmp_path)
-    assert error.code == "no-checkpoint" and str(error).endswith(
-        "in it; step_5.tmp was not finished; nothing was written"
-    )
+    assert refused(tmp_path).code == "directory"
 
 
 def test_several_files_have_one_digest(run: Path) -> None:
@@ -182,10 +180,8 @@ def test_several_files_have_one_digest(run: Path) -> None:
 # --- settings -------------------------------------------------------------------------------------------------------
 
 
-def settings(path: Path, keys: Any = ("final_proj.weight",), **options: Any) -> dict[str, Any]:
-    found = find_run(path)
-    assert found is not None
-    return read_settings(found, keys, Options(**options))
+def settings(path: Path, family: str = ASR, **options: Any) -> dict[str, Any]:
+    return read_settings(find_run(path), family, Options(**options))[0]
 
 
 def flat(configuration: Any) -> dict[str, Any]:
@@ -251,7 +247,7 @@ def test_asset_cards(tmp_path: Path) -> None:
     assert found["model"] == {"_name": "fairseq2.wav2vec2_asr"} | ARCHITECTURES[ASR]["300m"] | {"target_vocab_size": 40}
     assert found["task"]["settings_from"] == "cards.yaml over architecture 300m"
     assert found["task"]["normalize"] is True and "300m" in found["task"]["normalize_from"]
-    assert settings(path, ("quantizer.entries",))["model"]["model_dim"] == 1280
+    assert settings(path, PRETRAINED)["model"]["model_dim"] == 1280
     (tmp_path / "alone.pt").rename(tmp_path / "another.pt")
     with pytest.raises(CheckpointError) as caught:
         settings(tmp_path / "another.pt")
@@ -315,7 +311,7 @@ def test_where_normalisation_is_said(dataset: Any, normalize: bool | None, copy:
 )
 def test_other_models_are_refused_by_name(key: str, what: str) -> None:
     with pytest.raises(CheckpointError) as caught:
-        fairseq2.family_of([fairseq2.ANCHOR, "final_proj.weight", key], "model.pt")
+        fairseq2.family_of([FAIRSEQ2, "final_proj.weight", key], "model.pt")
     assert caught.value.code == "unsupported-model" and what in str(caught.value)
 
 
@@ -353,7 +349,7 @@ def test_a_tokenizer_is_read_as_the_library_does(tmp_path: Path) -> None:
         minloglevel=2,
     )
     assert_as_the_library(tmp_path / "c.model")
-    dictionary, decoding = read_tokenizer(tmp_path / "c.model")
+    dictionary, decoding, _ = read_tokenizer(tmp_path / "c.model")
     assert dictionary.special == ("<s>", "<pad>", "</s>", "<unk>") and "▁" in dictionary.symbols
     assert decoding["dummy_prefix"] and decoding["extra_whitespace"]
 
@@ -368,7 +364,6 @@ def test_what_is_not_a_tokenizer(tmp_path: Path, run: Path) -> None:
 def test_several_tokenizers_are_listed(copy: Path) -> None:
     shutil.copy(copy / "tokenizer.model", copy / "other.model")
     found = find_run(copy / "best")
-    assert found is not None
     with pytest.raises(CheckpointError, match=r"holds several tokenizers: other\.model, tokenizer\.model") as caught:
         find_tokenizer(found, Options())
     assert caught.value.code == "several-tokenizers"

@@ -72,6 +72,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, fault: str) -> None:
         server, asked, condition = self.server, self.headers["Range"], self.headers["If-Range"]
+        self.path = self.path.partition("?")[0]
         server.log.append((self.command, self.path, asked, condition))
         if fault.isdigit():
             return self.send_error(int(fault))

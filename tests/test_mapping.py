@@ -24,12 +24,13 @@ from convert.mapping import (
     rename_key,
     table,
 )
+from convert.rules import Zeros
 
 TOY = [
     Rename("layers.{layer}.fc1.weight", "h.{layer}.up.weight", "ffn hidden"),
     Rename("proj.bias", "lm_head.bias", "vocab"),
     Drop("old.version", "a relic", optional=True),
-    Fill("h.scale", "zeros", "fairseq has none", "hidden"),
+    Fill("h.scale", Zeros(), "fairseq has none", "hidden"),
 ]
 DIMS = {"ffn": 8, "hidden": 4, "vocab": 5}
 
@@ -56,7 +57,7 @@ def test_a_complete_plan() -> None:
         "proj.bias": "lm_head.bias",
     }
     assert made.drops == ()
-    assert made.fills == (Fill("h.scale", "zeros", "fairseq has none", "hidden"),)
+    assert made.fills == (Fill("h.scale", Zeros(), "fairseq has none", "4"),)
     assert made.target["h.scale"] == TensorSpec("h.scale", (4,), "F32")
 
 
@@ -77,7 +78,7 @@ def test_every_problem_at_once() -> None:
 
 
 def test_a_table_that_contradicts_itself() -> None:
-    twice = [*TOY, Rename("proj.bias", "other.bias", "vocab"), Fill("lm_head.bias", "zeros", "why not", "vocab")]
+    twice = [*TOY, Rename("proj.bias", "other.bias", "vocab"), Fill("lm_head.bias", Zeros(), "why not", "vocab")]
     with pytest.raises(PlanError) as raised:
         toy(twice)
     assert [(p.code, p.key) for p in raised.value.problems] == [
@@ -162,7 +163,11 @@ def test_a_head_that_is_not_there() -> None:
 
 def test_another_geometry_is_another_table() -> None:
     layout = infer_layout({key: value.shape for key, value in build("ctc_base").state_dict().items()})
-    assert table(layout).digest == table(layout).digest != table(replace(layout, layers=3)).digest
+    assert (
+        table(layout).digest
+        == table(layout).digest
+        != table(replace(layout, encoder=replace(layout.encoder, layers=3))).digest
+    )
 
 
 def test_it_needs_the_standard_library_only() -> None:

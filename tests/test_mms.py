@@ -319,13 +319,13 @@ def test_evaluation_hears_what_fairseq_hears_in_a_language(made: Any, tmp_path: 
         soundfile.write(tmp_path / f"{name}.wav", clip[: 4000 + 800 * len(name)], 16000)
         (tmp_path / f"{name}.txt").write_text("ह न")
     asked: dict[str, Any] = {"folder": tmp_path, "reference": "fairseq", "checkpoint": checkpoint, "device": "cpu"}
-    heard = {key: evaluate(copy, spoken=key, **asked) for key in ("hin", None)}
+    heard = {key: evaluate(copy, language=key, **asked) for key in ("hin", None)}
     for row in heard["hin"].rows + heard[None].rows:  # fairseq leaves out </s>, which no trained model writes
         assert row.hypothesis.replace("</s>", "") == row.fairseq != ""
     assert "--lang hin" in heard["hin"].command and "--lang" not in heard[None].command
     assert heard["hin"].rows[0].hypothesis != heard[None].rows[0].hypothesis
     with pytest.raises(ConvertError, match="model has no language 'fra'"):
-        evaluate(copy, spoken="fra", folder=tmp_path, device="cpu")
+        evaluate(copy, language="fra", folder=tmp_path, device="cpu")
 
 
 def test_all_files_are_published(made: Any, hub: Any, publisher: Any, tmp_path: Path) -> None:  # noqa: F811

@@ -4,7 +4,7 @@ In: a file, whoever wrote it. `layouts` finds the bytes, `unpickle` reads the in
 state_dict, settings and dictionaries, `opened` puts them together. Out: a `Checkpoint`, under fairseq's own names.
 """
 
-from convert.checkpoint.opened import Base, Checkpoint, Group, open_checkpoint
+from convert.checkpoint.opened import Base, Checkpoint, Group, Origin, open_checkpoint
 from convert.checkpoint.pickled import is_harmful, is_harmless
 
-__all__ = ["Base", "Checkpoint", "Group", "is_harmful", "is_harmless", "open_checkpoint"]
+__all__ = ["Base", "Checkpoint", "Group", "Origin", "is_harmful", "is_harmless", "open_checkpoint"]

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from convert.checkpoint.beside import read_bytes
+from convert.checkpoint.sentencepiece import NORMAL, SentencePieceModel, read_model
 from convert.checkpoint.unpickle import Stub
 from convert.errors import CheckpointError
 
@@ -72,7 +75,7 @@ def from_pickle(value: Any, name: str) -> Dictionary | None:
 
 
 def from_file(path: Path) -> Dictionary:
-    """Read a `dict.*.txt` file the way `fairseq.data.Dictionary.load` does.
+    """Read a `dict.*.txt` file the way `fairseq.data.Dictionary.load` does, or the pieces of a sentencepiece `.model`.
 
     Each line is `token count`, split at its last space, with an optional ` #fairseq:overwrite`; the four special
     symbols come first.
@@ -83,6 +86,8 @@ def from_file(path: Path) -> Dictionary:
     Raises:
         CheckpointError: `bad-dictionary`, with the line's number.
     """
+    if path.suffix == ".model":
+        return of_pieces(read_model(read_bytes(path, "sentencepiece model", partial(_bad, path))), path)
     symbols, counts, seen = list(SPECIAL), [1] * len(SPECIAL), set(SPECIAL)
     try:
         if path.exists() and not path.is_file():  # reading from a pipe or a device may never end
@@ -123,6 +128,23 @@ def from_file(path: Path) -> Dictionary:
     return _checked(symbols, counts, SPECIAL, path.name)
 
 
+def of_pieces(model: SentencePieceModel, path: Path) -> Dictionary:
+    """Make a dictionary of a sentencepiece model's pieces.
+
+    Raises:
+        CheckpointError: `bad-dictionary`: it has none, as it is something else.
+    """
+    if not model.pieces:
+        raise _bad(path, "is not a sentencepiece model")
+    normal = {piece for piece, kind in zip(model.pieces, model.kinds, strict=True) if kind == NORMAL}
+    special = tuple(piece for piece in model.pieces[: len(SPECIAL)] if piece in SPECIAL and piece not in normal)
+    return _checked(model.pieces, [1] * len(model.pieces), special, path.name)
+
+
+def _bad(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"{path.name} {what}", code="bad-dictionary", key=path.name, hint=_HINT)
+
+
 def _checked(symbols: Sequence[str], counts: Sequence[int], special: tuple[str, ...], name: str) -> Dictionary:
     if any("\ud800" <= letter <= "\udfff" for symbol in symbols for letter in symbol):
         raise _corrupted(name, "a symbol is no valid text")
@@ -133,4 +155,4 @@ def _corrupted(name: str, why: str) -> CheckpointError:
     return CheckpointError(f"{name}: the dictionary inside is damaged: {why}", code="corrupted-dictionary", key=name)
 
 
-_HINT = "pass the dict.*.txt that the model was trained with"
+_HINT = "pass the dict.*.txt that the model was trained with, or of fairseq2 the tokenizer's .model"

@@ -16,13 +16,12 @@ from typing import Any
 
 from convert.checkpoint.beside import read_bytes, read_yaml
 from convert.checkpoint.container import Container
-from convert.checkpoint.dictionary import Dictionary
+from convert.checkpoint.dictionary import Dictionary, of_pieces
 from convert.checkpoint.fairseq2_architectures import ARCHITECTURES, ASR, NORMALISED, PRETRAINED
-from convert.checkpoint.sentencepiece import UNKNOWN, SentencePieceModel, read_model
+from convert.checkpoint.sentencepiece import NORMAL, SentencePieceModel, read_model
 from convert.checkpoint.unpickle import JoinedTensor, Storage, StoredTensor
 from convert.errors import CheckpointError
 
-ANCHOR = "encoder_frontend.feature_extractor.layers.0.conv.weight"  # a tensor of every model that is converted
 _SHARD = re.compile(r"sdp_(\d{2,})\.pt")
 _STEP = re.compile(r"step_(\d+)")
 _INSIDE = re.compile(r"tp_\d{2,}|pp_\d{2,}|model|step_\d+|checkpoints")  # folders of a run, from its files upwards
@@ -66,7 +65,7 @@ class Options:
     """
 
     card: Path | None = None
-    architecture: str | None = None
+    architecture: str = ""
     tokenizer: Path | None = None
     normalize: bool | None = None
 
@@ -74,25 +73,24 @@ class Options:
 # --- folders --------------------------------------------------------------------------------------------------------
 
 
-def find_run(path: Path) -> Run | None:
+def find_run(path: Path) -> Run:
     """Find the files of a checkpoint.
 
     Args:
-        path: a run's folder, its `checkpoints`, a `step_N` or `model` inside, a shard, or `best` or `last` in place of a step.
+        path: a run's folder, its `checkpoints`, a `step_N` or `model` inside, a shard, or `best` or `last` in place of a step;
+            or any one file.
 
     Returns:
-        Where it is; `None` for a file that does not lie in such a folder, or is not there.
+        Where it is.
 
     Raises:
         CheckpointError: the folder holds none, or several steps of which none was named, or only a part of one.
     """
-    if path.is_file() and not _SHARD.fullmatch(path.name):
-        return Run(path, (path,), tuple(_upwards(path.parent)))
-    if path.is_file():
+    if path.is_file() and _SHARD.fullmatch(path.name):
         path = path.parent
-    named = _NAMES.get(path.name) if not path.exists() else None
-    if not path.is_dir() and not (named and path.parent.is_dir()):
-        return None
+    named = _NAMES.get(path.name) if not path.exists() and path.parent.is_dir() else None
+    if not path.is_dir() and not named:
+        return Run(path, (path,), tuple(_upwards(path.parent)))
     folder = path.parent if named else path
     if (folder / "checkpoints").is_dir():
         folder = folder / "checkpoints"
@@ -158,16 +156,7 @@ def _files(folder: Path) -> Run:
         raise _bad(path, f"{path.name}: {', '.join(missing)} missing among its {len(shards)} shards", "shard")
     if shards:
         return Run(path, tuple(shards[rank] for rank in sorted(shards)), folders)
-    if (inside / "model.pt").is_file():
-        return Run(path, (inside / "model.pt",), folders)
-    unfinished = sorted(one.name for one in folder.glob("step_*.tmp"))
-    detail = f"; {unfinished[0]} was not finished" if unfinished else ""
-    raise _bad(
-        folder,
-        f"{folder.name} is a folder without a checkpoint: no checkpoints, step_N, model or model.pt in it{detail}",
-        "no-checkpoint",
-        "name the checkpoint file, or the folder of a run of fairseq2",
-    )
+    return Run(path, ((inside / "model.pt") if (inside / "model.pt").is_file() else folder,), folders)
 
 
 def _upwards(folder: Path) -> Iterator[Path]:
@@ -179,11 +168,6 @@ def _upwards(folder: Path) -> Iterator[Path]:
 
 
 # --- tensors --------------------------------------------------------------------------------------------------------
-
-
-def is_fairseq2(names: Iterable[str]) -> bool:
-    """Whether these are the keys of a model of fairseq2's."""
-    return any(name == ANCHOR or name.startswith(("encoder_frontend.", "w2v2_model.")) for name in names)
 
 
 def family_of(names: Iterable[str], name: str) -> str:
@@ -291,39 +275,38 @@ def _shards(name: str, what: str) -> CheckpointError:
 # --- settings -------------------------------------------------------------------------------------------------------
 
 
-def read_settings(run: Run, names: Iterable[str], options: Options) -> dict[str, Any]:
+def read_settings(run: Run, family: str, options: Options) -> tuple[dict[str, Any], Path | None]:
     """Read what belongs to a checkpoint, in the sections that fairseq's settings have.
 
     Args:
         run: where it is.
-        names: its keys.
+        family: fairseq2's name of its family.
         options: what the user said.
 
     Returns:
         `model` with every field of fairseq2's configuration, those of the encoder among them; `task` with `normalize` where
-        it is known, and where everything came from; an empty `criterion`.
+        it is known, and where everything came from; an empty `criterion`. And the file that `model` is from, if any.
 
     Raises:
         CheckpointError: `no-settings`, when there are none; `bad-settings`.
     """
-    family = family_of(names, run.path.name)
-    fields, origin, architecture = _fields(run, family, options)
+    fields, origin, architecture, file = _fields(run, family, options)
     task: dict[str, Any] = {"_name": "fairseq2", "sample_rate": 16000, "settings_from": origin}
     normalize, said = _normalize(run, family, architecture, options)
     if normalize is not None:
         task |= {"normalize": normalize, "normalize_from": said}
-    return {"model": {"_name": f"fairseq2.{family}"} | fields, "task": task, "criterion": {}}
+    return {"model": {"_name": f"fairseq2.{family}"} | fields, "task": task, "criterion": {}}, file
 
 
-def _fields(run: Run, family: str, options: Options) -> tuple[dict[str, Any], str, str]:
-    """The fields, where they are from, and the architecture's name where one was named."""
+def _fields(run: Run, family: str, options: Options) -> tuple[dict[str, Any], str, str, Path | None]:
+    """The fields, where they are from, the architecture's name where one was named, and the file where there is one."""
     card, file = None, options.card
-    if file is None and options.architecture is None:
+    if file is None and not options.architecture:
         file = next((one for folder in run.folders if (one := folder / "model.yaml").is_file()), None)
         file = file or next(iter(_cards(run)), None)
     if file is not None:
         card = _card(file, family, run)
-    if card is None and options.architecture is None:
+    if card is None and not options.architecture:
         raise CheckpointError(
             f"{run.path.name} holds tensors without settings, and no model.yaml lies beside it: heads and strides are unknown; "
             "nothing was written",
@@ -342,7 +325,7 @@ def _fields(run: Run, family: str, options: Options) -> tuple[dict[str, Any], st
     origin = " over ".join(
         ([file.name] if file and stated else []) + ([f"architecture {architecture}"] if architecture else [])
     )
-    return fields | stated, origin or (file.name if file else ""), str(architecture)
+    return fields | stated, origin or (file.name if file else ""), str(architecture), file
 
 
 def _cards(run: Run) -> Iterator[Path]:
@@ -454,14 +437,14 @@ def find_tokenizer(run: Run, options: Options) -> Path | None:
     return None
 
 
-def read_tokenizer(path: Path) -> tuple[Dictionary, dict[str, Any]]:
+def read_tokenizer(path: Path) -> tuple[Dictionary, dict[str, Any], bytes]:
     """Read a tokenizer: its pieces, and what decides how they become text.
 
     Args:
         path: the `.model` file.
 
     Returns:
-        A dictionary of the pieces, and settings as plain data.
+        A dictionary of the pieces, settings as plain data, and the file as it is.
 
     Raises:
         CheckpointError: `bad-dictionary`: it is not a sentencepiece model.
@@ -470,30 +453,21 @@ def read_tokenizer(path: Path) -> tuple[Dictionary, dict[str, Any]]:
         path, "sentencepiece model", lambda what: _bad(path, f"{path.name} {what}", "bad-dictionary", _DICT)
     )
     model = read_model(data)
-    if not model.pieces:
-        raise _bad(path, f"{path.name} is not a sentencepiece model", "bad-dictionary", _DICT)
-    special = tuple(
-        piece for piece, kind in zip(model.pieces, model.kinds, strict=True) if piece in _SPECIAL and kind != 1
-    )
-    return Dictionary(model.pieces, (1,) * len(model.pieces), special), {
-        "name": path.name,
-        "sha256": hashlib.sha256(data).hexdigest(),
-        **_decoding(model),
-    }
+    return of_pieces(model, path), _decoding(path, model, data), data
 
 
-_SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 _DICT = "name the tokenizer's .model with --dict FILE"
 
 
-def _decoding(model: SentencePieceModel) -> dict[str, Any]:
+def _decoding(path: Path, model: SentencePieceModel, data: bytes) -> dict[str, Any]:
     return {
-        "kinds": {str(index): kind for index, kind in enumerate(model.kinds) if kind != 1},
+        "name": path.name,
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "kinds": {str(index): kind for index, kind in enumerate(model.kinds) if kind != NORMAL},
         "ids": dict(model.ids),
         "unk_surface": model.unk_surface,
         "dummy_prefix": model.dummy_prefix,
         "extra_whitespace": model.extra_whitespace,
-        "unknown": [model.pieces[index] for index, kind in enumerate(model.kinds) if kind == UNKNOWN],
     }
 
 

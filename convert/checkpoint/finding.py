@@ -13,10 +13,11 @@ from typing import Any
 
 from convert.checkpoint.unpickle import StoredTensor, Stub
 
+FAIRSEQ2 = "encoder_frontend.post_extract_layer_norm.weight"  # a tensor of every encoder of fairseq2's
 # keys that stand before an encoder in the models that fairseq builds around one, the longest first
 INNER = ("w2v_encoder.w2v_model.", "encoder.w2v_model.", "")
 _FIRST = "feature_extractor.conv_layers.0.0.weight"
-ANCHORS = {inner + _FIRST: inner for inner in INNER} | {"encoder.subsample.conv_layers.0.weight": ""}
+ANCHORS = {inner + _FIRST: inner for inner in INNER} | {"encoder.subsample.conv_layers.0.weight": "", FAIRSEQ2: ""}
 _DEEP, _NAMES = 3, 200_000  # levels of a file that are searched for state_dicts; tensors of a pickled module
 _EMA = re.compile(r"(^|[._])ema([._]|$)")
 _MODULE = ("_parameters", "_buffers", "_modules")

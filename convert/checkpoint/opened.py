@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from convert.checkpoint import fairseq2
 from convert.checkpoint.container import Container, tensors_in
 from convert.checkpoint.dictionary import Dictionary, from_pickle, from_symbols, is_dictionary
-from convert.checkpoint.finding import State, fairseq_names, states
+from convert.checkpoint.fairseq2_architectures import ASR
+from convert.checkpoint.finding import FAIRSEQ2, State, fairseq_names, states
 from convert.checkpoint.layouts import open_container
 from convert.checkpoint.pickled import is_harmful
 from convert.checkpoint.refusals import ambiguous, no_model, no_settings
 from convert.checkpoint.settings import read_settings
+from convert.checkpoint.stacks import is_unstacked, stacked, unstack
 from convert.checkpoint.unpickle import StoredTensor, Stub
 from convert.errors import CheckpointError
-from convert.mapping.adapters import is_unstacked, stacked, unstack
-from convert.mapping.rules import TensorSpec
+from convert.rules import TensorSpec
 
 _SLACK = 64_000_000  # bytes that the views of a small file may need beyond the file's size
 _TENSOR, _TENSORS = 64, 1000  # bytes of a file for each tensor in it, of which there may be some more
@@ -53,6 +57,23 @@ class Base:
     whole: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a file was fetched from.
+
+    Args:
+        address: without user, password and token.
+        catalogue: its name in the catalogue of released checkpoints, or empty.
+        sha256: of the bytes that came from there, or empty where that is not recorded.
+        dictionary: the dictionary that lies beside it there.
+    """
+
+    address: str
+    catalogue: str
+    sha256: str
+    dictionary: Path | None
+
+
 @dataclass(slots=True)
 class Checkpoint:
     """An opened fairseq checkpoint: everything but the tensors' bytes. Use it as a context manager.
@@ -74,9 +95,11 @@ class Checkpoint:
         inner: what stands before the encoder's names in fairseq's: empty for a pretrained model.
         outside: names in the state_dict that do not start with the prefix: they belong to another model.
         renamed: fairseq's name -> the one in the file, of tensors that have another.
-        base: where settings were taken from, if not from this file.
+        base: where settings were taken from, if not from this file or, by fairseq2, from beside it.
         averages: where exponential moving averages of the weights are.
         notes: what else there is to say of it.
+        origin: where the file was fetched from, if it was.
+        tokenizer: the sentencepiece model that belongs to a checkpoint of fairseq2, as it is; empty without one.
     """
 
     path: Path
@@ -97,6 +120,8 @@ class Checkpoint:
     base: Base | None = None
     averages: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    origin: Origin | None = None
+    tokenizer: bytes = b""
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -191,14 +216,25 @@ def survey(path: str | Path) -> Survey:
         raise
 
 
-def open_checkpoint(path: str | Path, *, base: str | Path | None = None, ema: bool = False) -> Checkpoint:
+def open_checkpoint(
+    path: str | Path,
+    *,
+    base: str | Path | None = None,
+    ema: bool = False,
+    arch: str = "",
+    normalize: bool | None = None,
+    dictionary: str | Path | None = None,
+) -> Checkpoint:
     """Open a checkpoint of a model that fairseq made, whoever wrote the file.
 
     Args:
         path: the file: of fairseq's trainer of any generation, of another program that has kept fairseq's names of the
-            tensors, perhaps under a prefix, or of safetensors.
-        base: the pretrained checkpoint, whose settings count where this one has none.
+            tensors, perhaps under a prefix, or of safetensors; or a folder of fairseq2's trainer, see `fairseq2.find_run`.
+        base: the pretrained checkpoint, whose settings count where this one has none; of fairseq2, a model.yaml or asset card.
         ema: whether the exponential moving average of the weights is taken, where the file has one.
+        arch: the architecture that fairseq2 registers by this name, for its files without settings.
+        normalize: whether waveforms were normalised, for checkpoints of fairseq2 that lie without their config.yaml.
+        dictionary: for checkpoints of fairseq2, the tokenizer's sentencepiece model; others may be given one later.
 
     Returns:
         The checkpoint, mapped; no tensor byte is read. Close it, or use it in a `with` statement.
@@ -211,12 +247,66 @@ def open_checkpoint(path: str | Path, *, base: str | Path | None = None, ema: bo
         ...     checkpoint.settings["model"]["_name"]
         'wav2vec_ctc'
     """
-    seen = survey(path)
-    try:
-        return _complete(seen, _based(_open(seen, ema), None if base is None else Path(base)))
-    except BaseException:
-        seen.container.close()
-        raise
+    run = fairseq2.find_run(Path(path))
+    with contextlib.ExitStack() as stack:
+        parts = []
+        for file in run.files:
+            seen = survey(file)
+            stack.callback(seen.container.close)
+            parts.append(_open(seen, ema))
+        if FAIRSEQ2 in parts[0].tensors:
+            options = fairseq2.Options(_path(base), arch, _path(dictionary), normalize)
+            made = _of_fairseq2(run, parts, options)
+        else:
+            made = _complete(seen, _based(_of_one_file(parts, arch, normalize), _path(base)))
+        stack.pop_all()
+    return made
+
+
+def _path(named: str | Path | None) -> Path | None:
+    return None if named is None else Path(named)
+
+
+def _of_fairseq2(run: fairseq2.Run, parts: Sequence[Checkpoint], options: fairseq2.Options) -> Checkpoint:
+    """Join the shards of a model of fairseq2's, and take what belongs to it from the files beside it."""
+    first, name = parts[0], run.path.name
+    names = [*(first.prefix + key for key in first.tensors), *first.outside]
+    family = fairseq2.family_of(names, name)
+    container, tensors = fairseq2.join([(part.container, part.tensors) for part in parts], name)
+    settings, base = fairseq2.read_settings(run, family, options)
+    file = fairseq2.find_tokenizer(run, options) if family == ASR else None
+    dictionary, tokenizer = None, b""
+    if file is not None:
+        dictionary, settings["task"]["tokenizer"], tokenizer = fairseq2.read_tokenizer(file)
+    return replace(
+        first,
+        path=run.path,
+        container=container,
+        tensors=tensors,
+        layout="fairseq2",
+        settings=settings,
+        dictionary=dictionary,
+        tokenizer=tokenizer,
+        base=None if base is None else Base(base.name, hashlib.sha256(base.read_bytes()).hexdigest(), True),
+    )
+
+
+def _of_one_file(parts: Sequence[Checkpoint], arch: str, normalize: bool | None) -> Checkpoint:
+    """Refuse what only checkpoints of fairseq2 have or need."""
+    name = parts[0].path.name
+    if len(parts) > 1:
+        raise CheckpointError(
+            f"{name} is one of several files, and not a shard of fairseq2's", code="foreign-file", key=name
+        )
+    if arch or normalize is not None:
+        option = "--arch" if arch else "--normalize" if normalize else "--no-normalize"
+        raise CheckpointError(
+            f"{name} was not made by fairseq2, whose checkpoints alone {option} is for",
+            code="usage",
+            key=option,
+            hint=f"leave {option} out",
+        )
+    return parts[0]
 
 
 def _open(seen: Survey, ema: bool) -> Checkpoint:
@@ -274,6 +364,11 @@ def _open(seen: Survey, ema: bool) -> Checkpoint:
         outside=tuple(key for key in state.entries if not key.startswith(prefix)),
         renamed=renamed,
         averages=tuple(average.where for average in seen.averages),
+        notes=tuple(
+            f"a moving average of the weights is in `{average.where}`: --ema takes it"
+            for average in seen.averages
+            if not ema
+        ),
     )
 
 
@@ -324,6 +419,9 @@ def _based(opened: Checkpoint, base: Path | None) -> Checkpoint:
                     hint="pass the pretrained checkpoint that it was made from",
                 )
         found = Base(base.name, other.sha256(), not opened.settings)
+        shapes = "their geometry is held against the tensors' shapes; heads and strides do not show in those"
+        told = f"settings from {base.name} (SHA-256 {found.sha256[:12]}…): {shapes}"
+        opened = replace(opened, notes=(*opened.notes, told))
         if opened.settings:  # `w2v_args` alone is missing
             model = {**opened.settings["model"], "w2v_args": pretrained}
             return replace(opened, settings=opened.settings | {"model": model}, base=found)

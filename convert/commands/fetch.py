@@ -10,46 +10,59 @@ import click
 from convert.cli import Outcome
 from convert.cli import command as make
 from convert.errors import ConvertError
-from convert.fetching import catalogue, fetch
+from convert.fetching import Entry, catalogue, fetch
 from convert.report import size
+from convert.sources import DIRECTORY
 
 
 @make(
     "fetch",
-    "fairseq-to-hf fetch --list",
+    "fairseq-to-hf fetch --list hubert large",
     "fairseq-to-hf fetch wav2vec2-base-960h",
     "fairseq-to-hf fetch hubert-base --directory downloads",
 )
-@click.argument("name", required=False)
-@click.option("--list", "listing", is_flag=True, help="List the names of the catalogue.")
-@click.option("--directory", default=Path("checkpoints"), type=click.Path(path_type=Path), show_default=True)
-def command(name: str | None, listing: bool, directory: Path) -> Outcome:
+@click.argument("words", metavar="NAME", nargs=-1)
+@click.option("--list", "listing", is_flag=True, help="List the catalogue: what it has with all of these WORDS.")
+@click.option("--directory", default=DIRECTORY, type=click.Path(path_type=Path), show_default=True)
+def command(words: tuple[str, ...], listing: bool, directory: Path) -> Outcome:
     """Download a released fairseq checkpoint by name.
 
     An interrupted download goes on where it stopped; the file's SHA-256 is recorded beside it.
     """
     entries = catalogue()
     if listing:
-        width = max(map(len, entries))
-        lines = [f"{key:<{width}}  {entry.title}" for key, entry in entries.items()]
-        return Outcome(True, "\n".join(lines), {"entries": [dataclasses.asdict(entry) for entry in entries.values()]})
-    if name is None:
-        raise ConvertError("no name was given", code="usage", key="NAME", hint="fairseq-to-hf fetch --list names them")
+        return _list([entry for entry in entries.values() if entry.matches(words)], words)
+    if len(words) != 1:
+        given = f"{len(words)} names were given" if words else "no name was given"
+        raise ConvertError(given, code="usage", key="NAME", hint="fairseq-to-hf fetch --list shows them")
+    (name,) = words
     context = click.get_current_context()
     done = fetch(name, directory, progress=context.obj.progress)
     entry = entries[name]
     note = "" if done.downloaded else " (was there already)"
     dictionary = f" --dict {done.dictionary}" if done.dictionary else ""
+    source = f"{done.checkpoint} {name}{dictionary}" if directory != DIRECTORY else f"{name} my-model"
     lines = [
         f"{done.checkpoint}: {size(done.record.size)}, sha256 {done.record.sha256}{note}",
         f"licence of the weights: {entry.license or 'unknown'}",
-        f"next: fairseq-to-hf convert {done.checkpoint} {name}{dictionary}",
+        f"needed beside it: {entry.needs}",
+        f"next: fairseq-to-hf convert {source}",
     ]
     data = dataclasses.asdict(done.record) | {
         "checkpoint": str(done.checkpoint),
         "dictionary": str(done.dictionary) if done.dictionary else None,
         "license": entry.license,
+        "needs": entry.needs,
         "twin": entry.twin,
         "downloaded": done.downloaded,
     }
     return Outcome(True, "\n".join(lines), data)
+
+
+def _list(found: list[Entry], words: tuple[str, ...]) -> Outcome:
+    rows = [dataclasses.asdict(entry) | {"needs": entry.needs} for entry in found]
+    if not found:
+        return Outcome(False, f"no released checkpoint has all of these words: {' '.join(words)}", {"entries": rows})
+    width = max(len(entry.name) for entry in found)
+    lines = [f"{entry.name:<{width}}  {entry.title}; needs {entry.needs}" for entry in found]
+    return Outcome(True, "\n".join(lines), {"entries": rows})

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import click
 
 F = TypeVar("F", bound=Callable[..., Any])
+# a path, a name of the catalogue, https://... or hf://USER/REPO/FILE.pt
+source = click.argument("checkpoint", metavar="SOURCE")
 
 
 def planning(function: F) -> F:
@@ -19,11 +21,22 @@ def planning(function: F) -> F:
             type=click.Choice(["ctc", "pretraining", "classification", "sequence", "encoder"]),
             help="Default: what the checkpoint is; `encoder` leaves its head out.",
         ),
+        click.option("--dict", "dictionary", metavar="FILE", help="dict.*.txt, or fairseq2's tokenizer .model."),
         click.option(
-            "--dict", "dictionary", type=click.Path(path_type=Path), help="dict.*.txt, where the checkpoint has none."
+            "--base",
+            metavar="SOURCE",
+            help="Pretrained checkpoint (of fairseq2: model.yaml), where the settings are only there.",
         ),
         click.option(
-            "--base", type=click.Path(path_type=Path), help="Pretrained checkpoint, where the settings are only there."
+            "--arch",
+            default="",
+            metavar="NAME",
+            help="fairseq2's name of the architecture, where no model.yaml is beside.",
+        ),
+        click.option(
+            "--normalize/--no-normalize",
+            default=None,
+            help="Whether waveforms were normalised, where fairseq2's config.yaml is not beside.",
         ),
         click.option("--ema", is_flag=True, help="Take the moving average of the weights that stands beside them."),
         click.option(

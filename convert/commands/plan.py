@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
-
-import click
 
 from convert.cli import Outcome
 from convert.cli import command as make
-from convert.commands.options import planning
-from convert.model.types import Model
+from convert.commands.options import planning, source
+from convert.families import Conversion
 from convert.package import plan
 from convert.report import fold
 
@@ -21,9 +18,9 @@ from convert.report import fold
     "fairseq-to-hf plan checkpoint_best.pt --head encoder",
     "fairseq-to-hf plan --json checkpoint_best.pt",
 )
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@source
 @planning
-def command(checkpoint: Path, **asked: Any) -> Outcome:
+def command(checkpoint: str, **asked: Any) -> Outcome:
     """Show what a conversion would do, or why it is refused.
 
     Lists every tensor that is renamed, dropped or made, every value of config.json with its origin, and the settings that
@@ -33,17 +30,18 @@ def command(checkpoint: Path, **asked: Any) -> Outcome:
     return Outcome(True, describe(model), as_data(model))
 
 
-def as_data(model: Model) -> dict[str, Any]:
+def as_data(model: Conversion) -> dict[str, Any]:
     """Return a plan as plain data."""
     return {
         "architecture": {"fairseq": model.fairseq, "class": model.target, "head": model.head},
         "table": {"name": model.plan.table.name, "digest": model.plan.table.digest},
         "renames": dict(model.plan.renames),
         "drops": [drop.record for drop in model.drops],
-        "fills": [{"key": fill.target, "rule": fill.rule, "reason": fill.reason} for fill in model.plan.fills],
-        "edits": [{"key": e.target, "row": e.row, "rule": e.rule, "value": e.value} for e in model.plan.table.edits],
+        "fills": [fill.record for fill in model.plan.fills],
+        "edits": [edit.record for edit in model.plan.table.edits],
         "config": {value.name: {"value": value.value, "origin": value.origin} for value in model.config},
         "training_only": dict(model.training_only),
+        "notes": list(model.notes),
         "language": model.language,
         "languages": sorted(model.languages),
         "files": sorted(
@@ -56,11 +54,12 @@ def as_data(model: Model) -> dict[str, Any]:
     }
 
 
-def describe(model: Model) -> str:
+def describe(model: Conversion) -> str:
     """Write a plan for people."""
     lines = [
         f"{model.fairseq} becomes {model.target}",
         *model.spoken,
+        *(f"note: {note}" for note in model.notes),
         "",
         f"tensors renamed: {len(model.plan.renames)}",
     ]
@@ -68,8 +67,8 @@ def describe(model: Model) -> str:
     lines += [f"  {line}" for line in fold(pairs)]
     lines += [f"dropped: {len(model.dropped)}", *(f"  {drop.source}: {drop.reason}" for drop in model.dropped)]
     lines += [f"made by a rule: {len(model.plan.fills)}"]
-    lines += [f"  {fill.target}: {fill.rule} ({fill.reason})" for fill in model.plan.fills]
-    lines += [f"  {e.target}[{e.row}]: {e.rule} {e.value} ({e.reason})" for e in model.plan.table.edits]
+    lines += [f"  {fill.target}: {fill.what} ({fill.reason})" for fill in model.plan.fills]
+    lines += [f"  {e.target}[{e.row}]: {e.what.rule} {e.what.value} ({e.reason})" for e in model.plan.table.edits]
     lines += model.kept
     lines += ["config.json", *(f"  {v.name} = {v.value!r}  ({v.origin})" for v in model.config)]
     lines += ["settings that act while training only", f"  {', '.join(model.training_only) or 'none'}"]

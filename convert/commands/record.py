@@ -9,6 +9,7 @@ import click
 
 from convert.cli import Outcome
 from convert.cli import command as make
+from convert.commands.options import source
 from convert.report import size
 
 
@@ -18,7 +19,7 @@ from convert.report import size
     "fairseq-to-hf record checkpoint_best.pt reference.safetensors --fairseq-python ~/fairseq-env/bin/python",
     "fairseq-to-hf record checkpoint_best.pt reference.safetensors --audio recordings --dtype float16",
 )
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@source
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--fairseq-python", metavar="PYTHON", help="Another interpreter, with torch and fairseq.")
 @click.option("--audio", multiple=True, type=click.Path(path_type=Path), help="Your recordings: wav, flac, or folders.")
@@ -28,15 +29,15 @@ from convert.report import size
     "--lang", "language", metavar="LANG", help="As for convert. Default: all languages are among the answers."
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing recording, once the new one is made.")
-@click.option("--dict", "dictionary", type=click.Path(path_type=Path), help="As for convert.")
-@click.option("--base", type=click.Path(path_type=Path), help="As for convert.")
+@click.option("--dict", "dictionary", metavar="FILE", help="As for convert.")
+@click.option("--base", metavar="SOURCE", help="As for convert.")
 @click.option("--ema", is_flag=True, help="As for convert.")
 @click.option(
     "--trust-checkpoint",
     is_flag=True,
     help="Let fairseq unpickle a file that names unknown classes. Such a file can run any program as you.",
 )
-def command(checkpoint: Path, out: Path, **options: Any) -> Outcome:
+def command(checkpoint: str, out: Path, **options: Any) -> Outcome:
     """Run fairseq once and keep its answers, to verify later where fairseq is not installed."""
     from convert.verification import record
     from convert.verification.recording import Recorded

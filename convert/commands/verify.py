@@ -9,6 +9,7 @@ import click
 
 from convert.cli import Outcome, progress_bar
 from convert.cli import command as make
+from convert.commands.options import source
 
 
 @make(
@@ -17,7 +18,7 @@ from convert.cli import command as make
     "fairseq-to-hf verify checkpoint_best.pt my-model --audio recordings --plot proof.png",
     "fairseq-to-hf verify checkpoint_best.pt my-model --reference reference.safetensors",
 )
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@source
 @click.argument("model_dir", type=click.Path(path_type=Path))
 @click.option("--reference", type=click.Path(path_type=Path), help="A recording, where fairseq is not installed.")
 @click.option("--fairseq-python", metavar="PYTHON", help="Another interpreter, with torch and fairseq.")
@@ -32,15 +33,15 @@ from convert.cli import command as make
 @click.option(
     "--lang", "languages", multiple=True, help="A language to run, of several; several times. Default: all of them."
 )
-@click.option("--dict", "dictionary", type=click.Path(path_type=Path), help="As for convert.")
-@click.option("--base", type=click.Path(path_type=Path), help="As for convert.")
+@click.option("--dict", "dictionary", metavar="FILE", help="As for convert.")
+@click.option("--base", metavar="SOURCE", help="As for convert.")
 @click.option(
     "--trust-checkpoint",
     is_flag=True,
     help="Let fairseq unpickle a file that names unknown classes. Such a file can run any program as you.",
 )
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the differences along the stages into a PNG.")
-def command(checkpoint: Path, model_dir: Path, plot: Path | None, **options: Any) -> Outcome:
+def command(checkpoint: str, model_dir: Path, plot: Path | None, **options: Any) -> Outcome:
     """Prove that a model directory is the checkpoint's model.
 
     Compares every tensor byte for byte, then runs fairseq's own code and transformers on the same waveforms, stage by stage,

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from convert.directory import ModelDirectory
 from convert.errors import ConvertError
 from convert.evaluation.data import Source, Utterance
 from convert.evaluation.fairseq_reference import FairseqReference
@@ -17,7 +18,6 @@ from convert.evaluation.recognize import batches, open_recognizer
 from convert.evaluation.result import Evaluation, Row, write_result
 from convert.evaluation.score import case_hint, score
 from convert.evaluation.transcripts import Transcribe, Transcripts, default_path, key_of
-from convert.model.directory import ModelDirectory
 from convert.verification.expected import hashes
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert.errors import MismatchError
+from convert.sources import locate
 
 if TYPE_CHECKING:
     from convert.verification.report import Curve, Verification
@@ -72,15 +73,15 @@ def verify(
     from convert.verification.run import verify as run
 
     return run(
-        Path(checkpoint),
+        checkpoint,
         Path(model_dir),
         reference=_path(reference),
         fairseq_python=fairseq_python,
         devices=tuple(devices),
         audio=tuple(audio),
         require=require,
-        dictionary=_path(dictionary),
-        base=_path(base),
+        dictionary=None if dictionary is None else locate(dictionary)[0],
+        base=base,
         trust_checkpoint=trust_checkpoint,
         long=long,
         languages=tuple(languages),
@@ -169,13 +170,13 @@ def record(
     from convert.verification.make import make_recording
 
     return make_recording(
-        Path(checkpoint),
+        checkpoint,
         Path(out),
         audio=tuple(audio),
         fairseq_python=fairseq_python,
         dtype=dtype or "",
-        dictionary=_path(dictionary),
-        base=_path(base),
+        dictionary=None if dictionary is None else locate(dictionary)[0],
+        base=base,
         ema=ema,
         trusted=trust_checkpoint,
         long=long,

@@ -379,7 +379,7 @@ def one_unit(model_dir: Path, name: str, compare_weights: Callable[[Path], list[
         name: the tensor.
         compare_weights: the byte comparison of a model directory.
     """
-    from convert.model.directory import ModelDirectory
+    from convert.directory import ModelDirectory
 
     directory = ModelDirectory(model_dir)
     data = bytearray(directory.read(name))

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert.conversion import Record
+from convert.directory import ModelDirectory
 from convert.errors import Problem
-from convert.model.directory import ModelDirectory
 from convert.verification import controls, endtoend, vocabulary
 from convert.verification.compare import SCORES, Answer, Difference, distances
 from convert.verification.inputs import Cut, Probe, Waveform

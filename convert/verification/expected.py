@@ -12,12 +12,12 @@ from typing import Any
 from convert.checkpoint import Checkpoint
 from convert.conversion import NAME as RECORD
 from convert.conversion import differences, json_text, record_of
+from convert.directory import ModelDirectory
 from convert.errors import Problem
-from convert.model.architectures import describe
-from convert.model.directory import ModelDirectory
-from convert.model.types import request_again
+from convert.families import describe
 from convert.package import tool_version
 from convert.report import json_bytes
+from convert.request import request_again
 
 INDEX = "model.safetensors.index.json"
 AFTERWARDS = ("verification.json", "evaluation.json", "README.md")  # written later, and read by no model

@@ -20,14 +20,14 @@ from convert.verification.subject import HALVES, read_subject
 
 
 def make_recording(
-    checkpoint: Path,
+    checkpoint: str | Path,
     out: Path,
     *,
     fairseq_python: str | None,
     audio: Sequence[str | Path],
     dtype: str,
     dictionary: Path | None,
-    base: Path | None,
+    base: str | Path | None,
     ema: bool,
     trusted: bool,
     long: bool,

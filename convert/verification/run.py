@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from convert.checkpoint import Checkpoint, open_checkpoint
+from convert.checkpoint import Checkpoint
+from convert.directory import ModelDirectory
 from convert.errors import ConvertError, MismatchError, Problem
-from convert.model.directory import ModelDirectory
 from convert.package import compare_opened
+from convert.sources import open_source
 from convert.verification import controls, expected
 from convert.verification.device_run import LONG, Work, on_device
 from convert.verification.devices import choose, describe, steady
@@ -25,7 +26,7 @@ Progress = Callable[[int, int], None]
 
 
 def verify(
-    checkpoint: Path,
+    checkpoint: str | Path,
     model_dir: Path,
     *,
     reference: Path | None,
@@ -34,7 +35,7 @@ def verify(
     audio: Sequence[str | Path],
     require: str | None,
     dictionary: Path | None,
-    base: Path | None,
+    base: str | Path | None,
     trust_checkpoint: bool,
     long: bool,
     languages: Sequence[str],
@@ -83,7 +84,7 @@ def verify(
         if progress:
             progress(min(steps[0], total), total)
 
-    with open_checkpoint(checkpoint, base=base, ema=directory.record.asked.ema) as opened:
+    with open_source(checkpoint, base=base, dictionary=dictionary, **directory.record.asked.opening) as opened:
         _check_files(opened, directory, subject.sha256, {"dictionary": dictionary}, findings)
     advance()
     work = Work(subject, directory, clips, wanted, pieces, half, rounded, require, advance)

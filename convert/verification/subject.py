@@ -6,16 +6,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from convert.checkpoint import Checkpoint, open_checkpoint
+from convert.checkpoint import Checkpoint
 from convert.checkpoint.dictionary import SPECIAL, Dictionary, from_file
 from convert.errors import ConvertError
-from convert.model.architectures import KINDS, architecture_of
-from convert.model.encoder import encoder_settings
-from convert.model.languages import choose, languages_of
-from convert.model.processor import labels_of, sequence_decoding
-from convert.model.settings import Reader
-from convert.model.speech_to_text import ARCHITECTURES as SPEECH_TO_TEXT
-from convert.model.speech_to_text import LANGUAGE
+from convert.families import ARCHITECTURES, architecture_of
+from convert.families.adapters import choose, languages_of
+from convert.families.encoder_settings import encoder_settings
+from convert.families.settings import Reader
+from convert.families.speech_to_text import ARCHITECTURES as SPEECH_TO_TEXT
+from convert.families.speech_to_text import LANGUAGE
+from convert.families.tokenizers import labels_of, sequence_decoding
+from convert.sources import dictionary_beside, open_source
 from convert.verification.inputs import Geometry
 from convert.verification.reference import Subject, check_pickle
 
@@ -24,10 +25,10 @@ HALVES = ("float16", "bfloat16")
 
 
 def read_subject(
-    path: Path,
+    source: str | Path,
     *,
     dictionary: Path | None = None,
-    base: Path | None = None,
+    base: str | Path | None = None,
     ema: bool = False,
     kept: Dictionary | None = None,
     trusted: bool = False,
@@ -36,7 +37,7 @@ def read_subject(
     """Read what a reference has to know of a checkpoint.
 
     Args:
-        path: the checkpoint.
+        source: the checkpoint, as for `convert.plan`.
         dictionary, base, ema: as for `convert.package.plan`.
         kept: the dictionary that a model directory keeps, for checkpoints that carry none.
         trusted: whether its pickle may name what no trainer writes.
@@ -47,7 +48,8 @@ def read_subject(
         ConvertError: `unsafe-pickle`.
         PlanError: it was fine-tuned, and its pretrained model's settings are missing; it has no such language.
     """
-    with open_checkpoint(path, base=base, ema=ema) as opened:
+    with open_source(source, base=base, ema=ema) as opened:
+        dictionary = dictionary or dictionary_beside(opened)
         check_pickle(opened, trusted)
         if architecture_of(opened) in SPEECH_TO_TEXT:
             return _speech_to_text(opened, from_file(dictionary) if dictionary else kept)
@@ -56,7 +58,7 @@ def read_subject(
         reader = encoder_settings(opened) if fine_tuned else Reader(dict(settings["model"]), {})
         architecture = architecture_of(opened)
         known = from_file(dictionary) if dictionary else opened.dictionary or kept
-        if known and dictionary and architecture in KINDS and not KINDS[architecture].text:
+        if known and dictionary and architecture in ARCHITECTURES and not ARCHITECTURES[architecture][1].text:
             known = known.labels
         found = languages_of(opened, reader.values, [])
         spoken = choose(found, language, opened.path.name) if found or language else None
@@ -64,7 +66,7 @@ def read_subject(
         symbols = known.symbols if known and fine_tuned else ()
         decoder = "decoder.embed_tokens.weight" in opened.tensors
         subject = Subject(
-            path=path,
+            path=opened.path,
             name=opened.path.name.encode("utf-8", "backslashreplace").decode(),
             size=opened.size,
             sha256=opened.sha256(),
@@ -115,7 +117,7 @@ def _speech_to_text(opened: Checkpoint, known: Dictionary | None) -> tuple[Subje
 
 
 def _post_process(settings: Mapping[str, Any]) -> str:
-    """fairseq's `post_process`; the symbols of phone labels stay apart, as `convert.model.processor` keeps them."""
+    """fairseq's `post_process`; the symbols of phone labels stay apart, as `convert.families.tokenizers` keeps them."""
     if labels_of(settings["task"]) in ("phn", "phones"):
         return "none"
     criterion = settings["criterion"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import dataclasses
 import importlib
 import logging
 import sys
@@ -53,6 +55,8 @@ def build_fairseq2(settings: Any, symbols: int, ignored: list[str], patches: lis
     from fairseq2.utils.structured import StandardValueConverter
 
     values = {key: value for key, value in settings["model"].items() if key != "_name"}
+    inner = {field.name for field in dataclasses.fields(wav2vec2.Wav2Vec2EncoderConfig)}
+    values["encoder_config"] = {key: values.pop(key) for key in list(values) if key in inner}
     if settings["model"]["_name"] == ASR:
         configuration, create = asr.Wav2Vec2AsrConfig, asr.create_wav2vec2_asr_model
     else:
@@ -127,7 +131,7 @@ class Fairseq2Reference(Reference):
         entries = quantizer.entry_proj(features)
         self._see("quantizer", entries)
         self._see("codes", entries.reshape(*features.shape[:2], quantizer.num_codebooks, -1).argmax(-1))
-        with _uncompiled():
+        with uncompiled():
             quantized = quantizer(features).quantized_vectors
         self._see("project_q", self.model.final_target_proj(quantized))
         self._see("project_hid", self.model.final_proj(encoded))
@@ -164,7 +168,7 @@ class Fairseq2Reference(Reference):
         from sentencepiece import SentencePieceProcessor
 
         if self.dictionary is None:
-            self.dictionary = SentencePieceProcessor(model_file=self.request["tokenizer"])
+            self.dictionary = SentencePieceProcessor(model_proto=base64.b64decode(self.request["tokenizer"]))
         return self.dictionary
 
     def transcribe(self, path: Any) -> str:
@@ -187,7 +191,7 @@ class AsrReference(Fairseq2Reference):
 
 
 @contextlib.contextmanager
-def _uncompiled() -> Any:
+def uncompiled() -> Any:
     """Let the quantizer, which compiles a sum while it runs, run without a compiler."""
     original = torch.compile
     torch.compile = lambda *_, **__: lambda function: function  # type: ignore[assignment]

@@ -1,15 +1,86 @@
-"""Typed access to fairseq's settings that collects every problem instead of stopping at the first."""
+"""Settings: what each means to transformers, said as data, and typed access to them that collects every problem."""
 
 from __future__ import annotations
 
 import ast
 import math
+from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any
 
 from convert.errors import Problem
 
 MISSING = object()
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """One value of `config.json`, and where it came from."""
+
+    name: str
+    value: Any
+    origin: str
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """A setting that Hugging Face's class cannot represent unless it has its neutral value.
+
+    Args:
+        field: fairseq's setting.
+        neutral: says whether a value is neutral.
+        why: what is missing on the other side.
+        heads: the heads that the limit holds for; all, if it is empty.
+        required: whether the limit holds where the setting is absent, too.
+    """
+
+    field: str
+    neutral: Callable[[Any], bool]
+    why: str
+    heads: tuple[str, ...] = ()
+    required: bool = False
+
+
+def off(value: Any) -> bool:
+    """Say whether a setting is switched off."""
+    return not value
+
+
+def at_most_one(value: Any) -> bool:
+    """Say whether a number of parts is that of a model without the feature."""
+    return value in (None, 0, 1)
+
+
+def only(*values: Any) -> Callable[[Any], bool]:
+    """Make the test whether a setting has one of these values, or none."""
+    return lambda value: value is None or value in values
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Every setting of one family, each in one class; a setting that is in none is refused.
+
+    Args:
+        same: setting -> field of the configuration with the same meaning and value.
+        choices: setting -> (field, setting's word -> field's word).
+        limits: what Hugging Face's class cannot represent.
+        read: settings that the family's functions read by name.
+        training_only: settings that act while training only, or not at all.
+        defaults: what fairseq's dataclass says where a checkpoint is silent.
+        counts, flags: the names in `same` that are whole numbers above zero, and true or false.
+        min_masks: how many masks of time `apply_mask` asks for at least.
+    """
+
+    same: Mapping[str, str]
+    choices: Mapping[str, tuple[str, Mapping[str, str]]]
+    limits: tuple[Limit, ...]
+    read: AbstractSet[str]
+    training_only: AbstractSet[str]
+    defaults: Mapping[str, Any]
+    counts: AbstractSet[str]
+    flags: AbstractSet[str] = frozenset()
+    min_masks: int = 2
 
 
 @dataclass(slots=True)
@@ -67,6 +138,14 @@ class Reader:
         if value < 1 and not any(problem.key == name for problem in self.problems):
             self.problems.append(Problem("bad-setting", name, f"a number above zero expected, {value} found"))
         return value
+
+    def choice(self, name: str, target: str, words: Mapping[str, str]) -> Value:
+        """Translate a setting that is one of a few words; another word is refused."""
+        value = self.get(name, str)
+        if value and value not in words:
+            detail = f"{value!r} has no twin in transformers; known: {', '.join(words)}"
+            self.problems.append(Problem("unsupported-setting", name, detail))
+        return Value(target, words.get(value), self.origin(name))
 
     def convolutions(self, name: str) -> list[tuple[int, int, int]]:
         """Read `conv_feature_layers`: (channels, kernel, stride) of every feature convolution."""

@@ -1,6 +1,7 @@
-"""Speech-to-text transformers: from fairseq's settings, and the task's config.yaml, to a class, a configuration and a processor.
+"""Speech-to-text transformers (`fairseq.models.speech_to_text.S2TTransformerModel`): names, settings, and the task's config.yaml.
 
-Sources: `fairseq.models.speech_to_text.s2t_transformer`, `fairseq.models.transformer.TransformerDecoderBase`,
+`source` is fairseq's whole key, `target` that of `Speech2TextForConditionalGeneration`. Settings:
+`fairseq.models.speech_to_text.s2t_transformer`, `fairseq.models.transformer.TransformerDecoderBase`,
 `fairseq.data.audio.data_cfg.S2TDataConfig`, `fairseq.sequence_generator.SequenceGenerator`; and
 `transformers.Speech2TextConfig`, `Speech2TextFeatureExtractor`, `Speech2TextTokenizer`.
 """
@@ -8,20 +9,176 @@ Sources: `fairseq.models.speech_to_text.s2t_transformer`, `fairseq.models.transf
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
-from convert.checkpoint import Checkpoint
 from convert.checkpoint.dictionary import SPECIAL, Dictionary
 from convert.checkpoint.sentencepiece import pieces
-from convert.mapping.speech_to_text import NAME, Layout
-from convert.model.directory import SUBWORDS
-from convert.model.encoder import Kind, Sources, choice, classify, finish, prove, read_dictionary
-from convert.model.fields import ACTIVATIONS, Fields, Limit, off, only
-from convert.model.processor import Processor
-from convert.model.settings import MISSING, Reader
-from convert.model.types import Model, Request, Value
+from convert.errors import PlanError, Problem
+from convert.families.base import Conversion, Family, Kind, Shapes, Sources
+from convert.families.encoder import count
+from convert.families.encoder_settings import ACTIVATIONS
+from convert.families.planning import classify, finish, prove, read_dictionary
+from convert.families.settings import MISSING, Limit, Reader, Settings, Value, off, only
+from convert.families.tokenizers import SUBWORDS, Processor
+from convert.rules import Drop, Edit, Rename, Rule, Table
+
+NAME = "speech_to_text"
+# fmt: off
+CONVOLUTIONS = (
+    Rename("encoder.subsample.conv_layers.{conv}.weight",                "model.encoder.conv.conv_layers.{conv}.weight",               "conv_out.{conv} conv_in.{conv} conv_kernel.{conv}"),
+    Rename("encoder.subsample.conv_layers.{conv}.bias",                  "model.encoder.conv.conv_layers.{conv}.bias",                 "conv_out.{conv}"),
+)
+ENCODER = (
+    Rename("encoder.transformer_layers.{layer}.self_attn.{qkvo}_proj.weight", "model.encoder.layers.{layer}.self_attn.{qkvo}_proj.weight", "hidden hidden"),
+    Rename("encoder.transformer_layers.{layer}.self_attn.{qkvo}_proj.bias", "model.encoder.layers.{layer}.self_attn.{qkvo}_proj.bias", "hidden"),
+    Rename("encoder.transformer_layers.{layer}.self_attn_layer_norm.{p}", "model.encoder.layers.{layer}.self_attn_layer_norm.{p}",     "hidden"),
+    Rename("encoder.transformer_layers.{layer}.fc1.weight",              "model.encoder.layers.{layer}.fc1.weight",                    "ffn hidden"),
+    Rename("encoder.transformer_layers.{layer}.fc1.bias",                "model.encoder.layers.{layer}.fc1.bias",                      "ffn"),
+    Rename("encoder.transformer_layers.{layer}.fc2.weight",              "model.encoder.layers.{layer}.fc2.weight",                    "hidden ffn"),
+    Rename("encoder.transformer_layers.{layer}.fc2.bias",                "model.encoder.layers.{layer}.fc2.bias",                      "hidden"),
+    Rename("encoder.transformer_layers.{layer}.final_layer_norm.{p}",    "model.encoder.layers.{layer}.final_layer_norm.{p}",          "hidden"),
+    Rename("encoder.layer_norm.{p}",                                     "model.encoder.layer_norm.{p}",                               "hidden"),
+)
+DECODER = (
+    Rename("decoder.embed_tokens.weight",                                "model.decoder.embed_tokens.weight",                          "vocab hidden"),
+    Rename("decoder.layers.{decoder}.self_attn.{qkvo}_proj.weight",      "model.decoder.layers.{decoder}.self_attn.{qkvo}_proj.weight", "hidden hidden"),
+    Rename("decoder.layers.{decoder}.self_attn.{qkvo}_proj.bias",        "model.decoder.layers.{decoder}.self_attn.{qkvo}_proj.bias",  "hidden"),
+    Rename("decoder.layers.{decoder}.self_attn_layer_norm.{p}",          "model.decoder.layers.{decoder}.self_attn_layer_norm.{p}",    "hidden"),
+    Rename("decoder.layers.{decoder}.encoder_attn.{qkvo}_proj.weight",   "model.decoder.layers.{decoder}.encoder_attn.{qkvo}_proj.weight", "hidden hidden"),
+    Rename("decoder.layers.{decoder}.encoder_attn.{qkvo}_proj.bias",     "model.decoder.layers.{decoder}.encoder_attn.{qkvo}_proj.bias", "hidden"),
+    Rename("decoder.layers.{decoder}.encoder_attn_layer_norm.{p}",       "model.decoder.layers.{decoder}.encoder_attn_layer_norm.{p}", "hidden"),
+    Rename("decoder.layers.{decoder}.fc1.weight",                        "model.decoder.layers.{decoder}.fc1.weight",                  "decoder_ffn hidden"),
+    Rename("decoder.layers.{decoder}.fc1.bias",                          "model.decoder.layers.{decoder}.fc1.bias",                    "decoder_ffn"),
+    Rename("decoder.layers.{decoder}.fc2.weight",                        "model.decoder.layers.{decoder}.fc2.weight",                  "hidden decoder_ffn"),
+    Rename("decoder.layers.{decoder}.fc2.bias",                          "model.decoder.layers.{decoder}.fc2.bias",                    "hidden"),
+    Rename("decoder.layers.{decoder}.final_layer_norm.{p}",              "model.decoder.layers.{decoder}.final_layer_norm.{p}",        "hidden"),
+    Rename("decoder.layer_norm.{p}",                                     "model.decoder.layer_norm.{p}",                               "hidden"),
+    # also where it is the embedding itself: fairseq stores both, and transformers ties two that are equal
+    Rename("decoder.output_projection.weight",                           "lm_head.weight",                                             "vocab hidden"),
+)
+CTC = (
+    Drop("encoder.ctc_proj.weight",                "helps while training only (criterion label_smoothed_cross_entropy_with_ctc)", "vocab hidden"),
+    Drop("encoder.ctc_proj.bias",                  "helps while training only (criterion label_smoothed_cross_entropy_with_ctc)", "vocab"),
+)
+RELICS = (
+    Drop("decoder.version",                        "says which fairseq made the decoder: 3, since 2017",        "1", optional=True, constant=3.0),
+    Drop("{side}.embed_positions._float_tensor",   "remembered a dtype, in fairseq until 2023",                 "1", optional=True, constant=0.0),
+)
+# fmt: on
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The geometry that decides which tensors a speech-to-text transformer has. Nothing has a default.
+
+    Args:
+        family: `speech_to_text`.
+        features: numbers a frame: `input_feat_per_channel` x `input_channels`.
+        channels, kernels: channels of the convolutions but the last before their gate halves them, and every kernel.
+        hidden: `encoder_embed_dim`, the decoder's too.
+        ffn, layers: of the encoder.
+        decoder_ffn, decoder_layers: of the decoder.
+        vocab: symbols of the dictionary.
+        ctc: whether the encoder has a CTC projection.
+    """
+
+    family: str
+    features: int
+    channels: int
+    kernels: tuple[int, ...]
+    hidden: int
+    ffn: int
+    layers: int
+    decoder_ffn: int
+    decoder_layers: int
+    vocab: int
+    ctc: bool
+
+
+def table(layout: Layout, head: str = "", edits: Iterable[Edit] = ()) -> Table:
+    """Make the table of one model.
+
+    Args:
+        layout: the model's geometry.
+        head: nothing: the model is always converted whole.
+        edits: changes of single rows, see `Edit`.
+
+    Raises:
+        PlanError: `no-head`, when a part of the model was asked for.
+    """
+    if head not in ("", NAME):
+        raise PlanError(
+            f"a speech-to-text model is converted whole, not as {head}",
+            code="no-head",
+            key=head,
+            hint="leave --head out",
+        )
+    rules: list[Rule] = [*CONVOLUTIONS, *ENCODER, *DECODER, *(CTC if layout.ctc else ()), *RELICS]
+    axes: dict[str, tuple[object, ...]] = {
+        "conv": tuple(range(len(layout.kernels))),
+        "layer": tuple(range(layout.layers)),
+        "decoder": tuple(range(layout.decoder_layers)),
+        "qkvo": ("q", "k", "v", "out"),
+        "p": ("weight", "bias"),
+        "side": ("encoder", "decoder"),
+    }
+    sizes = {"hidden": layout.hidden, "ffn": layout.ffn, "decoder_ffn": layout.decoder_ffn, "vocab": layout.vocab}
+    last = len(layout.kernels) - 1
+    for index, kernel in enumerate(layout.kernels):
+        sizes[f"conv_in.{index}"] = layout.channels // 2 if index else layout.features
+        sizes[f"conv_out.{index}"] = layout.hidden * 2 if index == last else layout.channels
+        sizes[f"conv_kernel.{index}"] = kernel
+    return Table.build(NAME, rules, axes, sizes, edits)
+
+
+def infer(shapes: Shapes) -> Layout:
+    """Read the geometry off the names and shapes of a fairseq state_dict.
+
+    Args:
+        shapes: fairseq's keys with their shapes.
+
+    Raises:
+        PlanError: `missing-source`, when it is no speech-to-text transformer; `shape`, when a tensor has other axes.
+
+    Example:
+        >>> infer({})
+        Traceback (most recent call last):
+        convert.errors.PlanError: this is no speech-to-text transformer: 5 tensors that each has are missing
+    """
+    convolutions = count(shapes, r"encoder\.subsample\.conv_layers\.(\d{1,3})\.weight")
+    needed = {"encoder.transformer_layers.0.fc1.weight": 2, "decoder.layers.0.fc1.weight": 2}
+    needed |= {"encoder.subsample.conv_layers.0.weight": 3, "encoder.layer_norm.weight": 1}
+    needed |= {"decoder.embed_tokens.weight": 2}
+    lost = [Problem("missing-source", key, "is not there") for key in needed if key not in shapes]
+    if lost:
+        message = f"this is no speech-to-text transformer: {len(lost)} tensors that each has are missing"
+        raise PlanError(message, code="missing-source", problems=lost)
+    kernels = [shapes.get(f"encoder.subsample.conv_layers.{index}.weight", (0, 0, 0)) for index in range(convolutions)]
+    needed |= {f"encoder.subsample.conv_layers.{index}.weight": 3 for index in range(convolutions)}
+    wrong = [
+        Problem("shape", key, f"{rank} axes expected, source {shapes[key]}")
+        for key, rank in needed.items()
+        if key in shapes and len(shapes[key]) != rank
+    ]
+    if wrong:
+        message = f"{len(wrong)} tensors have another number of axes than those of a speech-to-text transformer"
+        raise PlanError(message, code="shape", problems=wrong)
+    return Layout(
+        family=NAME,
+        features=kernels[0][1],
+        channels=kernels[0][0],
+        kernels=tuple(shape[2] for shape in kernels),
+        hidden=shapes["encoder.layer_norm.weight"][0],
+        ffn=shapes["encoder.transformer_layers.0.fc1.weight"][0],
+        layers=count(shapes, r"encoder\.transformer_layers\.(\d{1,3})\.fc1\.weight"),
+        decoder_ffn=shapes["decoder.layers.0.fc1.weight"][0],
+        decoder_layers=count(shapes, r"decoder\.layers\.(\d{1,3})\.fc1\.weight"),
+        vocab=shapes["decoder.embed_tokens.weight"][0],
+        ctc="encoder.ctc_proj.weight" in shapes,
+    )
+
 
 CLASS = "Speech2TextForConditionalGeneration"
 # arguments of `register_model_architecture("s2t_transformer", ...)`; a Namespace keeps the architecture's name
@@ -83,8 +240,16 @@ TRAINING_ONLY |= {"adaptive_softmax_dropout", "ctc_weight", "ignore_prefix_size"
 TRAINING_ONLY |= {"conv_out_channels", "decoder_input_dim", "encoder_layerdrop"}  # without effect on this model
 COUNTS = frozenset(name for name in SAME if not name.endswith(("dropout", "layerdrop")))
 CHOICES = {"activation_fn": ("activation_function", ACTIVATIONS)}
-FIELDS = Fields(SAME, CHOICES, LIMITS, READ, TRAINING_ONLY, {"decoder_layerdrop": 0.0}, COUNTS, frozenset())
-KIND = Kind(NAME, nested=False)
+SETTINGS = Settings(
+    same=SAME,
+    choices=CHOICES,
+    limits=LIMITS,
+    read=READ,
+    training_only=TRAINING_ONLY,
+    defaults={"decoder_layerdrop": 0.0},
+    counts=COUNTS,
+)
+KIND = Kind(NAME, data_config=True)
 # What config.yaml says for the processor, and what acts while training only
 DATA_READ = {"bpe_tokenizer", "feature_transforms", "hub", "input_feat_per_channel", "pre_tokenizer"}
 DATA_READ |= {"prepend_tgt_lang_tag", "transforms", "utterance_cmvn", "vocab_filename"}
@@ -101,21 +266,14 @@ DATA_TRAINING_ONLY |= {
 DATA_TRAINING_ONLY |= {"standardize_audio", "use_sample_rate", "vocoder"}  # of models that take or make waveforms
 
 
-def describe_speech_to_text(checkpoint: Checkpoint, request: Request, *, name: str) -> Model:
+def describe(sources: Sources) -> Conversion:
     """Decide everything about the conversion of a speech-to-text transformer.
-
-    Args:
-        checkpoint, request: as for `convert.model.architectures.describe`.
-        name: fairseq's name of the architecture.
 
     Raises:
         PlanError: every problem of settings, vocabulary, names and shapes at once.
     """
-    model, task = checkpoint.settings["model"], checkpoint.settings["task"]
-    reader = Reader(dict(model), dict.fromkeys(model, "model"))
-    tasks = Reader(dict(task), dict.fromkeys(task, "task"), reader.problems)
-    sources = Sources(checkpoint, request, name, NAME, NAME, reader, reader, tasks)
-    training_only = classify(sources, KIND, FIELDS)
+    request = sources.request
+    training_only = classify(sources, SETTINGS)
     config = _config(sources)
     if request.data_config is None:
         sources.refuse(
@@ -125,7 +283,7 @@ def describe_speech_to_text(checkpoint: Checkpoint, request: Request, *, name: s
     processor = _processor(sources)
     config.append(Value("vocab_size", len(sources.dictionary or ()), "dictionary"))
     layout = None if any(p.code == "missing-setting" for p in sources.problems) else _layout(sources)
-    made = finish(sources, prove(sources, layout), CLASS, NAME, config, training_only, processor)
+    made = finish(sources, prove(sources, layout), CLASS, config, training_only, processor)
     tagged = "forced_bos_token_id" in processor.files["generation_config.json"]
     return replace(made, language=request.language if tagged else "")
 
@@ -136,8 +294,8 @@ def _config(sources: Sources) -> list[Value]:
     values = []
     for name, target in SAME.items():
         read: Callable[..., Any] = reader.count if name in COUNTS else lambda *a: reader.get(a[0], float, a[1])
-        values.append(Value(target, read(name, FIELDS.defaults.get(name, MISSING)), reader.origin(name)))
-    values += [choice(reader, name, target, words) for name, (target, words) in CHOICES.items()]
+        values.append(Value(target, read(name, SETTINGS.defaults.get(name, MISSING)), reader.origin(name)))
+    values += [reader.choice(name, target, words) for name, (target, words) in CHOICES.items()]
     kernels, unscaled = _kernels(sources), reader.get("no_scale_embedding", bool, False)
     tied = reader.get("share_decoder_input_output_embed", bool, False)
     values += [
@@ -344,3 +502,16 @@ def _generation(sources: Sources, data: Reader, dictionary: Dictionary, language
             detail = f"each text starts with its language's tag: {said}, there are {found}"
             sources.refuse("no-language", "--lang", detail)
     return made
+
+
+FAMILY = Family(
+    name=NAME,
+    architectures=dict.fromkeys(ARCHITECTURES, KIND),
+    mark=r"^encoder\.subsample\.conv_layers\.",
+    infer=infer,
+    table=table,
+    describe=describe,
+    model_type=NAME,
+    classes={NAME: CLASS},
+    settings=SETTINGS,
+)

@@ -15,8 +15,9 @@ from typing import Any
 
 from convert.checkpoint.dictionary import SPECIAL, Dictionary
 from convert.errors import Problem
-from convert.model.settings import Reader
+from convert.families.settings import Reader
 
+SUBWORDS = "sentencepiece.bpe.model"  # what transformers' Speech2TextTokenizer calls it
 _DELIMITERS = {
     "letter": "|",
     "sentencepiece": "▁",

@@ -1,12 +1,28 @@
-"""What fairseq's audio classifiers (`Wav2VecClassification`) add to their encoder: a pooling, two layers and labels."""
+"""The head of audio classifiers (`fairseq.models.wav2vec.wav2vec2_classification`): a mean, two layers and labels."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
 
-from convert.model.encoder import Kind, Sources
-from convert.model.types import Value
+from convert.families.base import NO_HEAD, Kind, Part, Shapes, Sources
+from convert.families.settings import Value
+from convert.rules import Drop, Rename
 
+# fmt: off
+HEAD = (  # MeanPoolingFast
+    Rename("pooling_layer.linear.weight",                          "projector.weight",                                             "latent hidden"),
+    Rename("pooling_layer.linear.bias",                            "projector.bias",                                               "latent"),
+    Rename("pooling_layer.projection.weight",                      "classifier.weight",                                            "vocab latent"),
+    Rename("pooling_layer.projection.bias",                        "classifier.bias",                                              "vocab"),
+)
+DROPS = (
+    Drop("pooling_layer.linear.{p}",                NO_HEAD, optional=True),
+    Drop("pooling_layer.projection.{p}",            NO_HEAD, optional=True),
+    Drop("pooling_layer.weights",                   NO_HEAD, optional=True),  # LayerWeightedMeanPooling
+)
+# fmt: on
 # setting -> what Wav2Vec2ClassificationConfig says where it is absent, the only value with a twin, and why
 # fmt: off
 POOLING = {
@@ -16,7 +32,30 @@ POOLING = {
 # fmt: on
 
 
-def classification_values(sources: Sources) -> list[Value]:
+@dataclass(frozen=True, slots=True)
+class Classifier(Part):
+    """The geometry of the head.
+
+    Args:
+        classes: the number of labels.
+        latent: the width between the two layers.
+    """
+
+    classes: int
+    latent: int
+
+    @property
+    def dims(self) -> Mapping[str, int]:
+        """The sizes that the head's rules name."""
+        return {"vocab": self.classes, "latent": self.latent}
+
+
+def _measure(shapes: Shapes) -> Classifier:
+    widths = (shapes.get(f"pooling_layer.{layer}.weight", (0,))[0] for layer in ("projection", "linear"))
+    return Classifier(*widths)
+
+
+def _values(sources: Sources) -> list[Value]:
     """Read the labels and the width of the head; refuse a pooling that transformers does not compute."""
     outer = sources.outer
     values = [Value("final_dropout", outer.get("final_dropout", float, 0.0), outer.origin("final_dropout"))]
@@ -53,9 +92,14 @@ def classification_values(sources: Sources) -> list[Value]:
 
 CLASSIFICATION = Kind(
     name="classification",
+    rules=HEAD,
+    drops=DROPS,
+    mark=r"^pooling_layer\.",
+    ranks={"pooling_layer.linear.weight": 2, "pooling_layer.projection.weight": 2},
+    measure=_measure,
     nested=True,
     read=frozenset({"activation_fn", "apply_mask", "final_dropout", "latent_embed_dim", "normalize", "pooling"}),
     symbols="pooling_layer.projection.weight",
     text=False,
-    values=classification_values,
+    values=_values,
 )

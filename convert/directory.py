@@ -15,12 +15,12 @@ from convert.checkpoint.data_config import DataConfig
 from convert.conversion import NAME as RECORD
 from convert.conversion import Record
 from convert.errors import ConvertError, Problem
-from convert.mapping.rules import TensorSpec
+from convert.families.tokenizers import SUBWORDS
 from convert.report import parse_json
+from convert.rules import TensorSpec
 from convert.transfer import WIDTHS, Piece, product, tensor_bytes
 
 _REMEDY = "convert the checkpoint again"
-SUBWORDS = "sentencepiece.bpe.model"  # what transformers' Speech2TextTokenizer calls it
 
 
 @dataclass(frozen=True, slots=True)

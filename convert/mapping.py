@@ -12,18 +12,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
+from convert.checkpoint.stacks import stack, unstack
 from convert.errors import PlanError
-from convert.mapping import adapters, conformer, data2vec, hubert, seq2seq, speech_to_text, wav2vec2, wavlm
-from convert.mapping.family import Family
-from convert.mapping.rules import Drop, Edit, Fill, Plan, Rename, Table, TensorSpec, plan, under
-from convert.mapping.wav2vec2 import Layout
+from convert.families import FAMILIES
+from convert.families.base import Family
+from convert.families.encoder import Layout
+from convert.rules import Drop, Edit, Fill, Plan, Rename, Table, TensorSpec, add_prefix, plan
 
 T = TypeVar("T")
-__all__ = ["Drop", "Edit", "Family", "Fill", "Layout", "Plan", "Rename", "Table", "TensorSpec", "infer_layout"]
-__all__ += ["map_state_dict", "plan", "rename_key", "table", "under"]
-# in the order in which a state_dict is tried; wav2vec 2.0 has no mark of its own and comes last
-_ORDER = (speech_to_text, seq2seq, adapters, hubert, conformer, data2vec, wavlm, wav2vec2)
-FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in _ORDER}
+under = add_prefix  # its name until 0.2
+__all__ = ["FAMILIES", "Drop", "Edit", "Family", "Fill", "Layout", "Plan", "Rename", "Table", "TensorSpec"]
+__all__ += ["add_prefix", "infer_layout", "map_state_dict", "plan", "rename_key", "table", "under"]
 
 
 def infer_layout(source: Mapping[str, TensorSpec] | Mapping[str, tuple[int, ...]], family: str = "") -> Any:
@@ -48,7 +47,8 @@ def infer_layout(source: Mapping[str, TensorSpec] | Mapping[str, tuple[int, ...]
         raise PlanError(
             f"no such family: {family}", code="unknown-family", key=family, hint=f"known: {', '.join(FAMILIES)}"
         )
-    found = FAMILIES.get(family) or next((known for known in FAMILIES.values() if known.knows(shapes)), wav2vec2.FAMILY)
+    known = list(FAMILIES.values())
+    found = FAMILIES.get(family) or next((one for one in known if one.knows(shapes)), known[-1])
     return found.infer(shapes)
 
 
@@ -63,7 +63,7 @@ def table(layout: Any, head: str = "", edits: Iterable[Edit] = ()) -> Table:
     Raises:
         PlanError: `no-head`, when the checkpoint does not have the head that was asked for.
     """
-    return FAMILIES[layout.family].build(layout, head, edits)
+    return FAMILIES[layout.family].table(layout, head, edits)
 
 
 def map_state_dict(state_dict: Mapping[str, T], head: str = "", family: str = "") -> dict[str, T]:
@@ -80,7 +80,7 @@ def map_state_dict(state_dict: Mapping[str, T], head: str = "", family: str = ""
     Raises:
         PlanError: every key that is unknown or missing, and every tensor that a rule would have to make.
     """
-    single = adapters.unstack(state_dict, _shape, lambda stacked, row: stacked[row])  # type: ignore[index]
+    single = unstack(state_dict, _shape, lambda stacked, row: stacked[row])  # type: ignore[index]
     return table(infer_layout({key: _shape(value) for key, value in single.items()}, family), head).map_state_dict(
         single
     )
@@ -101,7 +101,7 @@ def rename_key(key: str, shapes: Mapping[str, tuple[int, ...]], head: str = "", 
     Raises:
         PlanError: `unmapped-source`.
     """
-    single = adapters.stack(adapters.unstack({key: shapes.get(key, ())}, tuple, lambda shape, _: shape))[key]
+    single = stack(unstack({key: shapes.get(key, ())}, tuple, lambda shape, _: shape))[key]
     return table(infer_layout(shapes, family), head).rename_key(single[0] if single else key)
 
 

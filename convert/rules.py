@@ -1,4 +1,4 @@
-"""Rules between fairseq's names and Hugging Face's, expanded to exact keys, and the planner that proves them complete.
+"""Rules between fairseq's names and Hugging Face's, tables of exact keys, and the planner that proves a table complete.
 
 Standard library only: tensors never appear here, only their names, shapes and dtypes. `source` is always fairseq,
 `target` is always Hugging Face (a table's `inverse` swaps the two).
@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -87,48 +87,123 @@ class Drop:
 
     @property
     def record(self) -> dict[str, object]:
-        """What is told of it."""
-        told: dict[str, object] = {"key": self.source, "reason": self.reason}
-        told |= {"repeats": self.repeats} if self.repeats else {}
-        told |= {"relic": True} if self.relic else {}
-        return told if self.constant is None else told | {"constant": self.constant}
+        """What `conversion.json` keeps of it."""
+        kept: dict[str, object] = {"key": self.source, "reason": self.reason}
+        kept |= {"repeats": self.repeats} if self.repeats else {}
+        kept |= {"relic": True} if self.relic else {}
+        return kept if self.constant is None else kept | {"constant": self.constant}
+
+
+@dataclass(frozen=True, slots=True)
+class Zeros:
+    """Fills a tensor with zeros."""
+
+    def __str__(self) -> str:
+        return "zeros"
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Fills a matrix with ones on its diagonal, zeros elsewhere."""
+
+    def __str__(self) -> str:
+        return "identity"
+
+
+@dataclass(frozen=True, slots=True)
+class NormOf:
+    """Fills a tensor with the Euclidean norm of another target tensor over all axes but the last."""
+
+    key: str
+
+    def __str__(self) -> str:
+        return f"norm of {self.key}"
+
+
+@dataclass(frozen=True, slots=True)
+class Sinusoids:
+    """Fills a tensor with rows of the table of `fairseq.modules.SinusoidalPositionalEmbedding`, from row `first`."""
+
+    first: int
+
+    def __str__(self) -> str:
+        return f"sinusoids from row {self.first}"
+
+
+What = Zeros | Identity | NormOf | Sinusoids
 
 
 @dataclass(frozen=True, slots=True)
 class Fill:
-    """A target tensor that no source tensor holds, the rule that makes it, and why.
+    """A target tensor that no source tensor holds, what it is filled with, and why.
 
     Args:
         target: Hugging Face's key.
-        rule: `zeros`, `identity`, `norm of KEY` (the Euclidean norm of a target tensor over all axes but the last), or
-            `sinusoids from row N` (of the table of `fairseq.modules.SinusoidalPositionalEmbedding`).
+        what: its content; as text it is what `conversion.json` keeps.
         reason: why there is no source.
         shape: the names of its dimensions.
     """
 
     target: str
-    rule: str
+    what: What
     reason: str
     shape: str
+
+    @property
+    def inverse(self) -> Drop:
+        """What the way back does with the tensor."""
+        return Drop(self.target, f"made by the rule `{self.what}`: {self.reason}", self.shape)
+
+    def renamed(self, rename: Callable[[str], str]) -> Fill:
+        """Change its key, and the key that its content comes from."""
+        what = NormOf(rename(self.what.key)) if isinstance(self.what, NormOf) else self.what
+        return replace(self, target=rename(self.target), what=what)
+
+    @property
+    def record(self) -> dict[str, object]:
+        """What `conversion.json` keeps of it."""
+        return {"key": self.target, "rule": str(self.what), "reason": self.reason}
+
+
+@dataclass(frozen=True, slots=True)
+class Add:
+    """Adds a number to every element of a row."""
+
+    value: float
+    rule = "add"
+
+
+@dataclass(frozen=True, slots=True)
+class Set:
+    """Sets every element of a row to a number."""
+
+    value: float
+    rule = "set"
 
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """A change of the rows of a target tensor that a setting asks for, after it was copied.
+    """A change of one row of a target tensor that a setting asks for, after it was copied.
+
+    It has no inverse, as rounding has none: a conversion keeps the row's bytes for the way back.
 
     Args:
         target: Hugging Face's key.
         row: the row (first axis) that changes.
-        rule: `add`, or `set` every element of the row to.
-        value: the number.
+        what: what is done to it.
         reason: the setting that asks for it.
     """
 
     target: str
     row: int
-    rule: str
-    value: float
+    what: Add | Set
     reason: str
+
+    @property
+    def record(self) -> dict[str, object]:
+        """What `conversion.json` keeps of it."""
+        change = {"rule": self.what.rule, "value": self.what.value}
+        return {"key": self.target, "row": self.row, **change, "reason": self.reason}
 
 
 Rule = Rename | Drop | Fill
@@ -190,7 +265,8 @@ class Table:
                     dtypes |= {renames[-1][1]: rule.dtype} if rule.dtype else {}
                     skips |= {renames[-1][1]: rule.skip} if rule.skip else {}
                 elif isinstance(rule, Fill):
-                    fills.append(replace(rule, target=rule.target.format(**values), rule=rule.rule.format(**values)))
+                    exact = rule.renamed(lambda key, values=values: key.format(**values))  # type: ignore[misc]
+                    fills.append(replace(exact, shape=" ".join(map(str, shape))))
                     shapes[fills[-1].target] = shape
                 else:
                     drops.append(replace(rule, source=rule.source.format(**values), shape=" ".join(map(str, shape))))
@@ -237,10 +313,7 @@ class Table:
         Drops have no inverse: what was dropped must come from elsewhere, so that a table with drops leads back only
         to the tensors it kept.
         """
-        drops = {
-            key: Drop(key, f"made by the rule `{fill.rule}`: {fill.reason}", " ".join(map(str, self.shapes[key])))
-            for key, fill in self.fills.items()
-        }
+        drops = {key: fill.inverse for key, fill in self.fills.items()}
         shapes = {source: self.shapes[target] for source, target in self.renames.items()}
         dtypes = {source: self.dtypes[target] for source, target in self.renames.items() if target in self.dtypes}
         return Table(f"{self.name} inverse", {t: s for s, t in self.renames.items()}, drops, {}, shapes, (), dtypes)
@@ -252,8 +325,8 @@ class Table:
         lines += [f"{key} {dtype}" for key, dtype in self.dtypes.items()]
         lines += [f"{key} dropped" for key in self.drops]
         lines += [f"{key} repeats {drop.repeats}" for key, drop in self.drops.items() if drop.repeats]
-        lines += [f"{key} {fill.rule} {self.shapes[key]}" for key, fill in self.fills.items()]
-        lines += [f"{edit.target} {edit.row} {edit.rule} {edit.value!r}" for edit in self.edits]
+        lines += [f"{key} {fill.what} {self.shapes[key]}" for key, fill in self.fills.items()]
+        lines += [f"{edit.target} {edit.row} {edit.what.rule} {edit.what.value!r}" for edit in self.edits]
         lines += [f"{target} skips {rows}" for target, rows in self.skips.items()]
         return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
@@ -264,14 +337,10 @@ class Table:
             PlanError: `duplicate-source` or `duplicate-target`, every one of them.
         """
 
-        def moved(fill: Fill) -> Fill:
-            rule = fill.rule.replace("norm of ", f"norm of {prefix}")
-            return replace(fill, target=prefix + fill.target, rule=rule)
-
         ours = replace(
             self,
             renames={source: prefix + target for source, target in self.renames.items()},
-            fills={prefix + key: moved(fill) for key, fill in self.fills.items()},
+            fills={prefix + key: fill.renamed(prefix.__add__) for key, fill in self.fills.items()},
             shapes={prefix + key: shape for key, shape in self.shapes.items()},
             edits=tuple(replace(edit, target=prefix + edit.target) for edit in self.edits),
             dtypes={prefix + key: dtype for key, dtype in self.dtypes.items()},
@@ -411,16 +480,14 @@ def plan(table: Table, source: Mapping[str, TensorSpec], target: Mapping[str, Te
     return Plan(table, dict(source), made)
 
 
-def under(rules: Iterable[Rule], *, source: str = "", target: str = "") -> list[Rule]:
+def add_prefix(rules: Iterable[Rule], *, source: str = "", target: str = "") -> list[Rule]:
     """Put prefixes before the keys of rules, such as `w2v_encoder.w2v_model.` and `wav2vec2.`."""
     made: list[Rule] = []
     for rule in rules:
         if isinstance(rule, Rename):
             made.append(replace(rule, source=source + rule.source, target=target + rule.target))
         elif isinstance(rule, Fill):
-            made.append(
-                replace(rule, target=target + rule.target, rule=rule.rule.replace("norm of ", f"norm of {target}"))
-            )
+            made.append(rule.renamed(target.__add__))
         else:
             repeats = source + rule.repeats if rule.repeats else ""
             made.append(replace(rule, source=source + rule.source, repeats=repeats))

@@ -1,70 +1,160 @@
-"""Models with adapters: which languages a checkpoint speaks, which of them the weights speak, and the files of each."""
+"""wav2vec 2.0 with adapters in its layers (`fairseq.models.wav2vec.wav2vec2.AdapterFast`), one for each language.
+
+Which languages a checkpoint has, which of them the weights are converted for, and the file of each. MMS files keep the
+languages beside the model, in `adapter`; other models stack their adapters, see `convert.checkpoint.stacks`.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from convert.checkpoint import Checkpoint
-from convert.checkpoint.dictionary import Dictionary
+from convert.checkpoint.stacks import STACKED, unstack
 from convert.errors import PlanError, Problem
-from convert.mapping import adapters, infer_layout, plan
-from convert.mapping.rules import TensorSpec
-from convert.model.encoder import Sources, describe_encoder, encoder_settings, plain_layout, quantizer_values
-from convert.model.processor import Processor, is_plain, vocab
-from convert.model.settings import Reader
-from convert.model.types import Model, Request, Sidecar, Value
+from convert.families import wav2vec2
+from convert.families.base import Conversion, Language, Part, Shapes, Sidecar, Sources
+from convert.families.ctc import HEAD as CTC_HEAD
+from convert.families.ctc import Symbols
+from convert.families.encoder import Layout, assemble, encoder_rules, infer_encoder
+from convert.families.planning import describe_encoder, unknown_language
+from convert.families.settings import Limit, Reader, Value, only
+from convert.families.tokenizers import Processor, is_plain, vocab
+from convert.rules import Drop, Edit, Fill, Rename, Rule, Table, TensorSpec, Zeros, add_prefix, plan
 
+# fmt: off
+ADAPTER = (
+    Rename("encoder.layers.{adapted}.adapter_layer.ln_W", "encoder.layers.{adapted}.adapter_layer.norm.weight",     "hidden"),
+    Rename("encoder.layers.{adapted}.adapter_layer.ln_b", "encoder.layers.{adapted}.adapter_layer.norm.bias",       "hidden"),
+    Rename("encoder.layers.{adapted}.adapter_layer.W_a",  "encoder.layers.{adapted}.adapter_layer.linear_1.weight", "adapter hidden"),
+    Rename("encoder.layers.{adapted}.adapter_layer.b_a",  "encoder.layers.{adapted}.adapter_layer.linear_1.bias",   "adapter"),
+    Rename("encoder.layers.{adapted}.adapter_layer.W_b",  "encoder.layers.{adapted}.adapter_layer.linear_2.weight", "hidden adapter"),
+    Rename("encoder.layers.{adapted}.adapter_layer.b_b",  "encoder.layers.{adapted}.adapter_layer.linear_2.bias",   "hidden"),
+)
+_NOTHING = "fairseq has no adapter in this layer (adp_trf_idx), transformers has; made of zeros it adds zero"
+NO_ADAPTER = (
+    Fill("encoder.layers.{bare}.adapter_layer.norm.{p}",          Zeros(), _NOTHING, "hidden"),
+    Fill("encoder.layers.{bare}.adapter_layer.linear_1.weight",   Zeros(), _NOTHING, "adapter hidden"),
+    Fill("encoder.layers.{bare}.adapter_layer.linear_1.bias",     Zeros(), _NOTHING, "adapter"),
+    Fill("encoder.layers.{bare}.adapter_layer.linear_2.weight",   Zeros(), _NOTHING, "hidden adapter"),
+    Fill("encoder.layers.{bare}.adapter_layer.linear_2.bias",     Zeros(), _NOTHING, "hidden"),
+)
+# fmt: on
+_OTHER = "belongs to another language"
 DEFAULT = "eng"  # what `Wav2Vec2ForCTC` says that a model with adapters speaks where nobody asks for another language
 OWN = "own_adapter.safetensors"
 _NAME = re.compile(r"[\w-]{1,80}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
-class Language:
-    """One language of a checkpoint.
+class Own(Part):
+    """What only a model with adapters has.
 
     Args:
-        name: as fairseq's users choose it.
-        group: where its tensors are: a key of `Checkpoint.groups`, or empty for those of the model.
-        row: which of the stacked adapters it is.
-        dictionary: its symbols.
+        width: `adp_dim`, the width inside an adapter.
+        adapted: the layers that have one.
+        bare: the layers that have none.
+        rows: `adp_num`, the adapters that are stacked in each.
+        row: the one that is taken.
     """
 
-    name: str
-    group: str
+    width: int
+    adapted: tuple[int, ...]
+    bare: tuple[int, ...]
+    rows: int
     row: int
-    dictionary: Dictionary | None
+
+    @property
+    def axes(self) -> Mapping[str, Sequence[object]]:
+        """The values of the axes that the adapters' rules name."""
+        return {"adapted": self.adapted, "bare": self.bare}
+
+    @property
+    def dims(self) -> Mapping[str, int]:
+        """The size that the adapters' rules name."""
+        return {"adapter": self.width}
 
 
-def adapted_layout(sources: Sources, seen: adapters.Layout, stated: Mapping[str, Any]) -> adapters.Layout | None:
-    """State the geometry of wav2vec 2.0 with adapters; see `convert.model.encoder.plain_layout`."""
+# fmt: off
+SETTINGS = replace(
+    wav2vec2.SETTINGS,
+    limits=(
+        *(limit for limit in wav2vec2.LIMITS if limit.field != "layer_type"),
+        Limit("layer_norm_first", lambda value: value is True, "transformers has adapters only where the norm comes first", required=True),
+        Limit("adp_act_fn",       only("relu"),                "the adapters of transformers have a ReLU"),
+    ),
+    read=wav2vec2.SETTINGS.read | {"adp_num", "adp_dim", "adp_trf_idx"},
+    training_only=wav2vec2.SETTINGS.training_only - {"adp_num", "adp_dim", "adp_act_fn", "adp_trf_idx"},
+)
+# fmt: on
+
+
+def infer(shapes: Shapes) -> Layout[Own]:
+    """Read the geometry of a wav2vec 2.0 model with adapters off its names and shapes; see `convert.mapping.infer_layout`.
+
+    Raises:
+        PlanError: `missing-source`, when it is no wav2vec 2.0 model.
+    """
+    shapes = unstack(shapes, lambda shape: shape, lambda shape, _: shape[1:])
+    kind, prefix, encoder, head = infer_encoder(shapes, wav2vec2.KINDS)
+    found = [match for key in shapes if (match := STACKED.search(key))]
+    narrow = [shape[0] for key, shape in shapes.items() if ".adapter_layer.b_a[" in key and len(shape) == 1]
+    adapted = {int(match[1]) for match in found}
+    rows = max((int(match[3] or 0) for match in found), default=-1) + 1
+    own = _own(narrow[0] if narrow else 0, adapted, encoder.layers, rows, 0)
+    return Layout("wav2vec2_adapter", kind, prefix, encoder, head, own)
+
+
+def _own(width: int, adapted: Iterable[int], layers: int, rows: int, row: int) -> Own:
+    chosen = tuple(sorted(adapted))
+    return Own(width, chosen, tuple(layer for layer in range(layers) if layer not in chosen), rows, row)
+
+
+def table(layout: Layout[Own], head: str = "", edits: Iterable[Edit] = ()) -> Table:
+    """Make the table of one model in one language; see `convert.families.wav2vec2.table`."""
+    own = layout.own
+    rules = [*encoder_rules(layout.encoder), *_of_row(own.row), *NO_ADAPTER]
+    for other in range(own.rows):
+        if other != own.row:
+            rules += [Drop(rule.source, _OTHER, rule.shape) for rule in _of_row(other)]
+    return assemble(layout, head, edits, rules, wav2vec2.KINDS, base="wav2vec2")
+
+
+def _language_table(layout: Layout[Own], row: int) -> Table:
+    """Make the table of what belongs to one language alone: its adapters and its head, as `load_adapter` wants them."""
+    rules: list[Rule] = add_prefix([*_of_row(row), *NO_ADAPTER], source=layout.prefix, target="wav2vec2.")
+    return Table.build("wav2vec2 language", [*rules, *CTC_HEAD], layout.axes, layout.dims)
+
+
+def _of_row(row: int) -> list[Rename]:
+    return [replace(rule, source=f"{rule.source}[{row}]") for rule in ADAPTER]
+
+
+def _state(sources: Sources, layout: Layout[Own]) -> Layout[Own] | None:
     reader = sources.reader
-    rows, layers = reader.count("adp_num"), stated["layers"]
+    rows, layers = reader.count("adp_num"), layout.encoder.layers
     adapted = _adapted(reader, layers)
     tensors = len(sources.checkpoint.tensors)
     if adapted is None or rows < 1:
         return None
-    if rows * len(adapters.ADAPTER) * max(1, len(adapted)) > tensors:  # or the table would be as long as it says
+    if rows * len(ADAPTER) * max(1, len(adapted)) > tensors:  # or the table would be as long as it says
         sources.refuse("bad-setting", "adp_num", f"{rows} adapters in each layer, of {tensors} tensors")
         return None
     names = _names(sources.checkpoint)
-    if rows > 1 and sources.kind != "ctc":
+    if rows > 1 and sources.kind.name != "ctc":
         sources.refuse(
             "unsupported-setting", "adp_num", f"is {rows}: only models with a CTC head have several languages"
         )
     row = names.index(sources.request.language) if rows > 1 and sources.request.language in names else 0
-    plain = plain_layout(sources, seen, stated)
-    known = {name: getattr(plain, name) for name in plain.__dataclass_fields__}
-    return adapters.Layout(**known, adapter=reader.count("adp_dim"), adapted=adapted, rows=rows, row=row)
+    return replace(layout, own=_own(reader.count("adp_dim"), adapted, layers, rows, row))
 
 
-def adapter_values(sources: Sources) -> list[Value]:
+def _values(sources: Sources) -> list[Value]:
     """The width of the adapters."""
     width = sources.reader.count("adp_dim")
-    return [*quantizer_values(sources), Value("adapter_attn_dim", width, sources.reader.origin("adp_dim"))]
+    return [*wav2vec2.quantizer_values(sources), Value("adapter_attn_dim", width, sources.reader.origin("adp_dim"))]
 
 
 def _adapted(reader: Reader, layers: int) -> tuple[int, ...] | None:
@@ -123,32 +213,23 @@ def choose(found: Mapping[str, Language], wanted: str, file: str) -> Language:
         PlanError: `unknown-language`, with the list of those that there are.
     """
     if wanted and wanted not in found:
-        known = ", ".join(sorted(found)) or "none"
-        raise PlanError(
-            f"{file} has no language {wanted!r}; nothing was written",
-            code="unknown-language",
-            key="--lang",
-            hint=f"it has: {known if len(known) < 400 else known[:400] + ', ...'}",
-        )
+        raise unknown_language(file, wanted, found)
     return found.get(wanted or DEFAULT) or next(iter(found.values()))
 
 
-def describe_languages(checkpoint: Checkpoint, request: Request, **how: Any) -> Model:
-    """Decide everything about the conversion of a model with a CTC head, in all languages that it speaks.
+def describe(sources: Sources) -> Conversion:
+    """Decide everything about the conversion of a model with adapters, in all languages that it has.
 
-    Where there are several, and none is asked for, the weights speak `DEFAULT` or the first, and a sidecar holds each.
-
-    Args:
-        checkpoint, request: as for `convert.model.architectures.describe`.
-        how: what `convert.model.encoder.describe_encoder` takes beside them.
+    Where there are several, and none is asked for, the weights are in `DEFAULT` or the first, and a sidecar holds each.
 
     Raises:
         PlanError: every problem of settings, vocabularies, names and shapes at once.
     """
+    if sources.kind.name != "ctc":
+        return describe_encoder(sources)
+    checkpoint, request = sources.checkpoint, sources.request
     problems: list[Problem] = []
-    found = languages_of(checkpoint, encoder_settings(checkpoint).values, problems)
-    if not found and not request.language and not problems:
-        return describe_encoder(checkpoint, request, **how)
+    found = languages_of(checkpoint, sources.reader.values, problems)
     chosen = None if problems else choose(found, request.language, checkpoint.path.name)
     several = len(found) > 1 and not request.language
     if several and request.head == "encoder":
@@ -158,7 +239,8 @@ def describe_languages(checkpoint: Checkpoint, request: Request, **how: Any) -> 
     model = None
     view = checkpoint if chosen is None else speaking(checkpoint, chosen)
     try:
-        model = describe_encoder(view, replace(request, language=chosen.name if chosen else ""), **how)
+        one = replace(request, language=chosen.name if chosen else "")
+        model = describe_encoder(replace(sources, checkpoint=view, request=one))
     except PlanError as error:
         if error.code != "refused":
             raise
@@ -171,14 +253,13 @@ def describe_languages(checkpoint: Checkpoint, request: Request, **how: Any) -> 
             problems.append(Problem("unsupported-setting", "blank_weight", why))
         sidecars = _sidecars(checkpoint, view, found.values(), problems)
         processor = _processor(processor, found, chosen.name, problems) if processor and processor.ids else None
-    if problems or model is None or processor is None:
+    if problems or model is None or processor is None or chosen is None:
         raise PlanError(
             f"{checkpoint.path.name} cannot be converted completely; nothing was written",
             code="refused",
             problems=problems,
             hint="" if not several else "--lang LANG takes one language alone",
         )
-    assert chosen is not None
     return replace(
         model,
         processor=processor,
@@ -202,24 +283,24 @@ def _sidecars(
     checkpoint: Checkpoint, view: Checkpoint, found: Iterable[Language], problems: list[Problem]
 ) -> list[Sidecar]:
     try:
-        layout = infer_layout(view.inventory, adapters.FAMILY.name)
+        layout = infer({name: spec.shape for name, spec in view.inventory.items()})
     except PlanError:  # which the model's own plan says, too
         return []
     made = []
     for one in found:
         inventory = checkpoint.inventory_of(one.group)
         if not one.group:
-            inventory = _own(inventory, one.row)
+            inventory = _of_language(inventory, one.row)
         if one.dictionary is None:
             problems.append(Problem("no-dictionary", f"adapter[{one.name}]", "the checkpoint has no dictionary of it"))
         file = f"adapter.{one.name}.safetensors"
         made += _sidecar(file, one.group, inventory, layout, one.row, problems)
     if any(one.group for one in found):
-        made += _sidecar(OWN, "", _own(checkpoint.inventory, 0), layout, 0, problems)
+        made += _sidecar(OWN, "", _of_language(checkpoint.inventory, 0), layout, 0, problems)
     return made
 
 
-def _own(inventory: Mapping[str, TensorSpec], row: int) -> dict[str, TensorSpec]:
+def _of_language(inventory: Mapping[str, TensorSpec], row: int) -> dict[str, TensorSpec]:
     """Keep what `load_adapter` replaces: the adapters of one language, and the head."""
     return {
         name: spec
@@ -232,14 +313,14 @@ def _sidecar(
     file: str,
     group: str,
     inventory: Mapping[str, TensorSpec],
-    layout: adapters.Layout,
+    layout: Layout[Own],
     row: int,
     problems: list[Problem],
 ) -> list[Sidecar]:
     head = inventory.get("w2v_encoder.proj.bias")
-    layout = replace(layout, vocab=head.shape[0] if head and head.shape else 0)
+    layout = replace(layout, head=Symbols(head.shape[0] if head and head.shape else 0))
     try:
-        return [Sidecar(file, plan(adapters.language_table(layout, row), inventory), group)]
+        return [Sidecar(file, plan(_language_table(layout, row), inventory), group)]
     except PlanError as error:
         problems += [Problem(one.code, f"{file}: {one.key}", one.detail) for one in error.problems]
         return []
@@ -272,3 +353,21 @@ def _processor(made: Processor, found: Mapping[str, Language], chosen: str, prob
     files = {**made.files, "vocab.json": vocabularies, "tokenizer_config.json": tokenizer | {"target_lang": chosen}}
     files.pop("tokenizer.json", None)
     return replace(made, files=files)
+
+
+FAMILY = replace(
+    wav2vec2.FAMILY,
+    name="wav2vec2_adapter",
+    architectures={},
+    encoders=(("wav2vec2", "trf_adp"),),
+    refused={},
+    mark=r"^(w2v_encoder\.w2v_model\.)?encoder\.layers\.\d+\.adapter_layer\.",
+    general=False,
+    infer=infer,
+    table=table,
+    describe=describe,
+    settings=SETTINGS,
+    state=_state,
+    values=_values,
+    languages=languages_of,
+)

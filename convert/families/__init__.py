@@ -1,0 +1,133 @@
+"""The families of models, one file each, found by what it declares: a `Family` named `FAMILY`.
+
+In: an opened checkpoint and a request, or names and shapes alone. Out: a `Conversion`, which says everything that will be
+done, or every reason to refuse; or a table. Standard library only. A new family is a new file here; see
+docs/adding_a_family.md.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+
+from convert.checkpoint import Checkpoint
+from convert.errors import PlanError
+from convert.families.base import Conversion, Family, Request, Sources
+from convert.families.encoder_settings import encoder_settings, origin_of
+from convert.families.planning import unknown_language
+from convert.families.settings import Reader
+from convert.rules import Drop
+
+__all__ = ["FAMILIES", "Conversion", "Family", "Request", "architecture_of", "describe", "family_of", "settings_of"]
+
+
+def _found() -> dict[str, Family]:
+    """Import every module here; those that only some models are told by come first, each group by its name."""
+    modules = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
+    families = [module.FAMILY for module in modules if hasattr(module, "FAMILY")]
+    return {family.name: family for family in sorted(families, key=lambda family: (family.general, family.name))}
+
+
+FAMILIES = _found()
+# fairseq's name of a model -> (the family that declares it, the kind of checkpoint)
+ARCHITECTURES = {name: (family, kind) for family in FAMILIES.values() for name, kind in family.architectures.items()}
+_REFUSED = {name: reason for family in FAMILIES.values() for name, reason in family.refused.items()}
+
+
+def describe(checkpoint: Checkpoint, request: Request) -> Conversion:
+    """Decide everything about a conversion, or refuse it with every reason.
+
+    Args:
+        checkpoint: the opened checkpoint.
+        request: what the caller asks for.
+
+    Raises:
+        PlanError: every problem of settings, vocabulary, names and shapes at once.
+    """
+    name = architecture_of(checkpoint)
+    if name not in ARCHITECTURES:
+        raise _unsupported(checkpoint, name, ARCHITECTURES)
+    owner, kind = ARCHITECTURES[name]
+    if request.data_config is not None and not kind.data_config:
+        raise PlanError(f"{name} has no config.yaml: leave --data-config out", code="usage", key="--data-config")
+    reader = settings_of(checkpoint)
+    family = family_of(checkpoint, reader)
+    whole = family if owner.encoders else owner
+    outer, task = (
+        Reader(dict(values), dict.fromkeys(values, section), reader.problems)
+        for section, values in ((section, checkpoint.settings[section]) for section in ("model", "task"))
+    )
+    head = request.head or (kind.name if kind.name in whole.classes else "encoder")
+    sources = Sources(checkpoint, request, name, kind, family, head, reader, outer, task)
+    if checkpoint.groups and family.languages is None:
+        detail = "the file has adapters of languages, which a model of this layer_type does not use"
+        sources.refuse("conflict", "layer_type", detail)
+    model = whole.describe(sources)
+    if request.language and not model.language:
+        raise unknown_language(checkpoint.path.name, request.language, ())
+    reason = f"does not start with {checkpoint.prefix}, as the model's names do: it belongs to another model"
+    # a relic: fairseq's model does not have it, so that the way back leaves it out
+    left_out = tuple(Drop(name, reason, relic=True) for name in checkpoint.outside)
+    return replace(model, left_out=left_out, notes=checkpoint.notes)
+
+
+def settings_of(checkpoint: Checkpoint) -> Reader:
+    """Read the settings of a model, or of the encoder in it, with what fine-tuning replaced.
+
+    Raises:
+        PlanError: it was fine-tuned, and its pretrained model's settings are missing.
+    """
+    _, kind = ARCHITECTURES.get(architecture_of(checkpoint), (None, None))
+    if kind is not None and kind.nested:
+        return encoder_settings(checkpoint)
+    model = checkpoint.settings["model"]
+    return Reader(dict(model), dict.fromkeys(model, origin_of(checkpoint)))
+
+
+def family_of(checkpoint: Checkpoint, reader: Reader) -> Family:
+    """Find the family of a model's encoder by what its settings say, or of the model, where it has no encoder in it.
+
+    Where omegaconf dropped the encoder's name, its tensors tell.
+
+    Raises:
+        PlanError: `unsupported-architecture`.
+    """
+    owner, _ = ARCHITECTURES[architecture_of(checkpoint)]
+    if not owner.encoders and not owner.inside:
+        return owner
+    known = {encoder: family for family in owner.inside or FAMILIES.values() for encoder in family.encoders}
+    name = str(reader.values.get("_name") or "")
+    if not name:
+        names = [key.removeprefix("encoder.w2v_model.") for key in checkpoint.tensors]
+        name = next(family.encoders[0][0] for family in known.values() if family.knows(names))
+    layer = str(reader.values.get("layer_type") or "transformer")
+    found = known.get((name, layer)) or known.get((name, "transformer"))  # whose limits name the layer type
+    if found is None:
+        raise _unsupported(checkpoint, name, dict.fromkeys(name for name, _ in known))
+    return found
+
+
+def architecture_of(checkpoint: Checkpoint) -> str:
+    """Name a checkpoint's architecture; where its settings do not (omegaconf dropped `_name` for a time), by its tensors."""
+    named = str(checkpoint.settings["model"].get("_name") or "")
+    if named:
+        return named
+    for family in FAMILIES.values():
+        if family.knows(checkpoint.tensors):
+            for name, kind in family.architectures.items():
+                if kind.mark and any(re.search(kind.mark, key) for key in checkpoint.tensors):
+                    return name
+    return "unknown"
+
+
+def _unsupported(checkpoint: Checkpoint, name: str, known: Iterable[str]) -> PlanError:
+    reason = f" ({_REFUSED[name]})" if name in _REFUSED else ""
+    return PlanError(
+        f"{checkpoint.path.name}: architecture {name!r} is not supported{reason}; nothing was written",
+        code="unsupported-architecture",
+        key=name,
+        hint=f"supported: {', '.join(known)}",
+    )

@@ -1,0 +1,172 @@
+"""HuBERT (`fairseq.models.hubert`): wav2vec 2.0's encoder, another pretraining head, and sometimes batch norm on the positions.
+
+Settings: `fairseq.models.hubert.hubert.HubertConfig`, `hubert_asr.HubertCtcConfig` and `transformers.HubertConfig`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from convert.families.base import KEPT_HEAD, Family, Kind, Part, Shapes, Sidecar, Sources
+from convert.families.ctc import PLAIN_CTC
+from convert.families.encoder import Layout, assemble, encoder_rules, infer_encoder, kind_of
+from convert.families.encoder_settings import CHOICES, COUNTS, DEFAULTS, FLAGS, READ, SAME, TRAINING_ONLY
+from convert.families.planning import describe_encoder, kept_head
+from convert.families.settings import Limit, Settings, Value, at_most_one, only
+from convert.rules import Drop, Edit, Rename, Table
+
+# fmt: off
+POSITIONS_BATCH_NORM = (  # conv_pos_batch_norm: a norm before the convolution, which has no weight norm then
+    Rename("encoder.pos_conv.0.{p}",                               "encoder.pos_conv_embed.batch_norm.{p}",                        "hidden"),
+    Rename("encoder.pos_conv.0.running_{statistic}",               "encoder.pos_conv_embed.batch_norm.running_{statistic}",        "hidden"),
+    Rename("encoder.pos_conv.0.num_batches_tracked",               "encoder.pos_conv_embed.batch_norm.num_batches_tracked",        "", "I64"),
+    Rename("encoder.pos_conv.1.bias",                              "encoder.pos_conv_embed.conv.bias",                             "hidden"),
+    Rename("encoder.pos_conv.1.weight",                            "encoder.pos_conv_embed.conv.weight",                           "hidden pos_group conv_pos"),
+)
+PRETRAINING_HEAD = (  # no class of transformers has it; a file beside the model keeps it under fairseq's names
+    Rename("final_proj.weight",                                    "final_proj.weight",                                            "final hidden"),
+    Rename("final_proj.bias",                                      "final_proj.bias",                                              "final"),
+    Rename("label_embs_concat",                                    "label_embs_concat",                                            "clusters label"),
+    Rename("target_glu.0.weight",                                  "target_glu.0.weight",                                          "2label label"),
+    Rename("target_glu.0.bias",                                    "target_glu.0.bias",                                            "2label"),
+)
+# fmt: on
+_NO_CLASS = (
+    "only the loss of HuBERT's pretraining uses it, which transformers has no class for; --keep-final-proj keeps it"
+)
+DROPS = tuple(Drop(rule.source, _NO_CLASS, rule.shape, optional=True) for rule in PRETRAINING_HEAD)
+
+
+@dataclass(frozen=True, slots=True)
+class Own(Part):
+    """What only HuBERT has.
+
+    Args:
+        batch_norm: whether the positional convolution has batch norm instead of weight norm.
+        clusters, label: the rows of `label_embs_concat`, and its width: `final_dim`.
+        final: the rows of `final_proj`: `label`, or with `untie_final_proj` as many for each dictionary.
+    """
+
+    batch_norm: bool
+    clusters: int
+    label: int
+    final: int
+
+    @property
+    def axes(self) -> Mapping[str, tuple[object, ...]]:
+        """The values of the axis that the batch norm's rules name."""
+        return {"statistic": ("mean", "var")}
+
+    @property
+    def dims(self) -> Mapping[str, int]:
+        """The sizes that the pretraining head's rules name."""
+        labels = {"clusters": self.clusters, "label": self.label, "2label": 2 * self.label}
+        return {**labels, "final": self.final}
+
+
+# its drops are among the encoder's: a fine-tuned model may have relics of that head, too
+PRETRAINING = Kind("pretraining", mark=r"^label_embs_concat$")
+KINDS = {kind.name: kind for kind in (PLAIN_CTC, PRETRAINING)}
+
+# The pretraining head's, or `dropout_features`, which acts before what nothing reads.
+_TRAINING_ONLY = {"dropout_features", "label_rate", "logit_temp", "skip_masked", "skip_nomask", "target_glu"}
+# fmt: off
+SETTINGS = Settings(
+    same=SAME | {"conv_pos_batch_norm": "conv_pos_batch_norm"},
+    choices=CHOICES,
+    limits=(
+        Limit("layer_type",     only("transformer"), "HubertModel has transformer layers; Wav2Vec2Conformer leaves out the positional convolution, which HuBERT's conformer has"),
+        Limit("pos_conv_depth", at_most_one,         "HubertModel has one positional convolution"),
+    ),
+    read=READ | {"final_dim", "untie_final_proj"},
+    training_only=TRAINING_ONLY | _TRAINING_ONLY,
+    defaults=DEFAULTS | {"conv_pos_batch_norm": False},
+    counts=COUNTS,
+    flags=FLAGS | {"conv_pos_batch_norm"},
+)
+# fmt: on
+
+
+def infer(shapes: Shapes) -> Layout[Own]:
+    """Read the geometry of a HuBERT model off its names and shapes; see `convert.mapping.infer_layout`.
+
+    Raises:
+        PlanError: `missing-source`, when it is no such model.
+    """
+    prefix = kind_of(shapes)[1]
+    norm, convolution = f"{prefix}encoder.pos_conv.0.", f"{prefix}encoder.pos_conv.1."
+    batch_norm = f"{convolution}weight" in shapes
+    alike = dict(shapes)
+    if batch_norm:
+        alike = {key: shape for key, shape in shapes.items() if not key.startswith(norm)}
+        alike[f"{norm}weight"] = alike.pop(f"{convolution}weight")
+    clusters, label = [*shapes.get(f"{prefix}label_embs_concat", ()), 0, 0][:2]
+    final = [*shapes.get(f"{prefix}final_proj.bias", ()), 0][0]
+    return Layout("hubert", *infer_encoder(alike, KINDS), Own(batch_norm, clusters, label, final))
+
+
+def table(layout: Layout[Own], head: str = "", edits: Iterable[Edit] = ()) -> Table:
+    """Make the table of one HuBERT model; see `convert.mapping.table`."""
+    positions = POSITIONS_BATCH_NORM if layout.own.batch_norm else None
+    return assemble(layout, head, edits, [*encoder_rules(layout.encoder, positions), *DROPS], KINDS)
+
+
+def _head_table(layout: Layout[Own], source: Iterable[str]) -> Table:
+    """Make the table of the file that keeps the pretraining head, as far as a checkpoint has it."""
+    prefix, there = layout.prefix, set(source)
+    rules = [replace(rule, source=prefix + rule.source) for rule in PRETRAINING_HEAD if prefix + rule.source in there]
+    return Table.build("hubert pretraining head", rules, {}, layout.dims)
+
+
+def _state(sources: Sources, layout: Layout[Own]) -> Layout[Own]:
+    """State what HuBERT alone has; how many clusters and dictionaries there were, only its pretraining head tells."""
+    reader, seen = sources.reader, layout.own
+    label = reader.get("final_dim", int, 0)
+    label = label if label > 0 else layout.encoder.hidden
+    separate = reader.get("untie_final_proj", bool, False)
+    own = Own(
+        batch_norm=reader.get("conv_pos_batch_norm", bool, False),
+        clusters=seen.clusters,
+        label=label,
+        final=label * max(1, seen.final // label) if separate else label,
+    )
+    return replace(layout, own=own)
+
+
+def _values(sources: Sources) -> list[Value]:
+    """What only HuBERT's configuration has."""
+    made = [Value("feat_proj_layer_norm", True, "HubertModel always has layer_norm")]
+    rows = sources.checkpoint.inventory.get("final_proj.bias")
+    if (
+        sources.request.keep_final_proj and rows and rows.shape
+    ):  # what people's own classes build their `final_proj` with
+        made.append(Value("classifier_proj_size", rows.shape[0], f"the rows of final_proj in {KEPT_HEAD}"))
+    return made
+
+
+def _sidecars(sources: Sources) -> list[Sidecar]:
+    return kept_head(sources, _head_table)
+
+
+FAMILY = Family(
+    name="hubert",
+    architectures={"hubert_ctc": PLAIN_CTC, "hubert": PRETRAINING},
+    encoders=(("hubert", "transformer"),),
+    refused={
+        "av_hubert": "AV-HuBERT, which sees video too, and for which transformers has no class",
+        "contentvec": "ContentVec with the layers that hear the speaker; its `legacy` file is a plain HuBERT, which converts",
+        "multires_hubert": "HuBERT at several frame rates, for which transformers has no class",
+    },
+    mark=r"^(w2v_encoder\.w2v_model\.)?label_embs_concat$",
+    infer=infer,
+    table=table,
+    describe=describe_encoder,
+    model_type="hubert",
+    classes={"ctc": "HubertForCTC", "encoder": "HubertModel"},
+    kinds=KINDS,
+    settings=SETTINGS,
+    state=_state,
+    values=_values,
+    sidecars=_sidecars,
+)

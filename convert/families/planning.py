@@ -1,0 +1,276 @@
+"""From an opened checkpoint to a conversion: settings, dictionary, geometry and plan, complete or refused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from convert.checkpoint.dictionary import Dictionary
+from convert.errors import PlanError, Problem
+from convert.families.base import KEPT_HEAD, Conversion, Sidecar, Sources
+from convert.families.encoder import PREFIXES, Encoder, Layout
+from convert.families.encoder_settings import FINE_TUNING, encoder_config
+from convert.families.settings import Settings, Value
+from convert.families.tokenizers import Processor, make_processor
+from convert.rules import Edit, Plan, Table, TensorSpec, plan
+from convert.transfer import not_repeated, product
+
+_MADE = 16_000_000  # bytes that rules may make for a small file
+
+
+def describe_encoder(sources: Sources) -> Conversion:
+    """Decide everything about the conversion of a model that consists of an encoder and perhaps a head.
+
+    Raises:
+        PlanError: every problem of settings, vocabulary, names and shapes at once.
+    """
+    family, kind, head = sources.family, sources.kind, sources.head
+    training_only = classify(sources, family.settings)
+    if kind.symbols:
+        sources.dictionary = read_dictionary(sources, kind.symbols)
+    config = encoder_config(sources) + family.values(sources) + kind.values(sources)
+    layout = None if any(p.code == "missing-setting" for p in sources.problems) else encoder_layout(sources)
+    processor = make_processor(
+        sources.dictionary if head != "encoder" and kind.text else None,
+        sources.criterion,
+        sources.task,
+        sources.problems,
+    )
+    if head == "ctc":
+        config += [Value(key, value, "dictionary") for key, value in processor.ids.items()]
+        config.append(Value("vocab_size", len(sources.dictionary or ()), "dictionary"))
+    proved = prove(sources, layout, kind.edits(sources) if head != "encoder" else [])
+    sidecars = family.sidecars(sources)
+    return finish(sources, proved, family.classes.get(head, ""), config, training_only, processor, sidecars)
+
+
+def finish(
+    sources: Sources,
+    proved: Plan | None,
+    target: str,
+    config: Sequence[Value],
+    training_only: Mapping[str, Any],
+    processor: Processor,
+    sidecars: Sequence[Sidecar] = (),
+    model_type: str = "",
+) -> Conversion:
+    """Put together what was decided, unless there is a reason to refuse.
+
+    Args:
+        sources: what it was decided from, with the problems.
+        proved: the plan; `None` where there is none, for reasons among the problems.
+        target: the transformers class.
+        config: the values of `config.json` so far.
+        training_only, processor, sidecars: as in `Conversion`.
+        model_type: what `config.json` calls it, where that is not what the family is called.
+
+    Raises:
+        PlanError: every problem at once.
+    """
+    if sources.request.keep_final_proj and all(sidecar.file != KEPT_HEAD for sidecar in sidecars):
+        sources.refuse(
+            "no-head", "--keep-final-proj", "there is no pretraining head that would be left out and can be kept"
+        )
+    if sources.problems or proved is None:
+        raise PlanError(
+            f"{sources.checkpoint.path.name} cannot be converted completely; nothing was written",
+            code="refused",
+            problems=sources.problems,
+            hint=_hint(sources.problems),
+        )
+    dtype = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}.get(_dtype(proved), "float32")
+    fixed = {"architectures": [target], "model_type": model_type or sources.family.model_type, "torch_dtype": dtype}
+    values = (*config, *(Value(key, value, "the class") for key, value in fixed.items()))
+    return Conversion(
+        fairseq=sources.name,
+        target=target,
+        head=sources.head,
+        plan=proved,
+        config=values,
+        training_only=training_only,
+        processor=processor,
+        dictionary=sources.dictionary,
+        sidecars=tuple(sidecars),
+    )
+
+
+def classify(sources: Sources, fields: Settings) -> dict[str, Any]:
+    """Put every setting into one class: carried, training only, or refused."""
+    reader, outer = sources.reader, sources.outer.values
+    training_only = {}
+    flat = bool(
+        reader.values.pop("flat", False)
+    )  # a Namespace holds the trainer's options too: they are not the model's
+    known = {*fields.same, *fields.read, *fields.training_only, *(limit.field for limit in fields.limits)}
+    settings = {name: (value, reader.origin(name)) for name, value in reader.values.items()}
+    if sources.kind.nested:
+        known_outer = known | {*FINE_TUNING, *sources.kind.read, "w2v_args", "flat"}
+        flat_outer = bool(outer.get("flat"))
+        settings |= {
+            name: (value, f"model.{name}")
+            for name, value in outer.items()
+            if name not in reader.values
+            and (name not in known_outer or name in fields.training_only)
+            and not flat_outer
+        }
+    for name, (value, origin) in settings.items():
+        if name in fields.training_only or (name in sources.request.training_only and name not in known):
+            training_only[name] = value
+        elif name not in known and not flat and name != "w2v_args":
+            if value:
+                detail = f"{origin} = {str(value)[:60]!r}: no rule says what it does to the model"
+                sources.refuse("unknown-setting", name, detail)
+            else:
+                training_only[name] = value
+    for limit in fields.limits:
+        value = reader.values.get(limit.field)
+        present = limit.field in reader.values or limit.required
+        if (not limit.heads or sources.head in limit.heads) and present and not limit.neutral(value):
+            sources.refuse("unsupported-setting", limit.field, f"is {value!r}: {limit.why}")
+    return dict(sorted(training_only.items()))
+
+
+def encoder_layout(sources: Sources) -> Layout[Any] | None:
+    """State the geometry from the settings; what only tensors tell (weight norm removed, rows of the head) from them."""
+    reader, checkpoint, family = sources.reader, sources.checkpoint, sources.family
+    try:
+        seen: Layout[Any] = family.infer({name: spec.shape for name, spec in checkpoint.inventory.items()})
+    except PlanError as error:
+        sources.problems.extend(error.problems)
+        return None
+    stated = sources.kind.name if sources.kind.name in PREFIXES else ""
+    if seen.kind != stated:
+        found = f"a {seen.kind} model" if seen.kind else "a model with a decoder"
+        sources.refuse("conflict", "_name", f"the settings say {sources.kind.name}, the tensors are those of {found}")
+        return None
+    if reader.get("encoder_layers", int) > len(checkpoint.tensors):  # or the table would be as long as it says
+        detail = f"{reader.get('encoder_layers', int)} layers of a checkpoint with {len(checkpoint.tensors)} tensors"
+        sources.refuse("bad-setting", "encoder_layers", detail)
+        return None
+    convolutions = reader.convolutions("conv_feature_layers")
+    hidden, groups = reader.get("encoder_embed_dim", int), reader.get("conv_pos_groups", int)
+    if not convolutions or not hidden or not groups:
+        return None
+    encoder = Encoder(
+        convolutions=tuple((channels, kernel) for channels, kernel, _ in convolutions),
+        group_norm=reader.get("extractor_mode", str) == "default",
+        conv_bias=reader.get("conv_bias", bool),
+        projection=convolutions[-1][0] != hidden,
+        weight_norm=seen.encoder.weight_norm,
+        hidden=hidden,
+        ffn=reader.get("encoder_ffn_embed_dim", int),
+        layers=reader.get("encoder_layers", int),
+        conv_pos=reader.get("conv_pos", int),
+        pos_group=hidden // groups,
+    )
+    layout = replace(seen, encoder=encoder, head=sources.kind.state(sources, seen.head))
+    made: Layout[Any] | None = family.state(sources, layout)
+    return made
+
+
+def kept_head(sources: Sources, table_of: Callable[[Any, Iterable[str]], Table]) -> list[Sidecar]:
+    """Keep a pretraining head that transformers has no class for in a file of its own, where that is asked for.
+
+    Args:
+        sources: where the checkpoint and the request are.
+        table_of: makes that file's table of (layout, fairseq's keys).
+    """
+    inventory = sources.checkpoint.inventory
+    if not sources.request.keep_final_proj:
+        return []
+    try:
+        shapes = {name: spec.shape for name, spec in inventory.items()}
+        head = table_of(sources.family.infer(shapes), inventory)
+        kept = plan(head, {key: inventory[key] for key in head.renames})
+    except PlanError:  # the plan of the model itself says what is wrong
+        return []
+    return [Sidecar(KEPT_HEAD, kept)] if kept.renames else []
+
+
+def read_dictionary(sources: Sources, rows_of: str) -> Dictionary | None:
+    """Choose the target dictionary: the checkpoint's own, or the one that was given; both must be the same.
+
+    Args:
+        sources: where they are.
+        rows_of: the tensor that has one row for each symbol.
+    """
+    inside, given = sources.checkpoint.dictionary, sources.request.dictionary
+    given = given.labels if given and not sources.kind.text else given
+    if inside and given and inside.symbols != given.symbols:
+        detail = f"the checkpoint's has {len(inside)} symbols, the file's {len(given)}"
+        first = next((i for i, (a, b) in enumerate(zip(inside.symbols, given.symbols, strict=False)) if a != b), None)
+        detail += f"; they first differ at {first}" if first is not None else ""
+        sources.refuse("dictionary-conflict", "--dict", detail)
+    dictionary = inside or given
+    rows = sources.checkpoint.inventory.get(rows_of)
+    if dictionary is None and sources.head != "encoder":
+        sources.refuse("no-dictionary", "--dict", "the checkpoint carries no dictionary (before February 2021)")
+    elif dictionary and rows and rows.shape[:1] != (len(dictionary),):
+        detail = f"has {len(dictionary)} symbols, the model's head {math.prod(rows.shape[:1])} rows"
+        sources.refuse("dictionary-size", "dictionary", detail)
+    return dictionary
+
+
+def prove(
+    sources: Sources,
+    layout: Any,
+    edits: Iterable[Edit] = (),
+    table: Callable[[Any, str, Iterable[Edit]], Table] | None = None,
+) -> Plan | None:
+    """Make the table of a geometry, and prove the plan of the tensors; `None` where there is none, the reasons noted."""
+    checkpoint = sources.checkpoint
+    made, inventory = None, checkpoint.inventory
+    try:
+        made = None if layout is None else (table or sources.family.table)(layout, sources.head, edits)
+        for name in checkpoint.others:
+            if made is None or name not in made.drops:
+                sources.refuse("unmapped-source", name, "is no tensor")
+            else:
+                inventory[name] = TensorSpec(name, ())
+        proved = None if made is None or _too_much(sources, made) else plan(made, inventory)
+    except PlanError as error:
+        sources.problems.extend(error.problems)
+        return None
+    if proved is not None:
+        sources.problems.extend(not_repeated(checkpoint.container, proved, checkpoint.tensors))
+    return proved
+
+
+def unknown_language(file: str, wanted: str, known: Iterable[str]) -> PlanError:
+    """Refuse a language that a checkpoint does not have, with the list of those that it has."""
+    listed = ", ".join(sorted(known)) or "none"
+    return PlanError(
+        f"{file} has no language {wanted!r}; nothing was written",
+        code="unknown-language",
+        key="--lang",
+        hint=f"it has: {listed if len(listed) < 400 else listed[:400] + ', ...'}",
+    )
+
+
+def _too_much(sources: Sources, made: Table) -> bool:
+    """Refuse a table that makes more numbers than there are in the file: only its settings say how many."""
+    needs = {key: 4 * product(made.shapes[key]) for key in made.fills}
+    if sum(needs.values()) <= sources.checkpoint.size + _MADE:
+        return False
+    largest = max(needs, key=lambda key: needs[key])
+    detail = f"the settings ask for {made.shapes[largest]} numbers that the file does not hold"
+    sources.refuse("size-bomb", largest, detail)
+    return True
+
+
+def _hint(problems: Sequence[Problem]) -> str:
+    codes = {problem.code for problem in problems}
+    if "no-data-config" in codes:
+        return "pass the config.yaml of the model's data, its dictionary and its sentencepiece model beside it: --data-config config.yaml"
+    if codes & {"no-dictionary", "dictionary-size", "dictionary-conflict"}:
+        return "pass the dictionary the model was trained with: --dict dict.ltr.txt"
+    if "unknown-setting" in codes:
+        return "if a setting acts while training only, say so: --training-only NAME"
+    return ""
+
+
+def _dtype(proved: Plan) -> str:
+    found = [spec.dtype for spec in proved.target.values()]
+    return max(set(found), key=found.count)

@@ -1,0 +1,102 @@
+"""WavLM (`WavLM.py` of Microsoft's unilm): wav2vec 2.0's encoder with gated relative positions; unilm released encoders only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from convert.families.base import Family, Kind, Part, Shapes, Sources
+from convert.families.encoder import LAYERS, Layout, assemble, encoder_rules, infer_encoder
+from convert.families.encoder_settings import CHOICES, COUNTS, DEFAULTS, FLAGS, READ, SAME, TRAINING_ONLY
+from convert.families.planning import describe_encoder
+from convert.families.settings import Limit, Settings
+from convert.rules import Edit, Rename, Table
+
+# fmt: off
+GATED_POSITIONS = (
+    Rename("encoder.layers.{layer}.self_attn.grep_a",              "encoder.layers.{layer}.attention.gru_rel_pos_const",           "1 heads 1 1"),
+    Rename("encoder.layers.{layer}.self_attn.grep_linear.weight",  "encoder.layers.{layer}.attention.gru_rel_pos_linear.weight",   "8 head"),
+    Rename("encoder.layers.{layer}.self_attn.grep_linear.bias",    "encoder.layers.{layer}.attention.gru_rel_pos_linear.bias",     "8"),
+    Rename("encoder.layers.0.self_attn.relative_attention_bias.weight", "encoder.layers.0.attention.rel_attn_embed.weight",        "buckets heads"),  # layer 0's serves all
+)
+# fmt: on
+
+
+@dataclass(frozen=True, slots=True)
+class Positions(Part):
+    """What only WavLM has.
+
+    Args:
+        heads, head: `encoder_attention_heads`, and the width of one.
+        buckets: `num_buckets`, of distances between frames.
+    """
+
+    heads: int
+    head: int
+    buckets: int
+
+    @property
+    def dims(self) -> Mapping[str, int]:
+        """The sizes that the positions' rules name."""
+        return {"heads": self.heads, "head": self.head, "buckets": self.buckets}
+
+
+PRETRAINING = Kind("pretraining")
+KINDS = {"pretraining": PRETRAINING}
+
+_ALWAYS = "every layer of WavLMModel has gated relative positions"
+# fmt: off
+SETTINGS = Settings(
+    same=SAME | {"num_buckets": "num_buckets", "max_distance": "max_bucket_distance"},
+    choices=CHOICES,
+    limits=(
+        Limit("relative_position_embedding", lambda value: value is True, _ALWAYS, required=True),
+        Limit("gru_rel_pos",                 lambda value: value is True, _ALWAYS, required=True),
+        Limit("expand_attention_head_size",  lambda value: value in (None, -1, 0), "the heads of WavLMModel share the width"),
+    ),
+    read=READ | {"normalize"},
+    training_only=TRAINING_ONLY | {"dropout_features"},
+    defaults=DEFAULTS,
+    counts=COUNTS | {"num_buckets", "max_distance"},
+    flags=FLAGS,
+)
+# fmt: on
+
+
+def infer(shapes: Shapes) -> Layout[Positions]:
+    """Read the geometry of a WavLM model off its names and shapes; see `convert.mapping.infer_layout`.
+
+    Raises:
+        PlanError: `missing-source`, when it is no such model.
+    """
+    kind, prefix, encoder, head = infer_encoder(shapes, KINDS)
+    buckets, heads = [*shapes.get("encoder.layers.0.self_attn.relative_attention_bias.weight", ()), 0, 0][:2]
+    return Layout("wavlm", kind, prefix, encoder, head, Positions(heads, encoder.hidden // (heads or 1), buckets))
+
+
+def table(layout: Layout[Positions], head: str = "", edits: Iterable[Edit] = ()) -> Table:
+    """Make the table of one WavLM model; see `convert.mapping.table`."""
+    rules = encoder_rules(layout.encoder, layers=(*LAYERS, *GATED_POSITIONS))
+    return assemble(layout, head, edits, rules, KINDS)
+
+
+def _state(sources: Sources, layout: Layout[Positions]) -> Layout[Positions]:
+    heads = sources.reader.get("encoder_attention_heads", int)
+    own = Positions(heads, layout.encoder.hidden // (heads or 1), sources.reader.get("num_buckets", int))
+    return replace(layout, own=own)
+
+
+FAMILY = Family(
+    name="wavlm",
+    architectures={"wavlm": PRETRAINING},
+    encoders=(("wavlm", "transformer"),),
+    mark=r"\.self_attn\.grep_(a|linear\.)",
+    infer=infer,
+    table=table,
+    describe=describe_encoder,
+    model_type="wavlm",
+    classes={"encoder": "WavLMModel"},
+    kinds=KINDS,
+    settings=SETTINGS,
+    state=_state,
+)
