@@ -57,7 +57,7 @@ def _stacked(model: Mapping[str, Any], task: Mapping[str, Any]) -> list[str]:
     return names if isinstance(count, int) and len(names) == count > 1 else []
 
 
-def _text(data: dict[str, Any]) -> str:
+def _text(data: dict[str, Any]) -> list[str]:
     symbols = data["dictionary"]
     inner = data["settings"]["model"].get("w2v_args")
     model = (inner if isinstance(inner, dict) else data["settings"])["model"]
@@ -81,13 +81,11 @@ def _text(data: dict[str, Any]) -> str:
     if data["languages"]:
         rows["languages"] = f"{len(data['languages'])}: {' '.join(data['languages'])}"
     context = click.get_current_context(silent=True)
-    text = "\n".join(f"{key:<13} {value}" for key, value in rows.items())
+    lines = [f"{key:<13} {value}" for key, value in rows.items()]
     if context is not None and context.obj and context.obj.verbose:
         tensors = [f"  {line}" for line in fold(data["tensors"])]
-        text = "\n".join(
-            [text, "", "tensors", *tensors, "", "globals", *(f"  {row['name']}" for row in data["globals"])]
-        )
-    return text
+        lines += ["", "tensors", *tensors, "", "globals", *(f"  {row['name']}" for row in data["globals"])]
+    return lines
 
 
 _SHAPE = {

@@ -10,7 +10,7 @@ import click
 from convert.cli import Outcome, Settings
 from convert.cli import command as make_command
 from convert.errors import ConvertError
-from convert.report import shown, size
+from convert.report import size
 
 if TYPE_CHECKING:
     from convert.publishing.run import Published
@@ -80,7 +80,7 @@ def command(
     return Outcome(True, text(done), asdict(done))
 
 
-def text(done: Published) -> str:
+def text(done: Published) -> list[str]:
     """Write what was published for people."""
     state = "verified" if done.verified else "UNVERIFIED"
     target = f"{done.repo_id}, {done.visibility}, {state}"
@@ -102,12 +102,12 @@ def text(done: Published) -> str:
         storage = "lfs" if name.endswith(".safetensors") or count > 10 << 20 else "regular"
         lines.append(f"  {mark} {name:{width}}  {size(count):>8}  {storage:7}  {sha256}")
     lines += [f"  - {name}" for name in done.deleted]
-    lines += [f"  left out: {shown(name)}: {reason}" for name, reason in done.left_out]
+    lines += [f"  left out: {name}: {reason}" for name, reason in done.left_out]
     if done.unknown:
         names = ", ".join(name.replace("_", " ") for name in done.unknown)
         lines.append(f"  not known, and therefore not in the card: {names}")
-    lines += [f"  note: {shown(note)}" for note in done.notes]
-    lines += ["", done.card_diff] if done.dry_run and done.card_diff else []
+    lines += [f"  note: {note}" for note in done.notes]
+    lines += ["", *done.card_diff.split("\n")] if done.dry_run and done.card_diff else []
     if done.revision and not done.pull_request:
         lines += ["", f'load it with from_pretrained("{done.repo_id}", revision="{done.tag or done.revision}")']
-    return "\n".join(lines)
+    return lines

@@ -11,6 +11,7 @@ from convert.checkpoint import Checkpoint
 from convert.directory import ModelDirectory
 from convert.errors import ConvertError, MismatchError, Problem
 from convert.package import compare_opened
+from convert.report import quoted
 from convert.sources import open_source
 from convert.verification import controls, expected
 from convert.verification.device_run import LONG, Work, on_device
@@ -149,14 +150,14 @@ def _recording(path: Path, subject: Subject) -> Recorded:
             f"{path.name} is a recording of {made_of}, not of {subject.name} ({subject.sha256[:12]}…)",
             code="other-checkpoint",
             key=path.name,
-            hint=f"record this one: fairseq-to-hf record {subject.name} FILE",
+            hint=f"record this one: fairseq-to-hf record {quoted(subject.name)} FILE",
         )
     if recorded.language != subject.language:
         raise ConvertError(
             f"{path.name} was recorded in the language {recorded.language!r}, the model speaks {subject.language!r}",
             code="other-language",
             key=path.name,
-            hint=f"record it: fairseq-to-hf record {subject.name} FILE --lang {subject.language}",
+            hint=f"record it: fairseq-to-hf record {quoted(subject.name)} FILE --lang {subject.language}",
         )
     return recorded
 
