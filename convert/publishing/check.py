@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from convert.errors import ConvertError, MismatchError
+from convert.files import scratch_directory
 from convert.loading import load, load_model, quiet, trying
 
 
@@ -36,7 +36,7 @@ def compute(source: str | Path, class_name: str, revision: str | None = None) ->
         message = f"{name}: transformers {transformers.__version__} has no model class {class_name!r}"
         raise ConvertError(message, code="load", key=name, hint="pip install -U transformers")
     signal = np.random.default_rng(0).standard_normal(16000).astype(np.float32)
-    with tempfile.TemporaryDirectory() as cache:
+    with scratch_directory() as cache:
         where: dict[str, Any] = {"revision": revision, "cache_dir": cache} if revision else {}
         features = load(transformers.AutoFeatureExtractor, source, **where)
         model = load_model(model_class, source, **where)
