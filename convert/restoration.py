@@ -17,7 +17,7 @@ from convert.checkpoint.writer import NewNamespace, NewTensor, write_checkpoint
 from convert.conversion import File, Record, differences
 from convert.directory import ModelDirectory, Place
 from convert.errors import MismatchError, PlanError, Problem
-from convert.families import describe, wav2vec2
+from convert.families import ARCHITECTURES, describe, wav2vec2
 from convert.families.base import NO_HEAD
 from convert.families.data2vec import TEACHER
 from convert.families.encoder_settings import ACTIVATIONS, LAYER_SETTINGS
@@ -177,6 +177,14 @@ def _reader(directory: ModelDirectory, place: Place) -> Callable[[], Iterator[by
 
 def _from_conversion(directory: ModelDirectory) -> _Draft:
     record = directory.record
+    name = record.architecture.fairseq
+    if name in ARCHITECTURES and not ARCHITECTURES[name][0].restores:
+        raise PlanError(
+            f"{directory.path} was made from {name}, to which there is no way back; nothing was written",
+            code="unsupported-architecture",
+            key=name,
+            hint="keep the checkpoint that it was made from",
+        )
     constants = {drop.key: drop.constant for drop in record.drops if drop.constant is not None}
     kept = {source for sidecar in record.sidecars.values() for source in sidecar.tensors.values()}
     repeated = {drop.key: drop.repeats for drop in record.drops if drop.repeats}

@@ -536,5 +536,6 @@ FAMILY = Family(
     kinds=KINDS,
     settings=SETTINGS,
     convolutions=_convolutions,
+    restores=False,
     pads=False,
 )
