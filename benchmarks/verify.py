@@ -23,12 +23,15 @@ BARE = """
 import json, sys, time
 from pathlib import Path
 import torch
+from convert.checkpoint import open_checkpoint
+from convert.request import make_request
 from convert.verification.inputs import SPEECH, bundled, probes
 from convert.verification.reference import Live, tensor
 from convert.verification.subject import read_subject
 from convert.verification.target import load
 checkpoint, model, letters = map(Path, sys.argv[1:4])
-subject, geometry = read_subject(checkpoint, dictionary=letters)
+with open_checkpoint(checkpoint) as opened:
+    subject, geometry = read_subject(opened, make_request(dictionary=letters))
 clips = {SPEECH: bundled()}
 reference, target = Live(subject, clips, "cpu"), load(model, "cpu")
 started = time.perf_counter()

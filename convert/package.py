@@ -95,12 +95,12 @@ def plan(
     asked: dict[str, Any] = {"head": head, "dictionary": dictionary, "training_only": training_only}
     asked |= {"keep_final_proj": keep_final_proj, "language": language, "data_config": data_config}
     opening: dict[str, Any] = {"ema": ema, "arch": arch, "normalize": normalize}
-    with _opened(checkpoint, base, asked, opening) as (opened, request):
+    with opened_for(checkpoint, base, asked, opening) as (opened, request):
         return describe(opened, request)
 
 
 @contextlib.contextmanager
-def _opened(
+def opened_for(
     checkpoint: str | Path, base: str | Path | None, asked: Mapping[str, Any], opening: Mapping[str, Any]
 ) -> Iterator[tuple[Checkpoint, Request]]:
     """Open a checkpoint, wherever it is, and read the files that are asked for with it."""
@@ -167,12 +167,13 @@ def convert(
     asked: dict[str, Any] = {"head": head, "dictionary": dictionary, "training_only": training_only}
     asked |= {"keep_final_proj": keep_final_proj, "language": language, "data_config": data_config}
     opening: dict[str, Any] = {"ema": ema, "arch": arch, "normalize": normalize}
-    with _opened(checkpoint, base, asked, opening) as (opened, request):
+    with opened_for(checkpoint, base, asked, opening) as (opened, request):
         model = describe(opened, request)
         with beside(out) as work:
             files, digest = _write(
                 opened, model, request, work, DTYPES[dtype], max_shard_size, allow_non_finite, progress
             )
+            opened.container.check_unchanged()
             into_place(work, out, overwrite)
     return Converted(out, model, files, digest, opened.base is not None)
 

@@ -10,6 +10,7 @@ import torch
 from fairseq.data import Dictionary
 from fairseq.models.hubert.hubert import HubertConfig, HubertModel
 from fairseq.models.hubert.hubert_asr import HubertCtc, HubertCtcConfig
+from fairseq.models.wav2vec.wav2vec2_asr import Wav2Vec2CtcConfig
 from fairseq.tasks.hubert_pretraining import HubertPretrainingConfig, HubertPretrainingTask
 from fairseq_models import CONVOLUTIONS, LETTERS, _plain, dictionary, write
 from omegaconf import OmegaConf, open_dict
@@ -76,6 +77,7 @@ VARIANTS: dict[str, Variant] = {
     "hubert_ctc_batch_norm": Variant("hubert_ctc", BASE | {"conv_pos_batch_norm": True}),
     "hubert_ctc_no_label_embeddings": Variant("hubert_ctc", BASE | {"untie_final_proj": False}, clusters=()),
     "hubert_ctc_no_mask": Variant("hubert_ctc", BASE | {"mask_prob": 0.0}, {"mask_prob": 0.0, "apply_mask": False}),
+    "wav2vec_ctc_around_hubert": Variant("wav2vec_ctc", LARGE, normalize=True),  # what `Wav2VecCtc` makes of a HuBERT
     "hubert_ctc_phones": Variant("hubert_ctc", BASE, symbols=("|", "AA", "B", "CH", "IY"), labels="phn"),
 }
 # What transformers cannot represent: the setting that is refused -> the model
@@ -98,13 +100,16 @@ def settings(variant: Variant) -> dict[str, Any]:
     own |= {"mask_channel_prob": 0.1, "mask_channel_length": 8, "final_dropout": 0.01, "dropout": 0.06}
     if variant.encoder["mask_prob"] == 0:
         own["mask_channel_prob"] = 0.0
-    outer = OmegaConf.merge(HubertCtcConfig(), own | variant.fine_tuned)
+    outer: Any = OmegaConf.merge(HubertCtcConfig(), own | variant.fine_tuned)
+    if variant.kind == "wav2vec_ctc":
+        outer = OmegaConf.merge(Wav2Vec2CtcConfig(), own | {"_name": variant.kind, "normalize": variant.normalize})
     with open_dict(outer):
         outer.w2v_args = _plain(pretrained | {"criterion": None})
     labelled: Any = {"_name": "hubert_pretraining", "fine_tuning": True, "single_target": True} | common
     labelled = OmegaConf.merge(HubertPretrainingConfig(), labelled | {"labels": [variant.labels]})
     fine_tuned = {"_name": None, "common": {"seed": 1, "tpu": False}, "model": outer, "task": labelled}
     fine_tuned["criterion"] = {"_name": "ctc", "zero_infinity": True, "post_process": "letter"}
+    fine_tuned["distributed_training"] = {"ddp_backend": "no_c10d"}
     return _plain(fine_tuned)
 
 

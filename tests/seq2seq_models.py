@@ -137,7 +137,9 @@ def save(variant: Seq2Seq | str, path: Path, *, seed: int = 0, model: torch.nn.M
     if variant.old_positions:
         weights["decoder.embed_positions._float_tensor"] = torch.zeros(1)
     state: dict[str, Any] = {"args": None, "cfg": settings(variant), "model": weights, "criterion": OrderedDict()}
-    state["optimizer_history"] = [{"criterion_name": "LabelSmoothedCrossEntropyCriterion", "num_updates": 7}]
+    state["optimizer_history"] = [
+        {"criterion_name": "LabelSmoothedCrossEntropyCriterion", "num_updates": 7, "lr_scheduler_state": {}}
+    ]
     state["task_state"] = {"target_dictionary": dictionary(variant.symbols)}
     state["extra_state"] = {"metrics": [], "previous_training_time": 1.5}
     state["last_optimizer_state"] = None

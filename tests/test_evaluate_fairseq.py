@@ -185,11 +185,11 @@ def test_one_differing_transcript_is_enough(model: Path, monkeypatch: pytest.Mon
     assert result.differing[0].fairseq == result.differing[0].hypothesis + "S"
 
 
-@pytest.mark.parametrize(("module", "code"), [("os", "hostile-pickle"), ("my_project.tasks", "unsafe-pickle")])
-def test_a_checkpoint_that_could_run_code_is_not_opened(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, code: str
+@pytest.mark.parametrize("module", ["os", "my_project.tasks"])
+def test_nothing_in_a_checkpoint_runs(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str
 ) -> None:
-    """What the reader already refuses, and a stranger's class: it may be harmless, but nobody knows."""
+    """A call of `os` is refused, as by `convert`; a class or function of somebody's own is not called."""
     folder = str(tmp_path / "made")
 
     class Harm:
@@ -209,9 +209,12 @@ def test_a_checkpoint_that_could_run_code_is_not_opened(
     torch.save({**torch.load(BUNDLED, weights_only=False), "extra": Harm()}, hostile)
     asked = ("evaluate", model, "--manifest", HELDOUT, "--reference", "fairseq", "--checkpoint", hostile, "--json")
     status, out, _ = run(*asked)
-    assert status == 2 and not Path(folder).exists()
-    name = "posix.mkdir" if module == "os" else "my_project.tasks.mkdir"
-    assert [(problem["code"], problem["key"]) for problem in json.loads(out)["problems"]] == [(code, name)]
+    assert not Path(folder).exists()
+    if module == "os":
+        assert status == 2
+        assert [(one["code"], one["key"]) for one in json.loads(out)["problems"]] == [("hostile-pickle", "posix.mkdir")]
+    else:
+        assert status == 0, out
     torch.load(hostile, weights_only=False)  # the control: it does run where nobody looks first
     assert Path(folder).exists()
 

@@ -16,7 +16,7 @@ import sentencepiece
 import torch
 import yaml
 
-from convert.checkpoint import fairseq2
+from convert.checkpoint import fairseq2, open_checkpoint
 from convert.checkpoint.container import Container
 from convert.checkpoint.fairseq2 import Options, find_run, find_tokenizer, join, read_settings, read_tokenizer
 from convert.checkpoint.fairseq2_architectures import ARCHITECTURES, ASR, PRETRAINED
@@ -175,6 +175,9 @@ def test_several_files_have_one_digest(run: Path) -> None:
     done = subprocess.run("sha256sum sdp_*.pt | sha256sum", shell=True, cwd=container.path.parent, capture_output=True)
     assert sha256_of_all(container) == done.stdout.decode().split()[0]
     container.close()
+    with open_checkpoint(run / "best") as opened:
+        assert opened.sha256() == done.stdout.decode().split()[0]
+        assert opened.size == sum(file.stat().st_size for file in container.path.parent.iterdir())
 
 
 # --- settings -------------------------------------------------------------------------------------------------------

@@ -54,9 +54,11 @@ def test_the_same_model_is_found_to_be_the_same(pair: tuple[Path, Path]) -> None
 
 
 def test_a_recording_stands_for_fairseq(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(ConvertError, match="carries no dictionary"):
+    with pytest.raises(ConvertError) as refused:  # as `convert` refuses it
         record(pair[0], tmp_path / "none.safetensors")
-    made = record(pair[0], tmp_path / "made.safetensors", dictionary=pair[0].with_name("dict.txt"))
+    assert "no-data-config" in {problem.code for problem in refused.value.problems} and refused.value.status == 1
+    config = pair[0].with_name("config.yaml")
+    made = record(pair[0], tmp_path / "made.safetensors", data_config=config, language="de")
     done = verify(*pair, reference=made, devices=["cpu"], write=False)
     assert done.problems == ()
     assert {one["hf_text"] for one in done.report["end_to_end"]} != {""}

@@ -15,13 +15,12 @@ import pytest
 import torch
 from fairseq_models import VARIANTS, build
 from safetensors.numpy import load_file, save_file
-from verify_models import converted, edit, short_inputs
+from verify_models import converted, edit, short_inputs, subject_of
 
 from convert.errors import ConvertError, MismatchError
 from convert.verification import Verification, assert_identical, verify
 from convert.verification.expected import differences
 from convert.verification.reference import Live
-from convert.verification.subject import read_subject
 from convert.verification.target import load
 
 # facts of a conversion that computes instead of copying: there the bits cannot be the same
@@ -158,7 +157,7 @@ def test_both_sides_compute_on_aligned_memory(base: tuple[Path, Path], tmp_path:
     wider = (first // 64 + 1) * 64  # so that the tensors start 8 bytes after a multiple of 64
     header = data[8 : 8 + first].ljust(wider)
     (model / "model.safetensors").write_bytes(wider.to_bytes(8, "little") + header + data[8 + first :])
-    reference = Live(read_subject(base[0])[0], {}, "cpu").inner
+    reference = Live(subject_of(base[0])[0], {}, "cpu").inner
     sides = (load(model, "cpu").model, reference.model)
     assert {parameter.data_ptr() % 64 for side in sides for parameter in side.parameters()} == {0}
 

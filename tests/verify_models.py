@@ -11,11 +11,14 @@ from typing import Any
 import pytest
 from fairseq_models import save
 
+from convert.checkpoint import open_checkpoint
 from convert.package import convert
+from convert.request import make_request
 from convert.verification import inputs, run
 from convert.verification.compare import Answer
-from convert.verification.inputs import Cut, Probe
+from convert.verification.inputs import Cut, Geometry, Probe
 from convert.verification.reference import Live, Subject
+from convert.verification.subject import read_subject
 
 BUNDLED = Path(__file__).parent.parent / "checkpoints" / "espeak-wav2vec2-ctc.pt"
 SAMPLES = 6400  # 0.4 s: 158 frames of the tiny models
@@ -29,6 +32,12 @@ def converted(
     saving = {key: options.pop(key) for key in keys if key in options}
     checkpoint = write(variant, folder / f"{name}.pt", **saving)
     return checkpoint, convert(checkpoint, folder / name, **options).path
+
+
+def subject_of(checkpoint: Path, **asked: Any) -> tuple[Subject, Geometry]:
+    """What a reference has to know of a checkpoint, that is asked for as in `convert.plan`."""
+    with open_checkpoint(checkpoint) as opened:
+        return read_subject(opened, make_request(**asked))
 
 
 @contextmanager

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -59,16 +60,41 @@ class Range:
 
 @dataclass(slots=True)
 class Opened:
-    """A file that is open, and mapped."""
+    """A file that is open, and mapped.
+
+    Args:
+        file: the file; its `name` is its path.
+        data: the same, mapped.
+        path: where it is.
+        stamp: what changes with its content: device, inode, size, and the times of its content and of its entry.
+    """
 
     file: BinaryIO
     data: mmap.mmap
+    path: Path = field(init=False)
+    stamp: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.path = Path(self.file.name).absolute()
+        self.stamp = _stamp(os.fstat(self.file.fileno()))
+
+    @property
+    def changed(self) -> bool:
+        """Whether the file was written to since, or its name leads to another one."""
+        try:
+            return not self.stamp == _stamp(os.fstat(self.file.fileno())) == _stamp(self.path.stat())
+        except OSError:
+            return True
 
     def close(self) -> None:
         """Close it."""
         self.file.close()
         with contextlib.suppress(BufferError):  # an error's traceback may still hold a view; it is unmapped with it
             self.data.close()
+
+
+def _stamp(found: os.stat_result) -> list[int]:
+    return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 
 
 @dataclass(slots=True)
@@ -106,19 +132,21 @@ class Container:
     @property
     def file(self) -> BinaryIO:
         """The file that the storages are in, for reading in bulk; its `name` is its path."""
-        return self._storages().file
+        return self.place.file
 
     @property
     def data(self) -> mmap.mmap:
         """The file that the storages are in, mapped."""
-        return self._storages().data
+        return self.place.data
 
     @property
     def size(self) -> int:
         """The size of all files in bytes, as they are."""
         return sum(len(one.original.data) for one in self.files)
 
-    def _storages(self) -> Opened:
+    @property
+    def place(self) -> Opened:
+        """The file that the storages are in, as it was opened."""
         if self._place is None:
             self._place = self.original if self.unpack is None else self.unpack()
         return self._place
@@ -129,6 +157,21 @@ class Container:
             one.original.close()
             if one._place is not None:
                 one._place.close()
+
+    def check_unchanged(self) -> None:
+        """Refuse what was done with the checkpoint if one of its files changed meanwhile.
+
+        Raises:
+            CheckpointError: `changed`.
+        """
+        for one in self.files:
+            if one.original.changed:
+                raise CheckpointError(
+                    f"{one.path.name} changed while it was read; nothing was written",
+                    code="changed",
+                    key=one.path.name,
+                    hint="run the command again once nothing writes to the file any more",
+                )
 
     def dtype(self, tensor: StoredTensor) -> tuple[str, int]:
         """Return a tensor's safetensors dtype and its bytes an element."""

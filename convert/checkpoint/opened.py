@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -159,11 +159,23 @@ class Checkpoint:
             for name, tensor in self.tensors_of(group).items()
         }
 
-    def sha256(self) -> str:
-        """Hash the file, through the mapping."""
-        from convert.transfer import sha256_of
+    @contextlib.contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Refuse what is done meanwhile, however it ends, if one of the files changes.
 
-        return sha256_of(self.container.original.data)
+        Raises:
+            CheckpointError: `changed`.
+        """
+        try:
+            yield
+        finally:
+            self.container.check_unchanged()
+
+    def sha256(self) -> str:
+        """Hash its files, through the mapping."""
+        from convert.transfer import sha256_of_all
+
+        return sha256_of_all(self.container)
 
 
 @dataclass(frozen=True, slots=True)

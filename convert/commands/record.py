@@ -29,14 +29,14 @@ from convert.report import size
     "--lang", "language", metavar="LANG", help="As for convert. Default: all languages are among the answers."
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing recording, once the new one is made.")
+@click.option("--head", metavar="HEAD", help="As for convert, which refuses the same checkpoints.")
 @click.option("--dict", "dictionary", metavar="FILE", help="As for convert.")
 @click.option("--base", metavar="SOURCE", help="As for convert.")
 @click.option("--ema", is_flag=True, help="As for convert.")
-@click.option(
-    "--trust-checkpoint",
-    is_flag=True,
-    help="Let fairseq unpickle a file that names unknown classes. Such a file can run any program as you.",
-)
+@click.option("--arch", default="", metavar="NAME", help="As for convert.")
+@click.option("--normalize/--no-normalize", default=None, help="As for convert.")
+@click.option("--training-only", multiple=True, metavar="SETTING", help="As for convert.")
+@click.option("--data-config", type=click.Path(path_type=Path), help="As for convert.")
 def command(checkpoint: str, out: Path, **options: Any) -> Outcome:
     """Run fairseq once and keep its answers, to verify later where fairseq is not installed."""
     from convert.verification import record

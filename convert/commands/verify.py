@@ -35,11 +35,6 @@ from convert.commands.options import source
 )
 @click.option("--dict", "dictionary", metavar="FILE", help="As for convert.")
 @click.option("--base", metavar="SOURCE", help="As for convert.")
-@click.option(
-    "--trust-checkpoint",
-    is_flag=True,
-    help="Let fairseq unpickle a file that names unknown classes. Such a file can run any program as you.",
-)
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the differences along the stages into a PNG.")
 def command(checkpoint: str, model_dir: Path, plot: Path | None, **options: Any) -> Outcome:
     """Prove that a model directory is the checkpoint's model.

@@ -2,46 +2,59 @@
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from convert.checkpoint.dictionary import Dictionary
+from convert.directory import ModelDirectory
 from convert.errors import ConvertError
+from convert.families import Request
 from convert.loading import quiet
+from convert.request import request_again
+from convert.sources import open_source
 from convert.verification.devices import without_tf32
 
 
 class FairseqReference:
-    """A fairseq checkpoint whose model writes text, run by fairseq.
-
-    The file's pickle is scanned before fairseq's loader may run it.
+    """A fairseq checkpoint whose model writes text, run by fairseq; close it to know that the file stayed the same.
 
     Args:
         checkpoint: the `.pt` file.
         device: `cpu` or `cuda`.
-        kept: the dictionary that a model directory keeps, for checkpoints that carry none.
-        language: what a model of several languages is to speak.
+        directory: the model directory that it was converted to, which knows how, and may keep the dictionary.
+        language: the one of several to transcribe; by default the one that the directory's weights are of.
 
     Raises:
-        ConvertError: fairseq is missing, the file refers to more than fairseq's trainers write, or fairseq cannot build it.
+        ConvertError: the checkpoint cannot be converted; fairseq is missing, or cannot build the model.
     """
 
-    def __init__(self, checkpoint: Path, device: str, kept: Dictionary | None = None, language: str = "") -> None:
+    def __init__(
+        self, checkpoint: Path, device: str, directory: ModelDirectory | None = None, language: str = ""
+    ) -> None:
         from convert.verification.fairseq_side.importing import CannotBuildError
         from convert.verification.fairseq_side.opening import open_reference
+        from convert.verification.reference import answering
         from convert.verification.subject import read_subject
 
-        self.subject, _ = read_subject(checkpoint, kept=kept, language=language)
-        if not self.subject.symbols:
-            raise ConvertError(f"{checkpoint.name}: has no dictionary to write with", code="no-vocabulary")
-        self.digest = self.subject.sha256
-        with quiet():
-            try:
-                self.reference = open_reference(self.subject.request() | {"device": device})
-            except CannotBuildError as error:
-                hint = "install fairseq here, or leave --reference out"
-                raise ConvertError(f"{checkpoint.name}: {error}", code="fairseq", hint=hint) from error
-        self.version = str(self.reference.info["fairseq"])
+        with contextlib.ExitStack() as stack:
+            opening = directory.record.asked.opening if directory else {}
+            opened = stack.enter_context(open_source(checkpoint, **opening))
+            stack.enter_context(opened.unchanged())
+            request = request_again(directory, opened) if directory else Request()
+            taken = language or (directory.record.language if directory else "")
+            self.subject, _ = read_subject(opened, replace(request, language=taken))
+            if not self.subject.symbols:
+                raise ConvertError(f"{checkpoint.name}: has no dictionary to write with", code="no-vocabulary")
+            self.digest = self.subject.sha256
+            with answering(), quiet():
+                try:
+                    self.reference = open_reference(self.subject.request() | {"device": device})
+                except CannotBuildError as error:
+                    hint = "install fairseq here, or leave --reference out"
+                    raise ConvertError(f"{checkpoint.name}: {error}", code="fairseq", hint=hint) from error
+            self.version = str(self.reference.info["fairseq"])
+            self.close = stack.pop_all().close
 
     def transcribe(self, samples: Any) -> str:
         """Transcribe one waveform, float32 of shape (samples,), as fairseq does to count errors.
@@ -50,9 +63,11 @@ class FairseqReference:
             ConvertError: `fairseq`: it cannot, for want of what makes the model's input.
         """
         from convert.verification.fairseq_side.importing import CannotBuildError
+        from convert.verification.reference import answering
 
-        try:
-            with without_tf32():
+        with answering(), without_tf32():
+            try:
                 return str(self.reference.hear(samples, self.subject.rate))
-        except CannotBuildError as error:
-            raise ConvertError(f"{self.subject.name}: {error}", code="fairseq", hint="leave --reference out") from error
+            except CannotBuildError as error:
+                hint = "leave --reference out"
+                raise ConvertError(f"{self.subject.name}: {error}", code="fairseq", hint=hint) from error

@@ -125,6 +125,8 @@ def run(options: Options, *, progress: bool = False) -> Evaluation:
             disable=not (progress and here.rank == 0 and sys.stderr.isatty()),
         )
         rows = tuple(sorted(here.gather(list(bar)), key=lambda row: row.index))
+        if fairseq is not None:
+            fairseq.close()
         finished = True
     finally:
         kept.close(remove=finished and options.transcripts is None and here.rank == 0)
@@ -148,14 +150,12 @@ def _source(options: Options, rate: int) -> Source:
 
 
 def _fairseq(options: Options, device: str) -> FairseqReference | None:
-    """Open the checkpoint, with the dictionary and the language that the conversion kept."""
+    """Open the checkpoint as it was converted."""
     if options.checkpoint is None:
         return None
     if not (options.model_dir / "conversion.json").is_file():
         return FairseqReference(options.checkpoint, device, language=options.language)
-    directory = ModelDirectory(options.model_dir)
-    language = options.language or directory.record.language
-    return FairseqReference(options.checkpoint, device, directory.record.dictionary, language)
+    return FairseqReference(options.checkpoint, device, ModelDirectory(options.model_dir), options.language)
 
 
 def _one_by_one(fairseq: FairseqReference) -> Transcribe:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convert.errors import MismatchError
+from convert.errors import ConvertError, MismatchError, check_place
 from convert.sources import locate
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ def verify(
     require: str | None = None,
     dictionary: str | Path | None = None,
     base: str | Path | None = None,
-    trust_checkpoint: bool = False,
     long: bool = True,
     languages: Sequence[str] = (),
     write: bool = True,
@@ -52,7 +51,6 @@ def verify(
         require: `identical` or `rounding`, for every input; by default `identical` for single utterances on the CPU, where
             both sides have the same weights and do the same arithmetic, and `rounding` elsewhere.
         dictionary, base: as for `convert`.
-        trust_checkpoint: let fairseq unpickle a file that names what no trainer of fairseq writes. It can run any program.
         long: whether 30 seconds of speech are among the inputs.
         languages: of a model with several, those to run beside the one that its weights speak; by default all. The bytes of
             all are compared.
@@ -82,7 +80,6 @@ def verify(
         require=require,
         dictionary=None if dictionary is None else locate(dictionary)[0],
         base=base,
-        trust_checkpoint=trust_checkpoint,
         long=long,
         languages=tuple(languages),
         write_report=write,
@@ -136,12 +133,16 @@ def record(
     audio: Sequence[str | Path] = (),
     fairseq_python: str | None = None,
     dtype: str | None = None,
+    head: str | None = None,
     dictionary: str | Path | None = None,
     base: str | Path | None = None,
+    training_only: Sequence[str] = (),
     ema: bool = False,
-    trust_checkpoint: bool = False,
+    arch: str = "",
+    normalize: bool | None = None,
     long: bool = True,
     language: str | None = None,
+    data_config: str | Path | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Run fairseq once and keep its answers, to verify later where fairseq is not installed.
@@ -152,8 +153,8 @@ def record(
         audio: recordings to run beside the bundled clip.
         fairseq_python: another interpreter, with torch and fairseq; by default this one.
         dtype: `float16` or `bfloat16`, to answer for weights rounded to it too.
-        dictionary, base, ema: as for `convert`.
-        trust_checkpoint: as for `verify`.
+        head, dictionary, base, training_only, ema, arch, normalize, data_config: as for `convert`, which refuses the same
+            checkpoints.
         long: whether 30 seconds of speech are among the inputs.
         language: as for `convert`; by default all languages are among the answers.
         overwrite: whether an existing file is replaced, once the new one is made.
@@ -167,22 +168,25 @@ def record(
     Example:
         >>> record("checkpoint_best.pt", "reference.safetensors")  # doctest: +SKIP
     """
+    from convert.package import opened_for
     from convert.verification.make import make_recording
+    from convert.verification.subject import HALVES
 
-    return make_recording(
-        checkpoint,
-        Path(out),
-        audio=tuple(audio),
-        fairseq_python=fairseq_python,
-        dtype=dtype or "",
-        dictionary=None if dictionary is None else locate(dictionary)[0],
-        base=base,
-        ema=ema,
-        trusted=trust_checkpoint,
-        long=long,
-        language=language or "",
-        overwrite=overwrite,
-    )
+    check_place(Path(out), overwrite)
+    if dtype and dtype not in HALVES:
+        raise ConvertError(f"{dtype!r} is neither float16 nor bfloat16", code="usage", key="--dtype")
+    asked = {"head": head, "dictionary": dictionary, "training_only": training_only}
+    asked |= {"language": language, "data_config": data_config}
+    with opened_for(checkpoint, base, asked, {"ema": ema, "arch": arch, "normalize": normalize}) as (opened, request):
+        return make_recording(
+            opened,
+            Path(out),
+            request,
+            audio=tuple(audio),
+            fairseq_python=fairseq_python,
+            dtype=dtype or "",
+            long=long,
+        )
 
 
 def _path(value: str | Path | None) -> Path | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 Verdict = Literal["identical", "rounding", "different"]
 ORDER: tuple[Verdict, ...] = ("identical", "rounding", "different")
-EPSILONS = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+MARGIN = 16.0  # between float64's measured rounding and what is a mistake: see docs/verification.md
 CODES = "codes"  # the quantizer's choice: whole numbers, for which there is no rounding
 QUANTIZED = "project_q"  # depends on the choice alone
 GENERATED = "generated"  # the decoder's choices: tokens, likewise whole numbers
@@ -54,7 +54,7 @@ class Difference:
         index: where that is.
         allowed: the measured floor; 0 before it is measured.
         exact: the greatest difference when both sides compute in float64.
-        exact_allowed: the floor, scaled to float64.
+        exact_allowed: what float64's own rounding can make, measured, with a margin.
         note: what else there is to say, such as differing shapes.
     """
 
@@ -131,34 +131,54 @@ def _unravel(flat: int, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def with_floors(
     differences: Iterable[Difference],
-    reference: Mapping[str, float],
-    target: Mapping[str, float],
+    floors: Mapping[str, float],
     exact: Mapping[str, float],
+    exact_allowed: Mapping[str, float],
     arithmetic: str,
 ) -> list[Difference]:
-    """Add the measured floors: how far each side's arithmetic is from its own in float64.
+    """Add what is allowed, as it was measured.
 
-    The two distances added up bound what rounding can make of two models that are the same. That alone would let a small
-    mistake hide beneath it; so the two sides are also compared in float64, where the same mistake stands out: there, the
-    floor shrinks with the unit of rounding. Half types are not compared in float64 once more: their rounded weights were,
-    when they were judged in float32.
+    The two sides' distances from their own float64 runs, and that between those, bound what rounding can make of two models
+    that are the same. That alone would let a small mistake hide beneath it; so the float64 runs are judged too, where the same
+    mistake stands out. Half types are not compared in float64 once more: their rounded weights were, when they were judged in
+    float32.
 
     Args:
         differences: of the stages.
-        reference, target: each side's greatest distance from its own float64 run, by stage.
+        floors: the sum of both sides' greatest distances from their own float64 runs, by stage.
         exact: the greatest difference between the two float64 runs, by stage.
+        exact_allowed: what is allowed there.
         arithmetic: the type of the runs that are judged.
     """
-    scale = EPSILONS["float64"] / EPSILONS[arithmetic]
     judged = []
     for difference in differences:
         name = difference.stage
-        floor = reference.get(name, 0.0) + target.get(name, 0.0)
-        # when both floors meet in one number, the float64 difference adds to them
-        allowed = floor * (1 + scale)
-        measured = exact.get(name) if arithmetic == "float32" else None
-        judged.append(replace(difference, allowed=allowed, exact=measured, exact_allowed=floor * scale))
+        allowed = floors.get(name, 0.0) + exact_allowed.get(name, 0.0)
+        judged.append(
+            replace(
+                difference,
+                allowed=allowed,
+                exact=exact.get(name) if arithmetic == "float32" else None,
+                exact_allowed=exact_allowed.get(name),
+            )
+        )
     return judged
+
+
+def exactly_allowed(noises: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+    """Say how far two float64 runs of one model may be from each other, for each input and stage.
+
+    That is `MARGIN` times the distance of the converted model from itself in float64 with its sums in another order. Measured
+    on few numbers a distance can be small by chance: no input is allowed less than the middle one of all inputs.
+
+    Args:
+        noises: that distance, by stage, of each input.
+    """
+    middle = {}
+    for name in {name for noise in noises for name in noise}:
+        found = sorted(noise[name] for noise in noises if name in noise)
+        middle[name] = found[len(found) // 2]
+    return [{name: MARGIN * max(value, middle[name]) for name, value in noise.items()} for noise in noises]
 
 
 def distances(one: Mapping[str, Stage], other: Mapping[str, Stage]) -> dict[str, float]:

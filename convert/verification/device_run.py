@@ -72,6 +72,8 @@ def on_device(work: Work, reference: Reference, device: str, findings: Findings,
     Raises:
         ConvertError: `load`, status 1: transformers cannot load the directory.
     """
+    if reference.blank is not None:
+        work = replace(work, subject=replace(work.subject, blank=reference.blank))
     target = load(work.directory.path, device)
     spell = _vocabulary(work, reference, target, findings) if first else None
     if work.half:
@@ -207,7 +209,7 @@ def required(
     if device != "cpu":
         return "rounding", "a CUDA device chooses its algorithms by shape and layout"
     if reference.description.unlike:
-        return "rounding", f"the reference ran elsewhere: {reference.description.unlike}"
+        return "rounding", reference.description.unlike
     return "identical", ""
 
 

@@ -87,18 +87,17 @@ def run(
     target.run(torch.from_numpy(mine)[None], None, lambda stage, value: values.update({stage: value}))
     difference = compare(last, answer.stages[last], values[last])
     path = None
-    spoken = None
-    if last == "logits":
-        ours = values[last].argmax(-1).tolist()
+    spoken, spelled = None, text
+    if last == "logits" or GENERATED in values:
+        stage = last if last == "logits" else GENERATED
+        ours, other = (_path(stage, found) for found in (values[stage], _whole(answer.stages[stage])))
+        path = None if "pooled" in values else _agreement(ours, other)
         spoken = spell(ours) if spell else None
-        if "pooled" not in values:
-            path = _agreement(ours, _whole(answer.stages[last]).argmax(-1).tolist())
-    elif GENERATED in values:
-        ours = values[GENERATED][0].tolist()
-        spoken = spell(ours) if spell else None
-        path = _agreement(ours, _whole(answer.stages[GENERATED])[0].tolist())
+        spelled = spell(other) if spell and reference.blank is not None else text
     if difference.note:
         wrong, why = True, difference.note
+    elif spelled != text and not wrong:
+        wrong, why = True, f"of the same symbols transformers makes {spelled[:40]!r}, fairseq {text[:40]!r}"
     elif not wrong and same_input and exact and not difference.equal:
         wrong, why = True, f"the inputs are the same bits, and {difference}"
     elif not wrong and not proved and not difference.equal:
@@ -120,6 +119,12 @@ def run(
         hf_text=spoken,
         why=why,
     )
+
+
+def _path(stage: str, values: Any) -> list[int]:
+    """The best symbol of every frame, or what was generated."""
+    found: list[int] = (values[0] if stage == GENERATED else values.argmax(-1)).tolist()
+    return found
 
 
 def _agreement(ours: list[int], theirs: list[int]) -> float:

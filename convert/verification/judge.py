@@ -17,11 +17,13 @@ from convert.verification.compare import (
     Verdict,
     compare,
     distances,
+    exactly_allowed,
     first_different,
     with_floors,
     worst_of,
 )
 from convert.verification.inputs import Probe, Waveform
+from convert.verification.noise import UNIT, another_order
 from convert.verification.reference import Reference, tensor
 from convert.verification.target import Target
 
@@ -94,25 +96,28 @@ def judge(
     pending = [one for one in judged if one.verdict != "identical" or one.probe.name == measured]
     pending = [one for one in pending if all(not difference.note for difference in one.differences)]
     exact: list[Answer] = []
-    floors: list[dict[str, float]] = []
+    found: list[_Measured] = []
     if pending:
         with reference.arithmetic("float64"):
             for one in pending:
                 if hasattr(reference, "last"):
                     reference.last = arithmetic
                 exact.append(reference.run(one.probe, "float64"))
-                floors.append(reference.floors(one.probe, arithmetic, one.reference, exact[-1]))
+                floors = reference.floors(one.probe, arithmetic, one.reference, exact[-1])
                 exact[-1].stages = {name: exact[-1].stages[name] for name in one.reference.stages}
+                found.append(_Measured(floors))
         with target.arithmetic("float64"):
-            for one, sure, floor in zip(pending, exact, floors, strict=True):
-                _measure(one, target, clips, normalize, arithmetic, sure, floor)
+            for one, sure, numbers in zip(pending, exact, found, strict=True):
+                batch = batch_of(target, clips, one.probe, normalize, sure.frames)
+                _measure(one, target, batch, sure, numbers)
                 one.exact = sure if one.probe.name == measured else one.exact
+    for one, sure, numbers, allowed in zip(
+        pending, exact, found, exactly_allowed([numbers.noise for numbers in found]), strict=True
+    ):
+        one.differences = with_floors(one.differences, numbers.floors, numbers.apart, allowed, arithmetic)
+        one.differences = [_tie(difference, one, sure) for difference in one.differences]
     target.speak("")
-    greatest: dict[str, float] = {}
-    for difference in (difference for one in judged for difference in one.differences):
-        greatest[difference.stage] = max(greatest.get(difference.stage, 0.0), difference.exact_allowed or 0.0)
     for one in judged:
-        one.differences = [_steadied(difference, greatest[difference.stage]) for difference in one.differences]
         if one.probe.name != measured:
             one.reference, one.target = Answer([]), Answer([])
     return judged
@@ -183,25 +188,35 @@ def compared(
     return ours, differences
 
 
+@dataclass(slots=True)
+class _Measured:
+    """What is measured of one input, by stage.
+
+    Args:
+        floors: the distance of the reference from its own float64 run; then also that of the converted model.
+        apart: the distance of the two float64 runs.
+        noise: the distance of the converted model's float64 run from itself in another order, at least one unit of rounding.
+    """
+
+    floors: Mapping[str, float]
+    apart: Mapping[str, float] = field(default_factory=dict)
+    noise: dict[str, float] = field(default_factory=dict)
+
+
 def _measure(
-    one: Judged,
-    target: Target,
-    clips: Mapping[str, Waveform],
-    normalize: bool,
-    arithmetic: str,
-    exact: Answer,
-    floors: Mapping[str, float],
+    one: Judged, target: Target, batch: tuple[torch.Tensor, list[int] | None], exact: Answer, numbers: _Measured
 ) -> None:
-    ours: dict[str, Stage] = {}
-
-    def visit(name: str, values: torch.Tensor) -> None:
-        if name in exact.stages:
-            ours[name] = Stage(tuple(values.shape), values.detach().clone())
-
+    """Run the converted model in float64, twice, and measure."""
     target.speak(one.probe.language)
-    target.run(*batch_of(target, clips, one.probe, normalize, exact.frames), visit)
+    ours = _stages(target, batch, exact)
+    with another_order():
+        again = _stages(target, batch, exact)
     mine = distances(one.target.stages, ours)
-    apart = distances(exact.stages, ours)
+    numbers.floors = {name: value + mine.get(name, 0.0) for name, value in numbers.floors.items()}
+    numbers.apart = distances(exact.stages, ours)
+    for name, value in distances(ours, again).items():
+        greatest = float(ours[name].values.abs().max()) if ours[name].values.numel() else 0.0
+        numbers.noise[name] = max(value, UNIT * greatest)
     if any(difference.stage == CODES and not difference.equal for difference in one.differences):
         restricted = distances(one.reference.stages, one.target.stages)
         one.differences = [
@@ -210,13 +225,17 @@ def _measure(
             else difference
             for difference in one.differences
         ]
-    one.differences = with_floors(one.differences, floors, mine, apart, arithmetic)
-    one.differences = [_tie(difference, one, exact) for difference in one.differences]
 
 
-def _steadied(difference: Difference, greatest: float) -> Difference:
-    """Take a stage's greatest floor of all inputs for float64: measured on few numbers, a floor may be small by chance."""
-    return difference if difference.exact_allowed is None else replace(difference, exact_allowed=greatest)
+def _stages(target: Target, batch: tuple[torch.Tensor, list[int] | None], wanted: Answer) -> dict[str, Stage]:
+    found: dict[str, Stage] = {}
+
+    def visit(name: str, values: torch.Tensor) -> None:
+        if name in wanted.stages:
+            found[name] = Stage(tuple(values.shape), values.detach().clone())
+
+    target.run(*batch, visit)
+    return found
 
 
 def _tie(difference: Difference, one: Judged, exact: Answer) -> Difference:

@@ -7,57 +7,65 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from convert.errors import ConvertError, check_place
+from convert.checkpoint import Checkpoint
+from convert.families import Request
 from convert.loading import quiet
 from convert.verification.devices import steady
 from convert.verification.fairseq_side import recording
-from convert.verification.fairseq_side.importing import CannotBuildError
 from convert.verification.inputs import Waveform, collect, in_languages, probes
 from convert.verification.recording import Recorded, ask, pack
-from convert.verification.reference import HINT, run_interpreter
+from convert.verification.reference import answering, run_interpreter
 from convert.verification.run import pieces_of
-from convert.verification.subject import HALVES, read_subject
+from convert.verification.subject import read_subject
 
 
 def make_recording(
-    checkpoint: str | Path,
+    opened: Checkpoint,
     out: Path,
+    request: Request,
     *,
     fairseq_python: str | None,
     audio: Sequence[str | Path],
     dtype: str,
-    dictionary: Path | None,
-    base: str | Path | None,
-    ema: bool,
-    trusted: bool,
     long: bool,
-    language: str,
-    overwrite: bool,
 ) -> Path:
-    """Run fairseq and write its answers; the arguments are those of `convert.verification.record`."""
-    check_place(out, overwrite)
-    if dtype and dtype not in HALVES:
-        raise ConvertError(f"{dtype!r} is neither float16 nor bfloat16", code="usage", key="--dtype")
-    subject, geometry = read_subject(
-        checkpoint, dictionary=dictionary, base=base, ema=ema, trusted=trusted, language=language
-    )
-    clips = collect(audio, subject.rate, geometry)
-    wanted = [one for one in probes(geometry, clips, rate=subject.rate) if long or one.name != "30-seconds"]
-    if not language:
-        wanted = in_languages(wanted, (name for name in subject.languages if name != subject.language))
-    pieces = list(pieces_of(geometry, clips, wanted).values())
-    request, arrays = ask(subject, clips, wanted, pieces, dtype)
-    if fairseq_python is not None:
-        with run_interpreter(fairseq_python, request, arrays) as made:
-            return _finish(made, out, clips)
+    """Run fairseq and write its answers.
+
+    Args:
+        opened: the checkpoint.
+        request: what a conversion would be asked for.
+        out, fairseq_python, audio, dtype, long: as for `convert.verification.record`.
+    """
     with tempfile.TemporaryDirectory(prefix="fairseq-to-hf-") as folder:
         made = Path(folder) / "answers"
-        try:
-            with quiet(), steady():
-                recording.record(request | {"out": str(made)}, arrays)
-        except CannotBuildError as error:
-            raise ConvertError(f"{error}", code="no-fairseq", hint=HINT) from error
+        with opened.unchanged():
+            clips = _answer(opened, request, made, fairseq_python, audio, dtype, long)
         return _finish(made, out, clips)
+
+
+def _answer(
+    opened: Checkpoint,
+    request: Request,
+    made: Path,
+    python: str | None,
+    audio: Sequence[str | Path],
+    dtype: str,
+    long: bool,
+) -> Mapping[str, Waveform]:
+    subject, geometry = read_subject(opened, request)
+    clips = collect(audio, subject.rate, geometry)
+    wanted = [one for one in probes(geometry, clips, rate=subject.rate) if long or one.name != "30-seconds"]
+    if not request.language:
+        wanted = in_languages(wanted, (name for name in subject.languages if name != subject.language))
+    pieces = list(pieces_of(geometry, clips, wanted).values())
+    asked, arrays = ask(subject, clips, wanted, pieces, dtype)
+    if python is not None:
+        with run_interpreter(python, asked, arrays) as answers:
+            shutil.copyfile(answers, made)
+    else:
+        with answering(), quiet(), steady():
+            recording.record(asked | {"out": str(made)}, arrays)
+    return clips
 
 
 def _finish(made: Path, out: Path, clips: Mapping[str, Waveform]) -> Path:

@@ -4,7 +4,8 @@ A recording is a safetensors file that `fairseq_side.tensorfile.write` wrote. It
 they are exactly that); `run.N.STAGE` and `run.N.STAGE.float64`, the numbers of a stage in the run's arithmetic and in
 float64: all of them for the outputs, every `step`-th for inner stages, which also have their SHA-256. Its metadata entry
 `recording` is JSON: `schema` 1, `fairseq`, `settings`, `ignored_settings`, `patches`, `environment`, `multiple`, `runs`
-(each with its probe, frames, transcripts, stages and their floors), and `description`: the checkpoint's name, size and
+(each with its probe, frames, transcripts, stages and their floors), `bits` (digests of the bits that the machine computes;
+those made before have none), and `description`: the checkpoint's name, size and
 SHA-256.
 """
 
@@ -20,6 +21,7 @@ from typing import Any
 from convert.errors import ConvertError
 from convert.verification.compare import Answer, Stage
 from convert.verification.fairseq_side import tensorfile
+from convert.verification.fairseq_side.machine import bits
 from convert.verification.fairseq_side.numerics import NAMES, environment
 from convert.verification.inputs import Cut, Probe, Waveform, cut
 from convert.verification.reference import Description, Subject, run_interpreter, waves_of
@@ -124,13 +126,11 @@ class Recorded:
             raise _bad(path, f"is no recording of fairseq-to-hf, or a damaged one ({error})") from None
         keys = ("fairseq", "settings", "ignored_settings", "patches", "environment")
         details = {key: self.about[key] for key in keys}
-        ours, theirs = environment(), details["environment"]
-        unlike = [f"{key} {theirs.get(key)} there, {ours[key]} here" for key in ours if ours[key] != theirs.get(key)]
-        unlike = [text for text in unlike if not text.startswith("python ")]
+        unlike = _unlike(kind, self.about.get("bits"), details["environment"])
         skipped = (
             {} if self.about["padded_batches"] else {"padded-batch": "this fairseq counts padded frames otherwise"}
         )
-        self.description = Description(kind, details, "; ".join(unlike), skipped)
+        self.description = Description(kind, details, unlike, skipped)
 
     @property
     def clips(self) -> dict[str, Waveform]:
@@ -204,6 +204,12 @@ class Recorded:
 
     last = "float32"
 
+    @property
+    def blank(self) -> int | None:
+        """The blank of fairseq's own criterion; recordings made before do not say it."""
+        found: int | None = self.about.get("blank")
+        return found
+
     def spell(self, language: str = "") -> str:
         """Look up how fairseq spells its dictionary, or that of a language."""
         return str(self.about["spellings"].get(language, "") if language else self.about["spelling"])
@@ -217,6 +223,24 @@ class Recorded:
         """Look an answer from the raw waveform up; what fairseq made of the waveform is not kept."""
         run = self._find(asdict(piece), "float32", True)  # type: ignore[arg-type]
         return None, self._answer(run, ""), (run.get("texts") or [""])[0]
+
+
+def _unlike(kind: str, theirs: Any, there: Mapping[str, Any]) -> str:
+    """Say why the bits of answers that were not computed here cannot be had here; nothing where they can."""
+    if not isinstance(theirs, dict):
+        return "the recording has no digest of the bits that its machine computes"
+    ours, here = bits(), environment()
+    other = sorted(what for what in ours | theirs if ours.get(what) != theirs.get(what))
+    if not other:
+        return ""
+    named = [
+        f"{key} {there.get(key)} there, {here[key]} here"
+        for key in here
+        if key != "python" and here[key] != there.get(key)
+    ]
+    said = {"interpreter": "the other interpreter computes other bits than this one"}
+    what = said.get(kind, "this machine computes other bits than the one that recorded")
+    return f"{what} ({'; '.join([', '.join(other), *named])})"
 
 
 def _bad(path: Path, what: str) -> ConvertError:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from convert.checkpoint import Checkpoint, is_harmless
 from convert.errors import ConvertError
 from convert.loading import quiet
 from convert.verification import fairseq_side
@@ -31,10 +30,8 @@ class Subject:
     """What the reference is asked about: the checkpoint, and what decides how its model is built and its output read.
 
     Args:
-        path: the checkpoint.
         name, size, sha256: of the file.
-        architecture: fairseq's name of it.
-        settings: the sections `model` and `task`, with `w2v_args` filled in.
+        handed: settings, and where the tensors are; see `convert.verification.handed.handed`.
         symbols: fairseq's dictionary; empty without one.
         special: ids of its special symbols.
         blank: the id of CTC's blank; -1 for a model with a decoder, which has none.
@@ -46,12 +43,10 @@ class Subject:
             stacked adapters.
     """
 
-    path: Path
     name: str
     size: int
     sha256: str
-    architecture: str
-    settings: Mapping[str, Any]
+    handed: Mapping[str, Any]
     symbols: tuple[str, ...]
     special: tuple[int, ...]
     blank: int
@@ -68,9 +63,7 @@ class Subject:
     def request(self) -> dict[str, Any]:
         """The request of `fairseq_side.opening.open_reference`."""
         return {
-            "checkpoint": str(self.path),
-            "architecture": self.architecture,
-            "settings": self.settings,
+            **self.handed,
             "symbols": list(self.symbols),
             "special": list(self.special),
             "blank": self.blank,
@@ -118,6 +111,10 @@ class Reference(Protocol):
     def floors(self, probe: Probe, name: str, answer: Answer, exact: Answer) -> dict[str, float]:
         """Measure how far its arithmetic is from its own in float64, by stage."""
 
+    @property
+    def blank(self) -> int | None:
+        """The id that fairseq takes for CTC's blank; -1 for a model without one, `None` where the reference does not say."""
+
     def spell(self, language: str = "") -> str:
         """Transcribe every symbol of the dictionary, in order; of a language's, where one is named."""
 
@@ -125,25 +122,23 @@ class Reference(Protocol):
         """Go from a raw waveform to text: what fairseq made of the waveform, the answer, the transcript."""
 
 
-def check_pickle(checkpoint: Checkpoint, trusted: bool) -> None:
-    """Refuse a checkpoint whose pickle names anything that no trainer of fairseq writes.
-
-    Args:
-        checkpoint: the opened checkpoint.
-        trusted: whether the user answers for the file.
+@contextlib.contextmanager
+def answering() -> Iterator[None]:
+    """Turn whatever fairseq and torch raise while they run into one error.
 
     Raises:
-        ConvertError: `unsafe-pickle`, status 2.
+        ConvertError: `no-fairseq` or `fairseq`, status 2.
     """
-    strange = [name for name in checkpoint.globals if not is_harmless(name)]
-    if strange and not trusted:
-        raise ConvertError(
-            f"{checkpoint.path.name}: its pickle names {', '.join(strange[:5])}, which no trainer of fairseq is known to "
-            "write; fairseq would import and call it, so it was not opened",
-            code="unsafe-pickle",
-            key=strange[0],
-            hint="if you know where the file comes from, and would run its author's programs: --trust-checkpoint",
-        )
+    try:
+        yield
+    except CannotBuildError as error:
+        raise ConvertError(f"{error}", code="no-fairseq", hint=HINT) from error
+    except (ConvertError, MemoryError):
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".split("\n")[0]
+        hint = "another version of fairseq may: --fairseq-python PYTHON"
+        raise ConvertError(f"fairseq cannot run the model: {reason}", code="fairseq", hint=hint) from error
 
 
 class Live:
@@ -156,11 +151,8 @@ class Live:
     """
 
     def __init__(self, subject: Subject, clips: Mapping[str, Waveform], device: str) -> None:
-        try:
-            with quiet():
-                self.inner = opening.open_reference(subject.request() | {"device": device})
-        except CannotBuildError as error:
-            raise ConvertError(f"{error}", code="no-fairseq", hint=HINT) from error
+        with answering(), quiet():
+            self.inner = opening.open_reference(subject.request() | {"device": device})
         self.subject, self.clips = subject, dict(clips)
         skipped = {} if self.inner.masks_like_main else {"padded-batch": _OLD_MASK}
         self.description = Description("in-process", self.inner.info, skipped=skipped)
@@ -181,13 +173,19 @@ class Live:
     def run(self, probe: Probe, name: str) -> Answer:
         """Compute every stage."""
         batch, lengths = tensor(self.clips, probe, self.subject.normalize)
-        self.inner.speak(probe.language)
-        frames, stages = self.inner.run(batch, lengths, probe.multiple)
+        with answering():
+            self.inner.speak(probe.language)
+            frames, stages = self.inner.run(batch, lengths, probe.multiple)
         return Answer(frames, {key: Stage(tuple(value.shape), value) for key, value in stages.items()})
 
     def floors(self, probe: Probe, name: str, answer: Answer, exact: Answer) -> dict[str, float]:
         """Measure how far its arithmetic is from its own in float64."""
         return distances(answer.stages, exact.stages)
+
+    @property
+    def blank(self) -> int:
+        """The blank of fairseq's own criterion."""
+        return self.inner.blank
 
     def spell(self, language: str = "") -> str:
         """Transcribe every symbol of the dictionary, in order."""
@@ -195,9 +193,10 @@ class Live:
 
     def end_to_end(self, piece: Cut) -> tuple[Waveform | None, Answer, str]:
         """Go from a raw waveform to text."""
-        self.inner.speak("")
-        signal = self.inner.normalise(cut(self.clips, piece), self.subject.rate)
-        frames, stages = self.inner.run(signal[None])
+        with answering():
+            self.inner.speak("")
+            signal = self.inner.normalise(cut(self.clips, piece), self.subject.rate)
+            frames, stages = self.inner.run(signal[None])
         answer = Answer(frames, {key: Stage(tuple(value.shape), value) for key, value in stages.items()})
         paths = self.inner.paths(stages, frames)
         return signal.cpu().numpy(), answer, self.inner.transcribe(paths[0].tolist()) if len(paths) else ""
@@ -230,9 +229,10 @@ def run_interpreter(python: str, request: Mapping[str, Any], arrays: Mapping[str
     """
     with tempfile.TemporaryDirectory(prefix="fairseq-to-hf-") as folder:
         work = Path(folder)
+        spoken = {request["language"], *(run["language"] for run in request["runs"])}
         tensorfile.write(str(work / "waveforms"), dict(arrays), "{}")
         asked = dict(request) | {"waveforms": str(work / "waveforms"), "out": str(work / "answers")}
-        asked["checkpoint"] = str(Path(request["checkpoint"]).resolve())
+        asked["groups"] = {name: asked["groups"][name] for name in spoken if name in asked["groups"]}
         (work / "request.json").write_text(json.dumps(asked), "utf-8")
         command = [python, str(Path(fairseq_side.__path__[0]).resolve()), "request.json"]
         try:

@@ -11,7 +11,8 @@ from convert.checkpoint import Checkpoint
 from convert.directory import ModelDirectory
 from convert.errors import ConvertError, MismatchError, Problem
 from convert.package import compare_opened
-from convert.sources import open_source
+from convert.request import request_again
+from convert.sources import dictionary_beside, open_source
 from convert.verification import controls, expected
 from convert.verification.device_run import LONG, Work, on_device
 from convert.verification.devices import choose, describe, steady
@@ -36,7 +37,6 @@ def verify(
     require: str | None,
     dictionary: Path | None,
     base: str | Path | None,
-    trust_checkpoint: bool,
     long: bool,
     languages: Sequence[str],
     write_report: bool,
@@ -45,72 +45,64 @@ def verify(
     """Verify; the arguments are those of `convert.verification.verify`."""
     _usage(require, reference, fairseq_python, audio)
     directory = ModelDirectory(model_dir)
-    # with a recording, fairseq does not open the file: then there is nothing to trust
-    trusted = trust_checkpoint or reference is not None
-    asked = directory.record.asked.language or ""
-    subject, geometry = read_subject(
-        checkpoint,
-        dictionary=dictionary,
-        base=base,
-        ema=directory.record.asked.ema,
-        kept=directory.record.dictionary,
-        trusted=trusted,
-        language=asked,
-    )
-    check_source(directory, subject)
-    others = _others(subject, asked, languages)
-    chosen, absent = choose(devices)
-    recorded = _recording(reference, subject) if reference is not None else None
-    clips = recorded.clips if recorded else collect(audio, subject.rate, geometry)
-    wanted = recorded.probes() if recorded else in_languages(probes(geometry, clips, rate=subject.rate), others)
-    wanted = [probe for probe in wanted if long or probe.name != LONG]
-    wanted = [probe for probe in wanted if not probe.language or probe.language in others]
-    pieces = pieces_of(geometry, clips, wanted)
-    half, rounded = half_type(directory)
-    findings = Findings()
-    if not long:
-        findings.skipped[LONG] = "left out, as asked"
-    run = {subject.language, *(probe.language for probe in wanted)}
-    findings.skipped |= {
-        f"language {name}": "its bytes only, as asked" for name in subject.languages if name not in run
-    }
-    if fairseq_python is not None:
-        recorded = answers(subject, clips, wanted, list(pieces.values()), rounded, fairseq_python)
-    total = len(chosen) * len(wanted) * (2 if half else 1) + 2
-    steps = [0]
+    opening = directory.record.asked.opening
+    with open_source(checkpoint, base=base, dictionary=dictionary, **opening) as opened, opened.unchanged():
+        digest = opened.sha256()
+        check_source(directory, opened.path.name, digest)
+        request = request_again(directory, opened, dictionary=dictionary or dictionary_beside(opened))
+        subject, geometry = read_subject(opened, request, digest)
+        others = _others(subject, request.language, languages)
+        chosen, absent = choose(devices)
+        recorded = _recording(reference, subject) if reference is not None else None
+        clips = recorded.clips if recorded else collect(audio, subject.rate, geometry)
+        wanted = recorded.probes() if recorded else in_languages(probes(geometry, clips, rate=subject.rate), others)
+        wanted = [probe for probe in wanted if long or probe.name != LONG]
+        wanted = [probe for probe in wanted if not probe.language or probe.language in others]
+        pieces = pieces_of(geometry, clips, wanted)
+        half, rounded = half_type(directory)
+        findings = Findings()
+        if not long:
+            findings.skipped[LONG] = "left out, as asked"
+        run = {subject.language, *(probe.language for probe in wanted)}
+        findings.skipped |= {
+            f"language {name}": "its bytes only, as asked" for name in subject.languages if name not in run
+        }
+        if fairseq_python is not None:
+            recorded = answers(subject, clips, wanted, list(pieces.values()), rounded, fairseq_python)
+        total = len(chosen) * len(wanted) * (2 if half else 1) + 2
+        steps = [0]
 
-    def advance() -> None:
-        steps[0] += 1
-        if progress:
-            progress(min(steps[0], total), total)
+        def advance() -> None:
+            steps[0] += 1
+            if progress:
+                progress(min(steps[0], total), total)
 
-    with open_source(checkpoint, base=base, dictionary=dictionary, **directory.record.asked.opening) as opened:
-        _check_files(opened, directory, subject.sha256, {"dictionary": dictionary}, findings)
-    advance()
-    work = Work(subject, directory, clips, wanted, pieces, half, rounded, require, advance)
-    description = None
-    with steady():
-        for device in chosen:
-            side: Reference = recorded if recorded is not None else Live(subject, clips, device)
-            description = side.description
-            try:
-                on_device(work, side, device, findings, first=device == chosen[0])
-            except ConvertError as error:
-                if error.code != "load":
-                    raise
-                findings.problems += error.problems
-            del side
-        surroundings = describe(chosen, attention_of(str(directory.config.get("model_type"))))
-    findings.problems += controls.missing(findings.controls)
-    findings.skipped |= dict(description.skipped) if description else {}
-    done = findings.finish(
-        files=expected.hashes(directory.path),
-        checkpoint={"name": subject.name, "size": subject.size, "sha256": subject.sha256},
-        tensors=len(directory.tensors) + sum(map(len, directory.beside().values())),
-        reference=_described(description),
-        environment=surroundings,
-        missing=sorted(absent),
-    )
+        _check_files(opened, directory, digest, {"dictionary": dictionary}, findings)
+        advance()
+        work = Work(subject, directory, clips, wanted, pieces, half, rounded, require, advance)
+        description = None
+        with steady():
+            for device in chosen:
+                side: Reference = recorded if recorded is not None else Live(subject, clips, device)
+                description = side.description
+                try:
+                    on_device(work, side, device, findings, first=device == chosen[0])
+                except ConvertError as error:
+                    if error.code != "load":
+                        raise
+                    findings.problems += error.problems
+                del side
+            surroundings = describe(chosen, attention_of(str(directory.config.get("model_type"))))
+        findings.problems += controls.missing(findings.controls)
+        findings.skipped |= dict(description.skipped) if description else {}
+        done = findings.finish(
+            files=expected.hashes(directory.path),
+            checkpoint={"name": subject.name, "size": subject.size, "sha256": subject.sha256},
+            tensors=len(directory.tensors) + sum(map(len, directory.beside().values())),
+            reference=_described(description),
+            environment=surroundings,
+            missing=sorted(absent),
+        )
     if write_report:
         write(directory.path, done.report)
     advance()
@@ -150,6 +142,13 @@ def _recording(path: Path, subject: Subject) -> Recorded:
             code="other-checkpoint",
             key=path.name,
             hint=f"record this one: fairseq-to-hf record {subject.name} FILE",
+        )
+    if recorded.blank is None and "<ctc_blank>" in subject.symbols:
+        raise ConvertError(
+            f"{path.name} was made by a version that took <ctc_blank> for the blank: its texts are not fairseq's",
+            code="bad-recording",
+            key=path.name,
+            hint=f"record again: fairseq-to-hf record {subject.name} FILE",
         )
     if recorded.language != subject.language:
         raise ConvertError(

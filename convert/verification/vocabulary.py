@@ -127,9 +127,11 @@ def check(processor: Any, config: Mapping[str, Any], subject: Subject, spelling:
 def transcribe(processor: Any, path: Sequence[int], subject: Subject) -> str:
     """Turn a greedy path, or the tokens that a decoder generated, into text with transformers, as on fairseq's side.
 
-    In a greedy path, special symbols count as blank.
+    In a greedy path, `<pad>` and `</s>`, which no training asks of a frame, count as blank: fairseq writes the one as `<pad>`
+    and the other not at all, transformers writes `<s>` and `</s>`.
     """
     if subject.blank < 0:
         return str(processor.tokenizer.decode(list(path), skip_special_tokens=True))
-    kept = [subject.blank if index in subject.special else index for index in path]
+    unwritten = {index for index in subject.special if subject.symbols[index] in ("<pad>", "</s>")}
+    kept = [subject.blank if index in unwritten else index for index in path]
     return str(processor.tokenizer.decode(kept))

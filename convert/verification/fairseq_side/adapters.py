@@ -22,12 +22,13 @@ class AdaptedReference(Reference):
         if language == self.spoken:
             return
         self.spoken = language
-        if language not in self.adapters:
+        if language not in self.request["groups"]:
             self.row = self.request["languages"].get(language, 0)
             return
-        weights = self.adapters[language]["model"]
-        self.dictionary = self.adapters[language]["task_state"]["target_dictionary"]
-        self.request = dict(self.request, symbols=list(self.dictionary.symbols))
+        group = self.request["groups"][language]
+        weights = self.weights.read(group["tensors"])
+        self.request = dict(self.request, symbols=group["symbols"])
+        self.dictionary = None
         parameter = next(self.model.parameters())
         rows, width = weights["w2v_encoder.proj.weight"].shape
         head = torch.nn.Linear(width, rows).to(parameter.device, parameter.dtype)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import ast
+import collections
 import contextlib
 import dataclasses
 import importlib
 import pkgutil
+import sys
+import types
 from typing import Any
 
 import torch
 
 from .importing import CannotBuildError
+
+# An encoder that fairseq can pretrain: its module, the classes there of its configuration and its model, what runs it,
+# fairseq's name of its task, and values for settings that its configuration leaves to the task
+Encoder = collections.namedtuple("Encoder", ["module", "configuration", "model", "reference", "task", "defaults"])
 
 
 def families() -> Any:
@@ -22,35 +28,35 @@ def families() -> Any:
 
 
 def architectures() -> Any:
-    """fairseq's name of an architecture -> what builds its model, and what runs it."""
+    """fairseq's name of a model around an encoder, or without one -> what builds it, and what runs it."""
     return {name: pair for family in families() for name, pair in getattr(family, "ARCHITECTURES", {}).items()}
 
 
 def encoders() -> Any:
-    """fairseq's name of an encoder -> its module, its configuration's class, its model's class."""
-    return {name: classes for family in families() for name, classes in getattr(family, "ENCODERS", {}).items()}
+    """fairseq's name of an encoder -> what it is."""
+    return {name: encoder for family in families() for name, encoder in getattr(family, "ENCODERS", {}).items()}
 
 
-def complete(cls: Any, values: Any, ignored: list[str]) -> Any:
-    """All fields of a fairseq configuration: the checkpoint's values, fairseq's defaults for the rest."""
-    known = {}
-    for field in dataclasses.fields(cls):
-        default = field.default if field.default is not dataclasses.MISSING else None
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-        if isinstance(default, str) and (default.startswith("${") or default == "???"):
-            default = None
-        known[field.name] = getattr(default, "value", default)
-    ignored += sorted(
-        "%s=%r" % (key, values[key]) for key in values if key not in known and key != "_name" and values[key]
-    )
-    return dict(known, **{key: _as(known[key], value) for key, value in values.items() if key in known})
+def parts_of(settings: Any) -> tuple[Any, Any]:
+    """What builds a model, and the class that runs it: that of its encoder, of what is around it, or made of both."""
+    name, inner = settings["model"]["_name"], settings["model"].get("w2v_args")
+    known = encoders()
+    if name in known:
+        return build_pretrained, known[name].reference
+    if name not in architectures():
+        raise CannotBuildError("%s: no file in fairseq_side builds this architecture" % name)
+    builder, around = architectures()[name]
+    if not inner:
+        return builder, around
+    return builder, type(around.__name__, (encoder_of(inner["model"]).reference, around), {})
 
 
-def _as(default: Any, value: Any) -> Any:
-    """Give a setting its field's type: argparse kept `latent_temp` as the text of a tuple until 2020."""
-    is_text = isinstance(value, str) and isinstance(default, (list, tuple))
-    return list(ast.literal_eval(value)) if is_text else value
+def encoder_of(settings: Any) -> Any:
+    """The encoder that settings are of; omegaconf dropped the name for a time."""
+    name = settings.get("_name") or "wav2vec2"
+    if name not in encoders():
+        raise CannotBuildError("%s: no file in fairseq_side builds this encoder" % name)
+    return encoders()[name]
 
 
 def build(settings: Any, symbols: int, ignored: list[str], patches: list[str]) -> Any:
@@ -59,22 +65,78 @@ def build(settings: Any, symbols: int, ignored: list[str], patches: list[str]) -
     Args:
         settings: `{"model", "task"}`; a fine-tuned model's `model` holds the pretrained one's as `w2v_args`.
         symbols: the number of symbols in the dictionary.
-        ignored: settings this fairseq does not know and that are set are added here.
+        ignored: the names of settings that are set and that this fairseq does not know are added here.
         patches: the narrow fixes of fairseq's own mistakes that it took are added here.
     """
-    builder, _ = architectures()[settings["model"]["_name"]]
     with contextlib.ExitStack() as stack:
         for family in families():
-            if hasattr(family, "patched"):
+            if hasattr(family, "patched") and "fairseq" in sys.modules:
                 stack.enter_context(family.patched(patches))
-        return builder(settings, symbols, ignored, patches)
+        return parts_of(settings)[0](settings, symbols, ignored, patches)
 
 
-def classes_of(name: str) -> tuple[Any, Any]:
+def build_pretrained(settings: Any, symbols: int, ignored: list[str], patches: list[str]) -> Any:
+    """Build an encoder as it was pretrained; HuBERT as for fine-tuning, without dictionaries."""
+    encoder = encoder_of(settings["model"])
+    configuration, model = classes_of(encoder)
+    if configuration is None:  # 0.10: one flat Namespace
+        return model.build_model(flat(outer(settings), normalized(settings)))
+    from omegaconf import OmegaConf
+
+    task = types.SimpleNamespace(cfg=types.SimpleNamespace(sample_rate=16000), dictionaries=[None])
+    return model.build_model(OmegaConf.create(complete(configuration, outer(settings), ignored, encoder)), task)
+
+
+def fine_tuned(settings: Any, cls: Any, ignored: list[str], **fixed: Any) -> Any:
+    """The configuration of a fine-tuned model, the pretrained one's inside.
+
+    Args:
+        settings: see `build`.
+        cls: the dataclass of the fine-tuned model's configuration.
+        ignored: see `build`.
+        fixed: settings whose value is not the checkpoint's to say.
+    """
+    from omegaconf import OmegaConf
+
+    pretrained = settings["model"]["w2v_args"]["model"]
+    encoder, normalize = encoder_of(pretrained), normalized(settings)
+    if "adp_num" not in {field.name for field in dataclasses.fields(cls)} and "trf_adp" in (
+        settings["model"].get("layer_type"),
+        pretrained.get("layer_type"),
+    ):
+        raise CannotBuildError("this fairseq has no adapters (layer_type trf_adp came in May 2023)")
+    inner = complete(classes_of(encoder)[0], pretrained, ignored, encoder)
+    own = complete(cls, outer(settings), [] if "flat" in settings["model"] else ignored)
+    own.update(fixed, data="", normalize=normalize, ddp_backend="legacy_ddp", w2v_path="")
+    for field in ("layer_type", "adp_num", "adp_dim", "adp_act_fn", "adp_trf_idx"):
+        # fairseq main's defaults would replace those of older pretrained models
+        own[field] = outer(settings).get(field)
+    inner["_name"] = pretrained.get("_name") or "wav2vec2"
+    task = {"_name": encoder.task, "data": "", "normalize": normalize, "sample_rate": 16000}
+    own["w2v_args"] = {"model": inner, "task": task, "criterion": None, "lr_scheduler": None}
+    return OmegaConf.create(own)
+
+
+def complete(cls: Any, values: Any, ignored: list[str], encoder: Any = None) -> dict[str, Any]:
+    """All fields of a fairseq configuration: the checkpoint's values, fairseq's defaults for the rest."""
+    known = dict.fromkeys(field.name for field in dataclasses.fields(cls))
+    for field in dataclasses.fields(cls):
+        default = field.default if field.default is not dataclasses.MISSING else None
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        if not isinstance(default, str) or not default.startswith(("${", "???")):
+            known[field.name] = getattr(default, "value", default)
+    ignored += sorted(key for key, value in values.items() if key not in known and key != "_name" and value)
+    known.update((key, value) for key, value in values.items() if key in known)
+    for key, value in (encoder.defaults if encoder else {}).items():
+        known[key] = known[key] or value
+    return known
+
+
+def classes_of(encoder: Any) -> tuple[Any, Any]:
     """The configuration's class and the model's class of an encoder."""
-    module, configuration, model = encoders()[name]
-    found = importlib.import_module(module)
-    return getattr(found, configuration, None), getattr(found, model)
+    found = importlib.import_module(encoder.module)
+    return getattr(found, encoder.configuration, None), getattr(found, encoder.model)
 
 
 def outer(settings: Any) -> Any:
@@ -82,45 +144,9 @@ def outer(settings: Any) -> Any:
     return {key: value for key, value in settings["model"].items() if key not in ("flat", "w2v_args")}
 
 
-def build_pretrained(settings: Any, symbols: int, ignored: list[str], patches: list[str]) -> Any:
-    """Build an encoder as it was pretrained."""
-    configuration, model = classes_of(settings["model"]["_name"])
-    normalize = bool(settings["task"].get("normalize", False))
-    if configuration is None:  # 0.10: one flat Namespace
-        return model.build_model(flat(outer(settings), normalize))
-    from omegaconf import OmegaConf
-
-    return model.build_model(OmegaConf.create(complete(configuration, outer(settings), ignored)), None)
-
-
-def fine_tuned(settings: Any, cls: Any, ignored: list[str]) -> Any:
-    """The configuration of a fine-tuned model, the pretrained one's inside.
-
-    Args:
-        settings: see `build`.
-        cls: the dataclass of the fine-tuned model's configuration.
-        ignored: see `build`.
-    """
-    from omegaconf import OmegaConf
-
-    pretrained = settings["model"]["w2v_args"]["model"]
-    name = pretrained.get("_name") or "wav2vec2"
-    if "adp_num" not in {field.name for field in dataclasses.fields(cls)} and "trf_adp" in (
-        settings["model"].get("layer_type"),
-        pretrained.get("layer_type"),
-    ):
-        raise CannotBuildError("this fairseq has no adapters (layer_type trf_adp came in May 2023)")
-    normalize = bool(settings["task"].get("normalize", False))
-    made = complete(classes_of(name)[0], pretrained, ignored)
-    own = complete(cls, outer(settings), [] if "flat" in settings["model"] else ignored)
-    own = dict(own, data="", normalize=normalize, ddp_backend="legacy_ddp", w2v_path="")
-    for field in ("layer_type", "adp_num", "adp_dim", "adp_act_fn", "adp_trf_idx"):
-        own[field] = outer(settings).get(
-            field
-        )  # fairseq main's defaults would replace those of older pretrained models
-    task = {"_name": "audio_pretraining", "data": "", "normalize": normalize, "sample_rate": 16000}
-    own["w2v_args"] = {"model": dict(made, _name=name), "task": task, "criterion": None, "lr_scheduler": None}
-    return OmegaConf.create(own)
+def normalized(settings: Any) -> bool:
+    """Whether the task normalises waveforms."""
+    return bool(settings["task"].get("normalize", False))
 
 
 def flat(values: Any, normalize: bool) -> Any:
@@ -128,10 +154,10 @@ def flat(values: Any, normalize: bool) -> Any:
     from argparse import Namespace
 
     made = {key: value for key, value in values.items() if key != "_name"}
-    if not isinstance(made.get("latent_temp", ""), str):
+    if "latent_temp" in made:  # numbers, which 0.10 evaluates out of a text
         made["latent_temp"] = str(tuple(made["latent_temp"]))
     fixed = dict(arch="wav2vec2", task="audio_pretraining", criterion="wav2vec", data="", normalize=normalize)
-    return Namespace(**dict(made, labels=None, enable_padding=False, **fixed))
+    return Namespace(**dict(made, labels=None, enable_padding=False, w2v_path="", **fixed))
 
 
 @contextlib.contextmanager

@@ -47,14 +47,15 @@ class ClassificationReference(CtcReference):
         """The best label of each utterance."""
         return stages["logits"].float().argmax(-1).split(1)
 
+    blank = -1  # labels have none
+
     def spell(self, language: str = "") -> str:
         """Name every label, in order."""
         return self.transcribe(range(len(self.request["symbols"])))
 
     def transcribe(self, path: Any) -> str:
         """Name labels, as fairseq's own dictionary does."""
-        symbols = self.request["symbols"] if self.dictionary is None else self.dictionary.symbols
-        return " ".join(symbols[index] for index in path)
+        return " ".join(self.request["symbols"][index] for index in path)
 
 
 ARCHITECTURES = {"wav2vec_classification": (build_classifier, ClassificationReference)}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .adapters import AdaptedReference
-from .building import fine_tuned, flat, outer
+from .building import complete, fine_tuned, flat, outer
 from .numerics import NAMES
 
 
@@ -24,6 +24,32 @@ def build_ctc(settings: Any, symbols: int, ignored: list[str], patches: list[str
         arguments.w2v_args = flat(settings["model"]["w2v_args"]["model"], normalize)
         return wav2vec2_asr.Wav2VecCtc.build_model(arguments, task)
     return wav2vec2_asr.Wav2VecCtc.build_model(fine_tuned(settings, wav2vec2_asr.Wav2Vec2CtcConfig, ignored), task)
+
+
+def blank_of(settings: Any, words: Any) -> int:
+    """The id that fairseq's own `CtcCriterion` takes for its blank, with the task that a checkpoint was trained with.
+
+    Args:
+        settings: the task's.
+        words: the task's dictionary.
+    """
+    from fairseq import tasks
+    from fairseq.criterions import ctc
+
+    task: Any = types.SimpleNamespace(target_dictionary=words)
+    known = getattr(tasks, "TASK_DATACLASS_REGISTRY", {})  # since 0.12, where tasks say which symbol it is
+    name = settings.get("_name") if settings.get("_name") in TASKS else TASKS[0]
+    if name in known:
+        values = dict(complete(known[name], {}, []), fine_tuning=True)
+        made = tasks.TASK_REGISTRY[name](types.SimpleNamespace(**values))
+        if hasattr(made, "blank_symbol"):
+            task.blank_symbol = made.blank_symbol
+    if hasattr(ctc, "CtcCriterionConfig"):
+        return int(ctc.CtcCriterion(ctc.CtcCriterionConfig(), task).blank_idx)
+    return int(ctc.CtcCriterion(task, None, False, False, "letter").blank_idx)
+
+
+TASKS = ("audio_finetuning", "audio_pretraining", "hubert_pretraining")  # those that train CTC models of speech
 
 
 class CtcReference(AdaptedReference):
@@ -42,6 +68,23 @@ class CtcReference(AdaptedReference):
         self.seen["logits"] = logits.transpose(0, 1)
         return output["padding_mask"]
 
+    @property
+    def blank(self) -> int:
+        """The blank of fairseq's own criterion, for the task that the settings name."""
+        return blank_of(self.settings["task"], self.words())
+
+    def transcribe(self, path: Any) -> str:
+        """Turn a greedy path (an id for each frame) into text, as `CtcCriterion` does when it counts errors.
+
+        Padding and the end of a sentence, which no training asks of a frame, count as blank.
+        """
+        from fairseq.data import data_utils
+
+        words, blank = self.words(), self.blank
+        ids: Any = torch.as_tensor([blank if i in (words.pad(), words.eos()) else i for i in path])
+        tokens = ids.unique_consecutive()
+        return str(data_utils.post_process(words.string(tokens[tokens != blank]), self.request["post_process"]))
+
     def hear(self, waveform: Any, rate: int) -> str:
         """Transcribe a waveform as `CtcCriterion` does when it counts errors: the best symbol of every frame."""
         from fairseq.data import data_utils
@@ -52,7 +95,7 @@ class CtcReference(AdaptedReference):
             rows = self.model.get_normalized_probs(output, log_probs=True)[:, 0].float().cpu()
         self.seen = {}
         tokens = rows.argmax(-1).unique_consecutive()
-        units = self.words().string(tokens[tokens != self.request["blank"]])
+        units = self.words().string(tokens[tokens != self.blank])
         return str(data_utils.post_process(units, self.request["post_process"]))
 
     def _filled(self, weights: Any) -> None:

@@ -1,17 +1,24 @@
-"""data2vec audio as it was pretrained."""
+"""data2vec audio, whose pretraining head and teacher are left out as in fine-tuning."""
 
 from __future__ import annotations
 
-from .building import build_pretrained
+from .building import Encoder
 from .reference import HeadlessReference
 
 
 class Data2VecReference(HeadlessReference):
-    """data2vec audio as it was pretrained; its teacher is a dict of tensors."""
+    """data2vec audio, alone or inside of another model."""
 
-    head = ("final_proj.", "_ema")
+    head = ("final_proj.",)
 
 
-MODULE = "fairseq.examples.data2vec.models.data2vec_audio"
-ENCODERS = {"data2vec_audio": (MODULE, "Data2VecAudioConfig", "Data2VecAudioModel")}
-ARCHITECTURES = {"data2vec_audio": (build_pretrained, Data2VecReference)}
+ENCODERS = {
+    "data2vec_audio": Encoder(
+        "fairseq.examples.data2vec.models.data2vec_audio",
+        "Data2VecAudioConfig",
+        "Data2VecAudioModel",
+        Data2VecReference,
+        "audio_pretraining",
+        {},
+    )
+}

@@ -2,46 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import types
 from typing import Any
 
-from .building import classes_of, complete, fine_tuned, outer
+from .building import Encoder, fine_tuned
 from .ctc import CtcReference
 from .reference import HeadlessReference
 from .seq2seq import Seq2SeqReference
 from .tokens import dictionary_of
 
 
-def build_hubert(settings: Any, symbols: int, ignored: list[str], patches: list[str]) -> Any:
-    """Build HuBERT as for fine-tuning: without the dictionaries of its pretraining, whose head is left out."""
-    from omegaconf import OmegaConf
-
-    configuration, model = classes_of("hubert")
-    made = complete(configuration, outer(settings), ignored)
-    task = types.SimpleNamespace(cfg=types.SimpleNamespace(sample_rate=16000), dictionaries=[None])
-    return model.build_model(OmegaConf.create(dict(made, label_rate=made["label_rate"] or 50.0)), task)
-
-
-def fine_tuned_hubert(settings: Any, cls: Any, ignored: list[str], patches: list[str]) -> Any:
-    """The configuration of a fine-tuned HuBERT, for a task whose state has no dictionaries of the pretraining."""
-    made = fine_tuned(settings, cls, ignored)
-    made.w2v_args.task = {"_name": "hubert_pretraining", "data": "", "normalize": made.normalize, "sample_rate": 16000}
-    made.w2v_args.model.label_rate = made.w2v_args.model.label_rate or 50.0
-    patches.append("no dictionaries of the pretraining, which fairseq would look for in files beside the training data")
-    return made
-
-
 def build_hubert_ctc(settings: Any, symbols: int, ignored: list[str], patches: list[str]) -> Any:
     """Build `HubertCtc`."""
     from fairseq.models.hubert import hubert_asr
 
-    made = fine_tuned_hubert(settings, hubert_asr.HubertCtcConfig, ignored, patches)
+    made = fine_tuned(settings, hubert_asr.HubertCtcConfig, ignored)
     if "autoregressive" not in made:
         made.autoregressive = False
         patches.append(
             "autoregressive=False given to HubertCtcConfig: HubertEncoder reads it, and there is no such field"
         )
-    task = types.SimpleNamespace(target_dictionary=range(symbols), state_dict=lambda: {"dictionaries": [None]})
+    task = types.SimpleNamespace(target_dictionary=range(symbols), state_dict=dict)
     return hubert_asr.HubertCtc.build_model(made, task)
 
 
@@ -49,34 +31,68 @@ def build_hubert_seq2seq(settings: Any, symbols: int, ignored: list[str], patche
     """Build `HubertSeq2SeqModel`."""
     from fairseq.models.hubert import hubert_asr
 
-    configuration = fine_tuned_hubert(settings, hubert_asr.HubertSeq2SeqConfig, ignored, patches)
-    configuration.autoregressive, configuration.seq2seq_path = True, ""
+    made = fine_tuned(settings, hubert_asr.HubertSeq2SeqConfig, ignored, autoregressive=True, seq2seq_path="")
     task = types.SimpleNamespace(source_dictionary=None, target_dictionary=dictionary_of(range(symbols)))
-    task.state_dict = lambda: {"dictionaries": [None]}
-    return hubert_asr.HubertSeq2SeqModel.build_model(configuration, task)
+    task.state_dict = dict
+    return hubert_asr.HubertSeq2SeqModel.build_model(made, task)
+
+
+@contextlib.contextmanager
+def patched(patches: list[str]) -> Any:
+    """Let HuBERT be built inside of a fine-tuned model without the dictionaries of its pretraining."""
+    try:
+        from fairseq.tasks.hubert_pretraining import HubertPretrainingTask
+    except ImportError:  # fairseq 0.10
+        yield
+        return
+    original = HubertPretrainingTask.load_dictionaries
+    patch = "no dictionaries of the pretraining, which fairseq would look for in files beside the training data"
+
+    def without(_: Any) -> Any:
+        patches.append(patch)
+        return [None]
+
+    HubertPretrainingTask.load_dictionaries = without
+    try:
+        yield
+    finally:
+        HubertPretrainingTask.load_dictionaries = original
 
 
 class HubertReference(HeadlessReference):
-    """HuBERT as it was pretrained."""
+    """HuBERT, alone or inside of another model."""
 
     head = ("final_proj.", "label_embs_concat", "target_glu.")
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.masks_like_main = True  # in every version it splits the mask evenly, and is asked where that agrees
+        if any(type(module).__name__ == "Wav2VecEncoder" for module in self.model.modules()):
+            self._answer_with_a_dict()
+
+    def _answer_with_a_dict(self) -> None:
+        """Let `extract_features` answer as `Wav2VecEncoder.forward` reads it since 2021; HuBERT's own encoder reads a tuple."""
+        original = self.w2v.extract_features
+
+        def extract_features(*arguments: Any, **options: Any) -> Any:
+            x, padding_mask = original(*arguments, **options)
+            return {"x": x, "padding_mask": padding_mask, "layer_results": None}
+
+        self.w2v.extract_features = extract_features
+        self.info["patches"].append("HuBERT's features handed to Wav2VecEncoder by name: it takes no tuple")
 
 
-class HubertCtcReference(HubertReference, CtcReference):
-    """HuBERT with a CTC head."""
-
-
-class HubertSeq2SeqReference(HubertReference, Seq2SeqReference):
-    """HuBERT with a decoder."""
-
-
-ENCODERS = {"hubert": ("fairseq.models.hubert.hubert", "HubertConfig", "HubertModel")}
+ENCODERS = {
+    "hubert": Encoder(
+        "fairseq.models.hubert.hubert",
+        "HubertConfig",
+        "HubertModel",
+        HubertReference,
+        "hubert_pretraining",
+        {"label_rate": 50.0},
+    )
+}
 ARCHITECTURES = {
-    "hubert": (build_hubert, HubertReference),
-    "hubert_ctc": (build_hubert_ctc, HubertCtcReference),
-    "hubert_seq2seq": (build_hubert_seq2seq, HubertSeq2SeqReference),
+    "hubert_ctc": (build_hubert_ctc, CtcReference),
+    "hubert_seq2seq": (build_hubert_seq2seq, Seq2SeqReference),
 }

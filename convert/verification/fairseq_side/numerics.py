@@ -13,6 +13,7 @@ import torch
 SAMPLE = 512  # numbers kept of an inner stage in a recording, beside its SHA-256
 WHOLE = {"logits", "pooled", "quantizer", "codes", "project_q", "project_hid"}  # outputs are kept entirely
 WHOLE |= {"decoder.logits", "generated", "generated.second", "generated.margin"}
+ALIGNMENT = 64  # bytes: where torch allocates
 NAMES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -21,7 +22,7 @@ def aligned(value: Any) -> Any:
 
     For a single frame, the matrix kernels of x86 processors add in an order that depends on it.
     """
-    return value.clone() if value.data_ptr() % 64 else value
+    return value.clone() if value.data_ptr() % ALIGNMENT else value
 
 
 def crop(name: str, value: Any, frames: list[int]) -> Any:

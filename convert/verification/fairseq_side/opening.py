@@ -4,53 +4,48 @@ from __future__ import annotations
 
 from typing import Any
 
-from .building import architectures, build, no_random_numbers
-from .importing import CannotBuildError, import_fairseq
-from .reading import read_checkpoint
+from .building import build, no_random_numbers, parts_of
+from .importing import CannotBuildError
 from .reference import Reference
+from .weights import Weights
 
 
 def open_reference(request: Any) -> Reference:
-    """Build fairseq's model from a checkpoint and fill it with the checkpoint's tensors, strictly.
+    """Build fairseq's model from a checkpoint's settings and fill it with the checkpoint's tensors, strictly.
 
     Args:
-        request: `checkpoint` (a path), `architecture` (fairseq's name), `settings` (see `build`; used when fairseq cannot
-            read its own), `symbols` (the dictionary, or an empty list), `post_process`, `device`; of a model with adapters
-            `languages` (name -> index among them) and `language` (the one it speaks unless told otherwise).
+        request: `settings` (see `build`; nothing in them is evaluated, imported, opened or resolved), `files` and `tensors`
+            (see `Weights`), `symbols` (the dictionary, or an empty list), `post_process`, `device`; of a model with
+            adapters `languages` (name -> index among them), `groups` (name -> the language's `tensors` and `symbols`) and
+            `language` (the one it speaks unless told otherwise).
 
     Raises:
-        CannotBuildError: fairseq is absent, or cannot build this model.
+        CannotBuildError: fairseq is absent, or cannot build this model; or the file is not the one that was read.
     """
-    fairseq, patches = import_fairseq()
-    known = dict(request["settings"])  # omegaconf dropped the name for a time
-    known["model"] = dict(known["model"], _name=request["architecture"])
-    state, settings, reader = read_checkpoint(request["checkpoint"], known)
+    settings = request["settings"]
+    runs = parts_of(settings)[1]
+    library, patches = runs.library()
     ignored: list[str] = []
+    weights = Weights(request["files"])
     symbols = len(request["symbols"])
-    if state.get("adapter"):  # MMS: the model has a head of its own, that the language's replaces
-        symbols = len(state["model"]["w2v_encoder.proj.bias"])
+    if request["groups"]:  # MMS: the model has a head of its own, that the language's replaces
+        symbols = request["tensors"]["w2v_encoder.proj.bias"][1][0][2][0]
     try:
         with no_random_numbers():
             model = build(settings, symbols, ignored, patches)
+        patches.append("in float64: Fp32GroupNorm, Fp32LayerNorm and gelu compute in float64, to measure floors")
+        info = {
+            "fairseq": getattr(library, "__version__", "unknown"),
+            "settings": "fairseq-to-hf's reader",
+            "ignored_settings": ignored,
+            "patches": patches,
+        }
+        reference: Reference = runs(model, request, weights, info)
+        reference.fill(weights.read(request["tensors"]))
+        reference.speak("")
+    except CannotBuildError:
+        raise
     except Exception as error:
-        if settings is known:
-            raise CannotBuildError("fairseq cannot build the model: %s: %s" % (type(error).__name__, error))
-        settings, ignored = known, []
-        reader = "fairseq-to-hf's reader, because fairseq could not use its own (%s)" % type(error).__name__
-        with no_random_numbers():
-            model = build(settings, symbols, ignored, patches)
-    reference: Reference = architectures()[settings["model"]["_name"]][1](model, fairseq, request, settings)
-    reference.info = {
-        "fairseq": getattr(fairseq, "__version__", "unknown"),
-        "settings": reader,
-        "ignored_settings": ignored,
-        "patches": patches,
-    }
-    patches.append("torch.load with weights_only=False while fairseq reads the checkpoint, whose globals were checked")
-    patches.append("in float64: Fp32GroupNorm, Fp32LayerNorm and gelu compute in float64, to measure floors")
-    reference.fill(state["model"])
-    task_state = state.get("task_state")
-    reference.dictionary = (task_state or {}).get("target_dictionary") if isinstance(task_state, dict) else None
-    reference.adapters = state.get("adapter") or {}
-    reference.speak("")
+        reason = ("%s: %s" % (type(error).__name__, error)).split("\n")
+        raise CannotBuildError("fairseq cannot build the model: %s" % " ".join(line.strip() for line in reason[:3]))
     return reference

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .importing import CannotBuildError
+from .machine import bits
 from .numerics import digest, distance, environment, step_of
 from .opening import open_reference
 from .tensorfile import read, write
@@ -36,8 +37,9 @@ def record(request: Any, arrays: Any, reference: Any = None) -> None:
             rounded = wanted["weights"]
             reference.round_weights(rounded)
         runs.append(dict(wanted, number=number, **_answer(reference, wanted, arrays, tensors, "run.%d." % number)))
-    about = dict(reference.info, environment=environment(), multiple=reference.multiple, schema=1)
+    about = dict(reference.info, environment=environment(), bits=bits(), multiple=reference.multiple, schema=1)
     about["padded_batches"] = reference.masks_like_main
+    about["blank"] = reference.blank
     about["spelling"] = reference.spell()
     about["spellings"] = {}
     for language in sorted({wanted["language"] for wanted in request["runs"] if wanted["language"]}):
@@ -83,5 +85,9 @@ def main(path: str) -> int:
         record(request, arrays)
     except CannotBuildError as error:
         sys.stderr.write("%s\n" % error)
+        return 3
+    except Exception as error:
+        reason = ("%s: %s" % (type(error).__name__, error)).split("\n")[0]
+        sys.stderr.write("fairseq cannot run the model: %s\n" % reason)
         return 3
     return 0

@@ -10,7 +10,7 @@ import torch
 
 from .arithmetic import forget_positions, lifted, nothing
 from .importing import CannotBuildError, import_fairseq
-from .numerics import NAMES, aligned, crop, same, swap_first, swap_last
+from .numerics import NAMES, crop, same, swap_first, swap_last
 from .tokens import dictionary_of
 
 
@@ -24,13 +24,13 @@ class Reference:
     library = staticmethod(import_fairseq)  # imports what has the model
     prefix = ""  # of the encoder's tensors
 
-    def __init__(self, model: Any, fairseq: Any, request: Any, settings: Any) -> None:
+    def __init__(self, model: Any, request: Any, weights: Any, info: Any) -> None:
         self.model = model
-        self.fairseq = fairseq
         self.request = request
-        self.settings = settings
+        self.settings = request["settings"]
+        self.weights = weights  # the files
+        self.info = info
         self.dictionary: Any = None
-        self.info: Any = {}
         self.device = torch.device(request.get("device", "cpu"))
         self.seen: dict[str, Any] = {}
         self.w2v = self.encoder()
@@ -39,7 +39,6 @@ class Reference:
         self.magnitude: Any = None  # what a conversion makes of a positional convolution without weight norm
         self.exact_blank: Any = None  # blank_weight, once its sum with the head's bias has been rounded
         self.row = 0  # of the stacked adapters
-        self.adapters: Any = {}  # language -> its tensors and its dictionary, in files of MMS
         self.rounded = ""  # the type that the weights were rounded to
 
     def encoder(self) -> Any:
@@ -63,7 +62,6 @@ class Reference:
         self._filled(weights)
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
-            parameter.data = aligned(parameter.data)
         self._hook()
 
     def _filled(self, weights: Any) -> None:
@@ -144,8 +142,6 @@ class Reference:
         for index, layer in enumerate(self.w2v.encoder.layers):
             watch(layer, "layer.%d" % index, swap_first)
         watch(self.w2v.encoder, "encoder", same)
-        if getattr(self.w2v, "quantizer", None) is not None:
-            watch(self.w2v.quantizer.weight_proj, "quantizer", same)
 
     def run(self, waveforms: Any, lengths: Any = None, multiple: Any = None) -> tuple[list[int], dict[str, Any]]:
         """Compute every stage.
@@ -188,18 +184,7 @@ class Reference:
             (batch, frames), true where there is padding, or `None`.
         """
         output = self.model(source, padding_mask=padding, mask=False, features_only=True, **self.adapter(source))
-        if getattr(self.w2v, "quantizer", None) is not None:
-            self._pretraining(output["x"])
         return output["padding_mask"]
-
-    def _pretraining(self, x: Any) -> None:
-        """What `Wav2Vec2Model.forward` computes after the encoder, for every frame instead of the masked ones."""
-        features = self.seen["feature_norm"]
-        quantized = self.model.quantizer(features, produce_targets=True)
-        self.seen["quantizer"] = self.seen["quantizer"].reshape(features.shape[0], features.shape[1], -1)
-        self.seen["codes"] = quantized["targets"]
-        self.seen["project_q"] = self.model.project_q(quantized["x"])
-        self.seen["project_hid"] = self.model.final_proj(x)
 
     def normalise(self, waveform: Any, rate: int) -> Any:
         """Prepare a waveform with `RawAudioDataset.postprocess`, as fairseq's tasks do."""
@@ -213,16 +198,20 @@ class Reference:
         """The best symbol of every frame, for each utterance; nothing without a vocabulary."""
         return stages["logits"].float().argmax(-1).split(frames) if "logits" in stages else ()
 
+    @property
+    def blank(self) -> int:
+        """The id of CTC's blank; -1 where there is none."""
+        return int(self.request["blank"])
+
     def spell(self, language: str = "") -> str:
         """Transcribe a path that holds every symbol of the dictionary that is not special, in order, twice."""
         self.speak(language)
-        special, blank = self.request["special"], self.request["blank"]
-        ids = [i for i in range(len(self.request["symbols"])) if i not in special]
-        return self.transcribe([part for i in ids * 2 for part in (i, blank)]) if ids else ""
+        ids = [i for i in range(len(self.request["symbols"])) if i not in self.request["special"]]
+        return self.transcribe([part for i in ids * 2 for part in (i, self.blank)]) if ids else ""
 
     def words(self) -> Any:
-        """fairseq's dictionary: the checkpoint's own, or one of the symbols that were passed."""
-        if self.dictionary is None or not hasattr(self.dictionary, "string"):
+        """fairseq's dictionary of the symbols that were passed."""
+        if self.dictionary is None:
             self.dictionary = dictionary_of(self.request["symbols"])
         return self.dictionary
 
@@ -239,13 +228,8 @@ class Reference:
         raise CannotBuildError("%s writes no text" % type(self.model).__name__)
 
     def transcribe(self, path: Any) -> str:
-        """Turn a greedy path (an id for each frame) into text, as `CtcCriterion` does; special symbols count as blank."""
-        from fairseq.data import data_utils
-
-        blank = self.request["blank"]
-        ids: Any = torch.as_tensor([blank if i in self.request["special"] else i for i in path])
-        kept = ids.unique_consecutive()
-        return str(data_utils.post_process(self.words().string(kept[kept != blank]), self.request["post_process"]))
+        """Turn the best symbol of every frame, or what a decoder generated, into text; nothing without a vocabulary."""
+        return ""
 
 
 class HeadlessReference(Reference):

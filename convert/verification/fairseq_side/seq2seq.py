@@ -19,8 +19,7 @@ def build_seq2seq(settings: Any, symbols: int, ignored: list[str], patches: list
     from fairseq.models.wav2vec import wav2vec2_asr
 
     task = types.SimpleNamespace(source_dictionary=None, target_dictionary=dictionary_of(range(symbols)))
-    configuration = fine_tuned(settings, wav2vec2_asr.Wav2Vec2Seq2SeqConfig, ignored)
-    configuration.autoregressive = True
+    configuration = fine_tuned(settings, wav2vec2_asr.Wav2Vec2Seq2SeqConfig, ignored, autoregressive=True)
     if configuration.decoder_embed_dim != 512:
         configuration.encoder_embed_dim = configuration.decoder_embed_dim
         patches.append("encoder_embed_dim set to decoder_embed_dim: cross-attention takes 512 where it is not set")

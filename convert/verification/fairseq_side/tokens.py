@@ -10,12 +10,13 @@ PAD = 1  # the id of fairseq's padding symbol
 
 
 def dictionary_of(symbols: Any) -> Any:
-    """fairseq's dictionary of these symbols, special ones included."""
+    """fairseq's dictionary of these symbols, special ones included; of two that are alike, the last counts, as there."""
     from fairseq.data import Dictionary
 
     made = Dictionary()
-    for symbol in symbols[len(made) :]:
-        made.add_symbol(str(symbol))
+    made.symbols = [str(symbol) for symbol in symbols]
+    made.count = [1] * len(made.symbols)
+    made.indices = {symbol: index for index, symbol in enumerate(made.symbols)}
     return made
 
 
