@@ -21,7 +21,17 @@ from convert.families.planning import unknown_language
 from convert.families.settings import Reader
 from convert.rules import Drop
 
-__all__ = ["FAMILIES", "Conversion", "Family", "Request", "architecture_of", "describe", "family_of", "settings_of"]
+__all__ = [
+    "FAMILIES",
+    "Conversion",
+    "Family",
+    "Request",
+    "architecture_of",
+    "describe",
+    "family_of",
+    "of_class",
+    "settings_of",
+]
 
 
 def _found() -> dict[str, Family]:
@@ -108,6 +118,11 @@ def family_of(checkpoint: Checkpoint, reader: Reader) -> Family:
     if found is None:
         raise _unsupported(checkpoint, name, dict.fromkeys(name for name, _ in known))
     return found
+
+
+def of_class(name: str) -> Family | None:
+    """Find the family of a class of transformers; the general one, where several have it."""
+    return next((family for family in reversed(FAMILIES.values()) if name in family.classes.values()), None)
 
 
 def architecture_of(checkpoint: Checkpoint) -> str:

@@ -322,6 +322,9 @@ class Family:
         languages: lists the languages of a checkpoint by (checkpoint, settings of its encoder, problems), by name.
         restoring: what is particular to the way back.
         from_config: the way back from a directory that transformers itself saved, where there is one.
+        trainer: the project whose trainer writes its checkpoints.
+        paper: the arXiv number of what describes it, a key of `convert/publishing/papers.json`.
+        splits_masks: whether fairseq cuts the mask of a padded batch into as many equal pieces as there are frames.
     """
 
     name: str
@@ -344,6 +347,9 @@ class Family:
     languages: Callable[[Checkpoint, Mapping[str, Any], list[Problem]], Mapping[str, Language]] | None = None
     restoring: Restoring = Restoring()
     from_config: FromConfig | None = None
+    trainer: str = "fairseq"
+    paper: str = ""
+    splits_masks: bool = False
 
     def knows(self, names: Iterable[str]) -> bool:
         """Say whether a state_dict may be of this family, by its names alone."""

@@ -183,4 +183,5 @@ FAMILY = Family(
         taught=_taught,
         notes=(f"{TEACHER}: the teacher of the pretraining starts anew, as the model itself",),
     ),
+    paper="2202.03555",
 )

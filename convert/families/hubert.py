@@ -176,4 +176,6 @@ FAMILY = Family(
     state=_state,
     values=_values,
     sidecars=_sidecars,
+    paper="2106.07447",
+    splits_masks=True,
 )

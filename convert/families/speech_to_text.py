@@ -527,4 +527,5 @@ FAMILY = Family(
         settings=_arguments,
         notes=("fairseq also needs the config.yaml of the data, and beside it the files that it names",),
     ),
+    paper="2010.05171",
 )

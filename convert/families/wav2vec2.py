@@ -273,4 +273,5 @@ FAMILY = Family(
     settings=SETTINGS,
     values=quantizer_values,
     from_config=FromConfig(("ctc", "pretraining"), settings_of, layout_of),
+    paper="2006.11477",
 )

@@ -105,4 +105,7 @@ FAMILY = Family(
     settings=SETTINGS,
     state=_state,
     restoring=Restoring(settings=_settings, bare=True),
+    trainer="unilm",
+    paper="2110.13900",
+    splits_masks=True,
 )
