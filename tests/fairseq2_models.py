@@ -5,6 +5,7 @@ Run as a program, one rank of a real FSDP run: `python fairseq2_models.py VARIAN
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
@@ -88,6 +89,16 @@ def config(name: str) -> tuple[str, Any]:
     family, encoder, rest = (VARIANTS | REFUSED)[name]
     cls = {"wav2vec2": wav2vec2.Wav2Vec2Config, "wav2vec2_asr": asr.Wav2Vec2AsrConfig}[family]
     return family, cls(encoder_config=wav2vec2.Wav2Vec2EncoderConfig(**encoder), **rest)
+
+
+def flat(made: Any) -> dict[str, Any]:
+    """A configuration, or a variant's, as model.yaml has it, the encoder's fields beside the others."""
+    fields = dataclasses.asdict(config(made)[1] if isinstance(made, str) else made)
+    fields |= fields.pop("encoder_config")
+    fields["norm_order"] = fields["norm_order"].name
+    listed = {key: value for key, value in fields.items() if isinstance(value, (list, tuple))}
+    plain = {key: [list(one) if isinstance(one, tuple) else one for one in value] for key, value in listed.items()}
+    return fields | plain
 
 
 def build(name: str, seed: int = 0) -> torch.nn.Module:

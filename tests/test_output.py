@@ -25,6 +25,7 @@ from torch_files import entries
 from convert import transfer
 from convert.errors import ConvertError
 from convert.package import compare_weights, convert
+from convert.workspace import workspace
 
 ROOT = Path(__file__).parents[1]
 
@@ -146,6 +147,7 @@ def test_disk_full(limit: int, old: bool, two: tuple[Path, Path], tmp_path: Path
 # Imports once; for each number that it reads, a fork converts and is killed at that call.
 KILLED = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 from convert import package, transfer
 from convert.cli import main
 import numpy
@@ -171,7 +173,7 @@ for line in sys.stdin:
 
 
 @pytest.mark.parametrize("old", [False, True])
-@pytest.mark.parametrize("kind", ["SIGKILL", "SIGINT"])
+@pytest.mark.parametrize("kind", ["SIGKILL", "SIGTERM"])
 def test_killed_at_every_step(kind: str, old: bool, two: tuple[Path, Path], tmp_path: Path) -> None:
     out = tmp_path / "model"
     line = ["convert", str(two[1]), "model", "-q", *(["--overwrite"] if old else [])]
@@ -188,7 +190,7 @@ def test_killed_at_every_step(kind: str, old: bool, two: tuple[Path, Path], tmp_
             print(last, file=process.stdin, flush=True)
             status = int(process.stdout.readline())
             seen.append((status, state(out, two)))
-            if kind == "SIGINT":  # time to clean up
+            if kind == "SIGTERM":  # time to clean up
                 assert {entry.name for entry in tmp_path.iterdir()} <= {"model"}
             if status == 0:
                 break
@@ -202,7 +204,7 @@ def test_killed_at_every_step(kind: str, old: bool, two: tuple[Path, Path], tmp_
         process.stdin.close()
         assert "Traceback" not in process.stderr.read()
     assert len(seen) > 5
-    assert {status for status, _ in seen[:-1]} == {-9 if kind == "SIGKILL" else 1}
+    assert {status for status, _ in seen[:-1]} == {-9 if kind == "SIGKILL" else 128 + getattr(signal, kind)}
     assert seen[0][1] == ("old" if old else "nothing")
     assert seen[-1] == (0, "new")
     assert {where for _, where in seen} == {"old" if old else "nothing", "new"}
@@ -226,9 +228,7 @@ def test_killed_at_any_moment(old: bool, two: tuple[Path, Path], tmp_path: Path)
 
 
 def test_leftover_of_a_living_process_stays(two: tuple[Path, Path], tmp_path: Path) -> None:
-    from convert.package import beside
-
-    with beside(tmp_path / "model") as work:
+    with workspace(tmp_path / "model") as work:
         convert(two[1], tmp_path / "model")
         assert work.is_dir()
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]

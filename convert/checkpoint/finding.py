@@ -76,16 +76,22 @@ def find_roots(names: Iterable[str]) -> dict[str, str]:
     """Find the prefixes under which models stand.
 
     Example:
-        >>> find_roots(["module.w2v_encoder.w2v_model.feature_extractor.conv_layers.0.0.weight", "epoch"])
+        >>> names = ["feature_extractor.conv_layers.0.0.weight", "encoder.layer_norm.bias"]
+        >>> find_roots(["module.w2v_encoder.w2v_model." + name for name in names])
         {'module.': 'w2v_encoder.w2v_model.'}
     """
+    listed = list(names)
     found: dict[str, str] = {}
-    for name in names:
+    for name in listed:
         for anchor, inner in ANCHORS.items():
             if name == anchor or name.endswith(f".{anchor}"):
                 found.setdefault(name.removesuffix(anchor), inner)
                 break
-    return found
+    # wav2vec 1.0 and vq-wav2vec start with the same convolutions, and have no encoder
+    encoders = {prefix: f"{prefix}{inner}encoder." for prefix, inner in found.items()}
+    return {
+        prefix: found[prefix] for prefix, start in encoders.items() if any(name.startswith(start) for name in listed)
+    }
 
 
 def fairseq_names(names: Iterable[str]) -> dict[str, str]:

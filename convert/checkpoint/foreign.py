@@ -7,6 +7,7 @@ from pathlib import Path
 
 from convert.checkpoint.container import unreadable
 from convert.errors import CheckpointError
+from convert.report import quoted, size
 
 _UNPACK = "unpack it, and name the checkpoint inside"
 _CHECKPOINT = "name a checkpoint, such as checkpoint_best.pt"
@@ -45,7 +46,9 @@ def _of(path: Path, head: bytes, index: bool) -> tuple[str, str]:
     if found:
         return found
     if head.startswith(_POINTER):
-        return "is a Git LFS pointer: a text that stands for the file, which was not downloaded", (
+        count = re.search(rb"\nsize (\d{1,15})\n", head)
+        large = f" of {size(int(count[1]))}" if count else ""
+        return f"is a Git LFS pointer: a text that stands for the file{large}, which was not downloaded", (
             f"run `git lfs pull` in the repository that {path.name} is from, or download it from the repository's page"
         )
     onnx = _ONNX.match(head)
@@ -57,7 +60,7 @@ def _of(path: Path, head: bytes, index: bool) -> tuple[str, str]:
         return "is a tar archive", _UNPACK
     if index:
         what = "is the index of a checkpoint, without its tensors: a zip file that was unpacked"
-        return what, "zip the folder that it is in, without compression: zip -0 -r checkpoint.pt FOLDER"
+        return what, _zip(path.resolve().parent)
     if head[:1] == b"\x80":
         return "is a pickle that torch.save did not write", _CHECKPOINT
     if re.match(rb"\s*<(!doctype|html|\?xml)", head, re.IGNORECASE):
@@ -88,15 +91,18 @@ def archive_of(path: Path, names: list[str]) -> CheckpointError:
     return unreadable(path, what + (", ..." if len(files) > 3 else ""), "foreign-file", _CHECKPOINT)
 
 
+def _zip(folder: Path) -> str:
+    name = quoted(folder.name)
+    return f"zip it back without compression, from the folder above: zip -0 -r {quoted(folder.name + '.pt')} {name}"
+
+
 def directory(path: Path) -> CheckpointError:
     """Make the error for a directory."""
     there = sorted(entry.name for entry in path.iterdir())
     unpacked = [folder for folder in (path, *(path / name for name in there)) if (folder / "data.pkl").is_file()]
     if unpacked:
         what = "is an unpacked checkpoint: the folder of a zip file that was torch's"
-        where = unpacked[0].resolve()
-        hint = f"zip it back without compression, from the folder above: zip -0 -r {where.name}.pt {where.name}"
-        return unreadable(path, what, "directory", hint)
+        return unreadable(path, what, "directory", _zip(unpacked[0].resolve()))
     if "config.json" in there and any(name.endswith((".safetensors", ".bin")) for name in there):
         hint = "load it with transformers; `fairseq-to-hf restore` makes a fairseq checkpoint of it"
         return unreadable(

@@ -172,10 +172,8 @@ class Checkpoint:
             self.container.check_unchanged()
 
     def sha256(self) -> str:
-        """Hash its files, through the mapping."""
-        from convert.transfer import sha256_of_all
-
-        return sha256_of_all(self.container)
+        """Hash its files: of several, what `sha256sum` prints of them."""
+        return self.container.sha256()
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,8 +218,10 @@ def survey(path: str | Path) -> Survey:
         top = container.value if isinstance(container.value, dict) else {}
         found = states(container.value)
         layout, settings = read_settings(top, path.name) or ("", None)
-        averages = tuple(state for state in found if state.is_average and state.roots)
-        plain = tuple(state for state in found if state not in averages)
+        plain = tuple(state for state in found if not (state.is_average and state.roots))
+        averages = tuple(state for state in found if state not in plain)
+        # fairseq's own: beside it, `ema_fp32_params` is the same in a wider type
+        averages = tuple(state for state in averages if state.where == "extra_state.ema") or averages
         return Survey(path, container, top, plain, averages, layout, settings)
     except BaseException:
         container.close()
@@ -392,8 +392,7 @@ def _choose(seen: Survey, ema: bool) -> tuple[State, str]:
     """
     listed = seen.states
     if ema:
-        # fairseq's own first: beside it, `ema_fp32_params` is the same in a wider type
-        listed = tuple(one for one in seen.averages if one.where == "extra_state.ema") or seen.averages
+        listed = seen.averages
         if not listed:
             raise CheckpointError(
                 f"{seen.path.name} holds no exponential moving average of a model's weights; nothing was written",

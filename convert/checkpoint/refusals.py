@@ -19,14 +19,18 @@ _WRITERS = {
     ("Downstream",): "s3prl's trainer",
     ("optimizer_history",): "fairseq's trainer",
 }
-# what stands in a key -> whose model it is. Each is looked for as it stands here.
+# what stands in a key -> whose names these are, and what to do; the first that is found counts
 _OTHERS = {
-    "feature_aggregator.conv_layers.": "wav2vec 1.0 or vq-wav2vec, for which transformers has no class",
-    "wav2vec_predictions.": "wav2vec 1.0 or vq-wav2vec, for which transformers has no class",
-    "encoder_frontend.feature_extractor.": "fairseq2",
-    "modality_encoders.": "data2vec 2.0, for which transformers has no class",
-    ".feed_forward.intermediate_dense.": "transformers",
-    "encoder.transformer.layers.": "torchaudio",
+    "feature_aggregator.": (
+        "wav2vec 1.0 or vq-wav2vec, which transformers has no class for",
+        "wav2vec 2.0 is another model",
+    ),
+    "modality_encoders.": ("data2vec 2.0, which transformers has no class for", "data2vec audio 1.0 converts"),
+    "encoder.transformer.layers.": ("torchaudio", "name the fairseq checkpoint that torchaudio imported"),
+    ".feed_forward.intermediate_dense.": (
+        "transformers",
+        "load it with transformers; the way back to fairseq is `fairseq-to-hf restore MODEL_DIR CHECKPOINT.pt`",
+    ),
 }
 
 
@@ -43,45 +47,46 @@ def ambiguous(path: Path, models: Sequence[tuple[State, str]]) -> CheckpointErro
     """Make the error for a file with several models."""
     places = [state.named(prefix) for state, prefix in models]
     state, prefix = models[0]
-    inside = "".join(f"[{part!r}]" for part in state.where.split(".") if part)
-    save = f'state = torch.load("{path.name}", weights_only=True){inside}; '
-    save += f'torch.save({{k: v for k, v in state.items() if k.startswith("{prefix}")}}, "one.pt")'
+    whole = f'torch.load("{path.name}", weights_only=True)' + "".join(f'["{part}"]' for part in _parts(state))
+    one = f'{{k: v for k, v in {whole}.items() if k.startswith("{prefix}")}}' if prefix else whole
     return CheckpointError(
         f"{path.name} holds {len(places)} models: {'; '.join(places)}; nothing was written",
         code="ambiguous",
         key=path.name,
-        hint=f"save the one that is meant in a file of its own, and convert that with --base: {save}",
+        hint=f'save one of them in a file of its own, in Python, and convert that: torch.save({one}, "one.pt")',
     )
 
 
 def no_settings(path: Path, state: State, prefix: str) -> CheckpointError:
     """Make the error for a model without its settings."""
+    what = f"is a pickled module of the class {state.module}, and holds" if state.module else "holds"
     return CheckpointError(
-        f"{path.name} holds a model with fairseq's names {state.named(prefix)}, and not its settings: heads, strides and the "
-        "place of norms are not in the weights; nothing was written",
+        f"{path.name} {what} the weights of a model of fairseq's {state.named(prefix)}, without its settings, such as the number "
+        "of attention heads, which weights do not show; nothing was written",
         code="no-settings",
         key=path.name,
-        hint="pass the pretrained checkpoint that it was made from, whose settings it shares: --base PRETRAINED.pt",
+        hint="the settings are in the pretrained checkpoint that the model was made from, as fairseq's trainer wrote it, "
+        "such as hubert_base_ls960.pt or xlsr2_300m.pt: --base PRETRAINED.pt",
     )
 
 
 def no_model(path: Path, value: Any, states: Sequence[State]) -> CheckpointError:
     """Make the error for a file in which no model is found."""
     top = value if isinstance(value, dict) else {}
-    by = writer(top)
-    by = f", written by {by}" if by else ""
-    code, hint = "foreign-file", "name a checkpoint of wav2vec 2.0, HuBERT or another model that fairseq made"
+    by = f", written by {writer(top)}," if writer(top) else ""
+    hint = "name a checkpoint of wav2vec 2.0, HuBERT or another speech model of fairseq's"
     if states:
-        state = states[0]
-        names = [name for name, entry in state.entries.items() if isinstance(entry, StoredTensor)]
-        whose = {text: name for text, name in _OTHERS.items() if any(text in str(key) for key in names)}
-        what = f"tensors with the names of {next(iter(whose.values()))}" if whose else "no model with fairseq's names"
-        what += f"; {state.named('')} it has {len(names)} tensors: {_some(names)}"
-        if "transformers" in whose.values():
-            hint = "load it with transformers: it needs no conversion"
+        state = max(states, key=lambda one: len(one.entries))
+        names = [str(name) for name, entry in state.entries.items() if isinstance(entry, StoredTensor)]
+        others = [meaning for mark, meaning in _OTHERS.items() if any(mark in name for name in names)]
+        what = "no model with fairseq's names"
+        if others:
+            whose, hint = others[0]
+            what = f"a model with the names of {whose}"
         elif "Downstream" in top:
-            what += "; the model below it is not in the file"
-            hint = "name the checkpoint of the upstream model that it was trained on"
+            what = "what was trained on top of a speech model, and not that model"
+            hint = "name the checkpoint of the upstream model"
+        what += f"; {state.named('')} it has {len(names)} tensors: {_some(names)}"
     elif is_module(value):
         what = f"a pickled module of the class {value.type}, without tensors"
     elif isinstance(value, dict):
@@ -92,7 +97,12 @@ def no_model(path: Path, value: Any, states: Sequence[State]) -> CheckpointError
         what = "a single tensor"
     else:
         what = f"a {type(value).__name__}"
-    return CheckpointError(f"{path.name}{by} holds {what}; nothing was written", code=code, key=path.name, hint=hint)
+    message = f"{path.name}{by} holds {what}; nothing was written"
+    return CheckpointError(message, code="foreign-file", key=path.name, hint=hint)
+
+
+def _parts(state: State) -> list[str]:
+    return [part for part in state.where.split(".") if part]
 
 
 def _some(names: Any) -> str:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import click
 
-from convert.checkpoint import is_harmless, open_checkpoint
 from convert.cli import Outcome
 from convert.cli import command as make
-from convert.report import fold, size
-from convert.transfer import product
+from convert.commands.options import source
+from convert.errors import Problem
+from convert.inspection import inspect
+from convert.report import fold, problem_lines, size
+
+_SHAPE = {"encoder_layers": "layers", "encoder_embed_dim": "wide", "encoder_attention_heads": "heads"}
 
 
 @make(
@@ -21,67 +22,57 @@ from convert.transfer import product
     "fairseq-to-hf inspect -v checkpoint_best.pt",
     "fairseq-to-hf inspect --json checkpoint_best.pt",
 )
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-def command(checkpoint: Path) -> Outcome:
-    """Say what a checkpoint is, without reading its tensors.
+@source
+def command(checkpoint: str) -> Outcome:
+    """Say what a file is, what it holds, and whether it can be converted, or what is missing and which option supplies it.
 
-    Names the architecture, its size, the task, the dictionary, the training state beside the model, and every global of
-    the pickle. Nothing in the file is executed.
+    Reads no tensors, and executes nothing in the file. Names the architecture, its size, the task, the dictionary, what
+    stands beside the model, and every global of the pickle.
     """
-    with open_checkpoint(checkpoint) as opened:
-        count = sum(product(spec.shape) for spec in opened.inventory.values())
-        model, task = opened.settings["model"], opened.settings["task"]
-        dtypes = sorted({spec.dtype for spec in opened.inventory.values()})
-        data: dict[str, Any] = {
-            "file": {"name": opened.path.name, "size": opened.size, "container": opened.container.kind},
-            "layout": opened.layout,
-            "architecture": model.get("_name"),
-            "task": task.get("_name"),
-            "parameters": count,
-            "dtypes": dtypes,
-            "dictionary": list(opened.dictionary.symbols) if opened.dictionary else None,
-            "pretraining_dictionaries": [list(dictionary.symbols) for dictionary in opened.dictionaries],
-            "languages": sorted(opened.groups) or _stacked(model, task),
-            "training_state": opened.parts,
-            "globals": [{"name": name, "known_harmless": is_harmless(name)} for name in opened.globals],
-            "settings": opened.settings,
-            "tensors": {name: {"shape": spec.shape, "dtype": spec.dtype} for name, spec in opened.inventory.items()},
-        }
+    data = inspect(checkpoint)
     return Outcome(True, _text(data), data)
 
 
-def _stacked(model: Mapping[str, Any], task: Mapping[str, Any]) -> list[str]:
-    """The languages whose adapters stand in one tensor, by their order there."""
-    keys, count = task.get("multi_corpus_keys"), model.get("adp_num")
-    names = [key.strip() for key in keys.split(",")] if isinstance(keys, str) else []
-    return names if isinstance(count, int) and len(names) == count > 1 else []
-
-
 def _text(data: dict[str, Any]) -> str:
-    symbols = data["dictionary"]
-    inner = data["settings"]["model"].get("w2v_args")
-    model = (inner if isinstance(inner, dict) else data["settings"])["model"]
-    shape = [f"{model[key]} {word}" for key, word in _SHAPE.items() if key in model]
-    unknown = [row["name"] for row in data["globals"] if not row["known_harmless"]]
+    settings = data["settings"]
+    packed = ", compressed" if data["file"]["compressed"] else ""
     rows = {
-        "file": f"{data['file']['name']}, {size(data['file']['size'])}, {data['file']['container']} container",
-        "settings": f"{data['layout']} layout",
-        "architecture": f"{data['architecture']} ({', '.join(shape)})",
-        "task": str(data["task"]),
-        "normalize": str(data["settings"]["task"].get("normalize")),
-        "parameters": f"{data['parameters']:,} in {len(data['tensors'])} tensors, {', '.join(data['dtypes'])}",
-        "dictionary": f"{len(symbols)} symbols: {' '.join(symbols[:12])}{' ...' if len(symbols) > 12 else ''}"
-        if symbols
-        else " and ".join(f"{len(one)} symbols of the pretraining" for one in data["pretraining_dictionaries"])
-        or "none in the file",
-        "beside it": ", ".join(f"{key} {size(count)}" for key, count in data["training_state"].items()) or "nothing",
-        "globals": f"{len(data['globals'])}, "
-        + (f"unknown: {', '.join(unknown)}" if unknown else "all known to be harmless"),
+        "file": f"{data['file']['name']}, {size(data['file']['size'])}, {data['file']['container']} container{packed}"
     }
+    if data["writer"]:
+        rows["written by"] = data["writer"]
+    if data["prefix"] or data["where"] != "model":
+        rows["model"] = " ".join(
+            part
+            for part in (
+                f"under `{data['prefix']}`" if data["prefix"] else "",
+                f"in `{data['where']}`" if data["where"] else "at the top of the file",
+                f"(beside it: {len(data['outside'])} of another model)" if data["outside"] else "",
+            )
+            if part
+        )
+    rows["settings"] = f"{data['layout']} layout" if settings else "none in the file"
+    if settings:
+        inner = settings["model"].get("w2v_args")
+        model = (inner if isinstance(inner, dict) else settings)["model"]
+        shape = [f"{model[key]} {word}" for key, word in _SHAPE.items() if key in model]
+        rows["architecture"] = f"{data['architecture']} ({', '.join(shape)})"
+        rows["task"] = str(data["task"])
+        rows["normalize"] = str(settings["task"].get("normalize"))
+    rows["parameters"] = f"{data['parameters']:,} in {len(data['tensors'])} tensors, {', '.join(data['dtypes'])}"
+    rows["dictionary"] = _dictionary(data)
+    beside = ", ".join(f"{key} {size(count)}" for key, count in data["training_state"].items())
+    rows["beside it"] = beside or "nothing"
+    if data["averages"]:
+        rows["averages"] = f"of the weights, in {' and '.join(data['averages'])}: --ema takes them"
+    unknown = [row["name"] for row in data["globals"] if not row["known_harmless"]]
+    told = f"unknown: {', '.join(unknown)}" if unknown else "all known to be harmless"
+    rows["globals"] = f"{len(data['globals'])}, {told}"
     if data["languages"]:
         rows["languages"] = f"{len(data['languages'])}: {' '.join(data['languages'])}"
-    context = click.get_current_context(silent=True)
+    rows["conversion"] = _conversion(data["conversion"])
     text = "\n".join(f"{key:<13} {value}" for key, value in rows.items())
+    context = click.get_current_context(silent=True)
     if context is not None and context.obj and context.obj.verbose:
         tensors = [f"  {line}" for line in fold(data["tensors"])]
         text = "\n".join(
@@ -90,8 +81,20 @@ def _text(data: dict[str, Any]) -> str:
     return text
 
 
-_SHAPE = {
-    "encoder_layers": "layers",
-    "encoder_embed_dim": "wide",
-    "encoder_attention_heads": "heads",
-}
+def _dictionary(data: dict[str, Any]) -> str:
+    symbols = data["dictionary"]
+    if symbols:
+        return f"{len(symbols)} symbols: {' '.join(symbols[:12])}{' ...' if len(symbols) > 12 else ''}"
+    listed = " and ".join(f"{len(one)} symbols of the pretraining" for one in data["pretraining_dictionaries"])
+    return listed or "none in the file"
+
+
+def _conversion(answer: dict[str, Any]) -> str:
+    if answer["ok"]:
+        return "\n".join([f"to {answer['class']}", *(f"  note: {note}" for note in answer["notes"])])
+    message = answer["message"].removesuffix("; nothing was written")
+    problems = [Problem(**row) for row in answer["problems"]]
+    lines = [f"not as it is: {message}"]
+    if [problem.detail for problem in problems] != [answer["message"]]:
+        lines += [f"  {line}" for line in problem_lines(problems)]
+    return "\n".join([*lines, *([f"  hint: {answer['hint']}"] if answer["hint"] else [])])

@@ -120,9 +120,11 @@ def family_of(checkpoint: Checkpoint, reader: Reader) -> Family:
     return found
 
 
-def of_class(name: str) -> Family | None:
-    """Find the family of a class of transformers; the general one, where several have it."""
-    return next((family for family in reversed(FAMILIES.values()) if name in family.classes.values()), None)
+def of_class(name: str, architecture: str = "") -> Family | None:
+    """Find the family of a class of transformers; of several, the one that declares fairseq's architecture."""
+    found = [family for family in FAMILIES.values() if name in family.classes.values()]
+    declared = [family for family in found if architecture in family.architectures]
+    return (declared or found or [None])[-1]
 
 
 def architecture_of(checkpoint: Checkpoint) -> str:

@@ -320,6 +320,8 @@ class Family:
         values: the values of `config.json` that only this family has.
         sidecars: the files of tensors that its classes have no place for.
         languages: lists the languages of a checkpoint by (checkpoint, settings of its encoder, problems), by name.
+        convolutions: reads (channels, kernel, stride) of every convolution of its front end off the settings.
+        pads: whether fairseq pads frames to a multiple, `required_seq_len_multiple`.
         restoring: what is particular to the way back.
         from_config: the way back from a directory that transformers itself saved, where there is one.
         trainer: the project whose trainer writes its checkpoints.
@@ -345,6 +347,10 @@ class Family:
     values: Callable[[Sources], list[Value]] = _nothing
     sidecars: Callable[[Sources], list[Sidecar]] = _nothing
     languages: Callable[[Checkpoint, Mapping[str, Any], list[Problem]], Mapping[str, Language]] | None = None
+    convolutions: Callable[[Reader], Sequence[tuple[int, int, int]]] = lambda reader: reader.convolutions(
+        "conv_feature_layers"
+    )
+    pads: bool = True
     restoring: Restoring = Restoring()
     from_config: FromConfig | None = None
     trainer: str = "fairseq"

@@ -103,6 +103,7 @@ FAMILY = Family(
     classes={"encoder": "WavLMModel"},
     kinds=KINDS,
     settings=SETTINGS,
+    pads=False,
     state=_state,
     restoring=Restoring(settings=_settings, bare=True),
     trainer="unilm",

@@ -105,7 +105,7 @@ class Facts:
     @property
     def family(self) -> Family | None:
         """The family of the model's class."""
-        return of_class(self.class_name)
+        return of_class(self.class_name, self.record.architecture.fairseq)
 
     @property
     def trainer(self) -> str:
@@ -204,7 +204,7 @@ def gather(
     config = _read(Config, inventory, "config.json") or Config()
     entry = _entry(record.source.sha256, stated.catalogue)
     class_name = next(iter(config.architectures), "")
-    family = of_class(class_name)
+    family = of_class(class_name, record.architecture.fairseq)
     numbers = dict.fromkeys([family.paper if family else "", (entry.citation if entry else None) or ""])
     language = stated.language or ((entry.language or ()) if entry else ())
     vocabulary, evaluation = inventory.json("vocab.json"), inventory.json(EVALUATION)

@@ -13,9 +13,9 @@ from typing import Any
 from convert.conversion import NAME as CONVERSION
 from convert.conversion import Record
 from convert.errors import ConvertError, Problem
+from convert.files import sha256_of
 from convert.report import parse_json
 
-PIECE = 1 << 20
 SMALL = 10 << 20  # the Hub stores larger files with LFS, whatever they hold
 LARGEST_TEXT = 100 << 20  # conversion.json of a model of 1,000 languages has 25 MB
 
@@ -169,15 +169,9 @@ def _hash(name: str, path: Path) -> LocalFile:
         sha1 = git_sha1(content) if len(content) <= SMALL else None
         return LocalFile(name, len(content), hashlib.sha256(content).hexdigest(), sha1, path.resolve(), content)
     stamp = _stamp(path)
-    sha256 = hashlib.sha256()
     digest = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False) if size <= SMALL else None
-    with path.open("rb") as file:
-        while piece := file.read(PIECE):
-            sha256.update(piece)
-            if digest:
-                digest.update(piece)
-    sha1 = digest.hexdigest() if digest else None
-    return LocalFile(name, size, sha256.hexdigest(), sha1, path.resolve(), None, stamp)
+    sha256 = sha256_of(path, digest.update if digest else None)
+    return LocalFile(name, size, sha256, digest.hexdigest() if digest else None, path.resolve(), None, stamp)
 
 
 def _stamp(path: Path) -> tuple[int, int]:

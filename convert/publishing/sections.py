@@ -36,7 +36,8 @@ _SETTINGS = (
     ("task", "labels"),
     ("criterion", "_name"),
 )
-_TRAINERS = {"fairseq": "https://github.com/facebookresearch/fairseq", "unilm": "https://github.com/microsoft/unilm"}
+_PROJECTS = (("facebookresearch", "fairseq"), ("facebookresearch", "fairseq2"), ("microsoft", "unilm"))
+_TRAINERS = {name: f"https://github.com/{owner}/{name}" for owner, name in _PROJECTS}
 
 
 def body(facts: Facts, level: int) -> str:

@@ -6,13 +6,13 @@ in docs/verification.md.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from convert.errors import Problem
+from convert.files import write_file
 from convert.report import json_bytes, padding_text, problem_lines
 from convert.verification.compare import SCORES
 from convert.verification.controls import Control
@@ -140,15 +140,7 @@ def finite(value: float) -> float | None:
 
 def write(folder: Path, report: Mapping[str, Any]) -> None:
     """Write `verification.json` into a model directory: all of it, or nothing."""
-    part = folder / f".{NAME}.part"
-    try:
-        with part.open("wb") as file:
-            file.write(json_bytes(report))
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(folder / NAME)
-    finally:
-        part.unlink(missing_ok=True)
+    write_file(folder / NAME, json_bytes(report))
 
 
 def text(report: Mapping[str, Any]) -> str:
