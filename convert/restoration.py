@@ -171,11 +171,19 @@ def _reader(directory: ModelDirectory, place: Place) -> Callable[[], Iterator[by
 
 def _from_conversion(directory: ModelDirectory) -> _Draft:
     record = directory.record
+    family, kind = _known(record)
+    if not family.restores:
+        name = record.architecture.fairseq
+        raise PlanError(
+            f"{directory.path} was made from {name}, to which there is no way back; nothing was written",
+            code="unsupported-architecture",
+            key=name,
+            hint="keep the checkpoint that it was made from",
+        )
     constants = {drop.key: drop.constant for drop in record.drops if drop.constant is not None}
     kept = {source for sidecar in record.sidecars.values() for source in sidecar.tensors.values()}
     repeated = {drop.key: drop.repeats for drop in record.drops if drop.repeats}
     relics = {drop.key for drop in record.drops if drop.relic}
-    family, kind = _known(record)
     kept |= repeated.keys() | constants.keys() | relics | {family.restoring.teacher}
     problems = [Problem("dropped", drop.key, drop.reason) for drop in record.drops if drop.key not in kept]
     if problems:

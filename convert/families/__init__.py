@@ -124,7 +124,7 @@ def of_class(name: str, architecture: str = "") -> Family | None:
     """Find the family of a class of transformers; of several, the one that declares fairseq's architecture."""
     found = [family for family in FAMILIES.values() if name in family.classes.values()]
     declared = [family for family in found if architecture in family.architectures]
-    return (declared or found or [None])[-1]
+    return next(reversed(declared or found), None)
 
 
 def architecture_of(checkpoint: Checkpoint) -> str:

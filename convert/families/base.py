@@ -321,6 +321,7 @@ class Family:
         sidecars: the files of tensors that its classes have no place for.
         languages: lists the languages of a checkpoint by (checkpoint, settings of its encoder, problems), by name.
         convolutions: reads (channels, kernel, stride) of every convolution of its front end off the settings.
+        restores: whether there is a way back from a conversion.
         pads: whether fairseq pads frames to a multiple, `required_seq_len_multiple`.
         restoring: what is particular to the way back.
         from_config: the way back from a directory that transformers itself saved, where there is one.
@@ -350,6 +351,7 @@ class Family:
     convolutions: Callable[[Reader], Sequence[tuple[int, int, int]]] = lambda reader: reader.convolutions(
         "conv_feature_layers"
     )
+    restores: bool = True
     pads: bool = True
     restoring: Restoring = Restoring()
     from_config: FromConfig | None = None

@@ -536,6 +536,7 @@ FAMILY = Family(
     kinds=KINDS,
     settings=SETTINGS,
     convolutions=_convolutions,
+    restores=False,
     pads=False,
     trainer="fairseq2",
 )

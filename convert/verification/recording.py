@@ -191,7 +191,8 @@ class Recorded:
         for stage in run["stages"]:
             values = torch.from_numpy(self.arrays[f"run.{run['number']}.{stage['name']}{suffix}"])
             kind = run["arithmetic"] if not suffix else "float64"
-            values = values.to(NAMES[kind]) if stage["name"] != "codes" else values.long()
+            chosen = stage["name"] in ("codes", "generated", "generated.second")
+            values = values.long() if chosen else values.to(NAMES[kind])
             stages[stage["name"]] = Stage(tuple(stage["shape"]), values, stage["step"], stage["sha256"])
         return Answer(run["frames"], stages)
 

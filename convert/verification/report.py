@@ -13,7 +13,7 @@ from typing import Any
 
 from convert.errors import Problem
 from convert.files import write_file
-from convert.report import json_bytes, padding_text, problem_lines
+from convert.report import json_bytes, library, padding_text, problem_lines
 from convert.verification.compare import SCORES
 from convert.verification.controls import Control
 from convert.verification.endtoend import EndToEnd
@@ -147,7 +147,7 @@ def text(report: Mapping[str, Any]) -> str:
     """Write the table on the terminal."""
     reference = report["reference"]
     lines = [
-        f"fairseq {reference['fairseq']} ({reference['kind']}), transformers {report['environment']['transformers']}"
+        f"{library(reference['fairseq'])} ({reference['kind']}), transformers {report['environment']['transformers']}"
     ]
     lines.append(f"  {'weights':<22}{_weights(report['weights'])}")
     runs = report["runs"]
