@@ -85,9 +85,9 @@ class Hashes:
         if path not in self._known:
             with open_file(path) as file:
                 settled = time.time_ns() - os.fstat(file.fileno()).st_ctime_ns > _SETTLED
-                before = _stamp(os.fstat(file.fileno()))
+                before = stamp(os.fstat(file.fileno()))
                 found = sha256_of(file, also)
-                if _stamp(os.fstat(file.fileno())) != before:
+                if stamp(os.fstat(file.fileno())) != before:
                     raise _changed(path)
             self._known[path] = (before, settled, found)
         return self._known[path][2]
@@ -98,16 +98,17 @@ class Hashes:
         Raises:
             ConvertError: `changed`.
         """
-        for path, (stamp, settled, digest) in self._known.items():
+        for path, (before, settled, digest) in self._known.items():
             try:
-                same = _stamp(path.stat()) == stamp and (settled or sha256_of(path) == digest)
+                same = stamp(path.stat()) == before and (settled or sha256_of(path) == digest)
             except FileNotFoundError:
                 same = False
             if not same:
                 raise _changed(path)
 
 
-def _stamp(status: os.stat_result) -> tuple[int, ...]:
+def stamp(status: os.stat_result) -> tuple[int, ...]:
+    """What tells a file from any other, and changes with its content: device, inode, size, and the times of both."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 

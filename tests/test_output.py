@@ -304,3 +304,36 @@ def test_no_thread_to_be_had(which: str, tmp_path: Path, monkeypatch: pytest.Mon
     assert raised.value.message == "can't start new thread; nothing was written"
     assert threading.active_count() == threads
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_another_interpreter_ends_with_the_command(
+    number: signal.Signals, two: tuple[Path, Path], tmp_path: Path
+) -> None:
+    python, told, temporary = tmp_path / "python", tmp_path / "told", tmp_path / "temporary"
+    python.write_text(f"#!/bin/sh\necho $$ > {told}.new; mv {told}.new {told}; exec sleep 600\n")
+    python.chmod(0o755)
+    temporary.mkdir()
+    line = [sys.executable, "-m", "convert", "record", str(two[0]), "out", "--json", "--fairseq-python", str(python)]
+    with subprocess.Popen(
+        line,
+        cwd=tmp_path,
+        env=ENVIRONMENT | {"TMPDIR": str(temporary)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not told.exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        child = int(told.read_text())
+        os.kill(child, 0)  # the control: it lives
+        process.send_signal(number)
+        text, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (128 + number, b"")
+    assert [problem["code"] for problem in json.loads(text)["problems"]] == ["interrupted"]
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
+    assert list(temporary.iterdir()) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["python", "temporary", "told"]

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from convert.checkpoint.unpickle import Global, StoredTensor, Stub
 from convert.errors import CheckpointError
-from convert.files import WIDTHS, sha256_of
+from convert.files import WIDTHS, sha256_of, stamp
 
 # torch storage class -> safetensors dtype
 DTYPES = {
@@ -75,17 +75,17 @@ class Opened:
     file: BinaryIO
     data: mmap.mmap
     path: Path = field(init=False)
-    stamp: list[int] = field(init=False)
+    stamp: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         self.path = Path(self.file.name).absolute()
-        self.stamp = _stamp(os.fstat(self.file.fileno()))
+        self.stamp = stamp(os.fstat(self.file.fileno()))
 
     @property
     def changed(self) -> bool:
         """Whether the file was written to since, or its name leads to another one."""
         try:
-            return not self.stamp == _stamp(os.fstat(self.file.fileno())) == _stamp(self.path.stat())
+            return not self.stamp == stamp(os.fstat(self.file.fileno())) == stamp(self.path.stat())
         except OSError:
             return True
 
@@ -94,10 +94,6 @@ class Opened:
         self.file.close()
         with contextlib.suppress(BufferError):  # an error's traceback may still hold a view; it is unmapped with it
             self.data.close()
-
-
-def _stamp(found: os.stat_result) -> list[int]:
-    return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 
 
 @dataclass(slots=True)

@@ -54,7 +54,7 @@ def as_data(model: Conversion) -> dict[str, Any]:
     }
 
 
-def describe(model: Conversion) -> str:
+def describe(model: Conversion) -> list[str]:
     """Write a plan for people."""
     lines = [
         f"{model.fairseq} becomes {model.target}",
@@ -72,4 +72,4 @@ def describe(model: Conversion) -> str:
     lines += model.kept
     lines += ["config.json", *(f"  {v.name} = {v.value!r}  ({v.origin})" for v in model.config)]
     lines += ["settings that act while training only", f"  {', '.join(model.training_only) or 'none'}"]
-    return "\n".join(lines)
+    return lines

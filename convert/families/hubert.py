@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from convert.families.base import KEPT_HEAD, Family, Kind, Part, Shapes, Sidecar, Sources
-from convert.families.ctc import PLAIN_CTC
+from convert.families.ctc import CTC as WAV2VEC_CTC
 from convert.families.encoder import Layout, assemble, encoder_rules, infer_encoder, kind_of
 from convert.families.encoder_settings import CHOICES, COUNTS, DEFAULTS, FLAGS, READ, SAME, TRAINING_ONLY
 from convert.families.planning import describe_encoder, kept_head
@@ -66,8 +66,15 @@ class Own(Part):
 
 
 # its drops are among the encoder's: a fine-tuned model may have relics of that head, too
-PRETRAINING = Kind("pretraining", mark=r"^label_embs_concat$")
-KINDS = {kind.name: kind for kind in (PLAIN_CTC, PRETRAINING)}
+PRETRAINING = Kind("pretraining", mark=r"^label_embs_concat$", task="hubert_pretraining", label_list=True)
+CTC = replace(
+    WAV2VEC_CTC,
+    read=WAV2VEC_CTC.read - {"blank_mode", "blank_weight"},  # HubertCtc.get_logits does not know them
+    edits=lambda sources: [],
+    task=PRETRAINING.task,
+    label_list=True,
+)
+KINDS = {kind.name: kind for kind in (CTC, PRETRAINING)}
 
 # The pretraining head's, or `dropout_features`, which acts before what nothing reads.
 _TRAINING_ONLY = {"dropout_features", "label_rate", "logit_temp", "skip_masked", "skip_nomask", "target_glu"}
@@ -151,7 +158,7 @@ def _sidecars(sources: Sources) -> list[Sidecar]:
 
 FAMILY = Family(
     name="hubert",
-    architectures={"hubert_ctc": PLAIN_CTC, "hubert": PRETRAINING},
+    architectures={"hubert_ctc": CTC, "hubert": PRETRAINING},
     encoders=(("hubert", "transformer"),),
     refused={
         "av_hubert": "AV-HuBERT, which sees video too, and for which transformers has no class",
@@ -169,4 +176,6 @@ FAMILY = Family(
     state=_state,
     values=_values,
     sidecars=_sidecars,
+    paper="2106.07447",
+    splits_masks=True,
 )

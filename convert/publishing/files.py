@@ -13,7 +13,7 @@ from typing import Any
 from convert.conversion import NAME as CONVERSION
 from convert.conversion import Record
 from convert.errors import ConvertError, Problem
-from convert.files import sha256_of
+from convert.files import sha256_of, stamp
 from convert.report import parse_json
 
 SMALL = 10 << 20  # the Hub stores larger files with LFS, whatever they hold
@@ -38,6 +38,7 @@ _SECRET = re.compile(
 _HOME = re.compile(r"(/home/|/Users/|/root/|/private/|/tmp/|file://|[A-Za-z]:\\)")
 _TEXTS = (".json", ".md", ".txt", "LICENSE", "NOTICE")
 _SYMBOLS = ("vocab.json", "tokenizer.json", "alphabet.json")  # a phoneme may well be written /a/
+_OF_SYMBOLS = ("dictionary.", "dictionaries.", "languages.")  # in conversion.json
 _ABSOLUTE = re.compile(r"/[\w.@+-]+(/[\w.@+-]*)+")
 
 
@@ -51,11 +52,11 @@ class LocalFile:
     git_sha1: str | None  # None where the Hub will use LFS for certain
     path: Path | None
     content: bytes | None
-    stamp: tuple[int, int] = (0, 0)  # size and time of a large file when it was hashed
+    stamp: tuple[int, ...] = ()  # of a large file when it was hashed
 
     def is_unchanged(self) -> bool:
         """Whether a file that was not kept in memory still has the bytes it was hashed with."""
-        if self.content is not None or self.path is None or _stamp(self.path) == self.stamp:
+        if self.content is not None or self.path is None or stamp(self.path.stat()) == self.stamp:
             return True
         return _hash(self.name, self.path).sha256 == self.sha256
 
@@ -168,15 +169,10 @@ def _hash(name: str, path: Path) -> LocalFile:
         content = path.read_bytes()
         sha1 = git_sha1(content) if len(content) <= SMALL else None
         return LocalFile(name, len(content), hashlib.sha256(content).hexdigest(), sha1, path.resolve(), content)
-    stamp = _stamp(path)
+    before = stamp(path.stat())
     digest = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False) if size <= SMALL else None
     sha256 = sha256_of(path, digest.update if digest else None)
-    return LocalFile(name, size, sha256, digest.hexdigest() if digest else None, path.resolve(), None, stamp)
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
+    return LocalFile(name, size, sha256, digest.hexdigest() if digest else None, path.resolve(), None, before)
 
 
 def _leaks(file: LocalFile) -> list[Problem]:
@@ -191,7 +187,7 @@ def _leaks(file: LocalFile) -> list[Problem]:
         value = parse_json(file.content, file.name)
     except ConvertError:
         return [Problem("not-json", file.name, "is not JSON")]
-    found = sorted({key for key, text in _texts(value, "") if private(text) and not key.startswith("dictionary.")})
+    found = sorted({key for key, text in _texts(value, "") if private(text) and not key.startswith(_OF_SYMBOLS)})
     return [Problem("private-path", file.name, f"{key} names a path of the machine it was made on") for key in found]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from convert.errors import Problem
 from convert.files import write_file
-from convert.report import json_bytes, library, padding_text, problem_lines
+from convert.report import json_bytes, library, padding_text, problem_lines, shown
 from convert.verification.compare import SCORES
 from convert.verification.controls import Control
 from convert.verification.endtoend import EndToEnd
@@ -163,7 +163,8 @@ def text(report: Mapping[str, Any]) -> str:
     lines += [f"  not checked: {key}: {reason}" for key, reason in report["skipped"].items()]
     lines += [f"  {padding_text(one)}" for one in report["padding"]]
     lines.append("verified: the same model" if report["passed"] else "NOT the same, or not proved:")
-    return "\n".join([*lines, *(f"  {line}" for line in problem_lines(_reasons(report)))])
+    lines += [f"  {line}" for line in problem_lines(_reasons(report))]
+    return "\n".join(map(shown, lines))
 
 
 def _reasons(report: Mapping[str, Any]) -> list[Problem]:
