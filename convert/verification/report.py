@@ -6,6 +6,7 @@ in docs/verification.md.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -139,8 +140,20 @@ def finite(value: float) -> float | None:
 
 
 def write(folder: Path, report: Mapping[str, Any]) -> None:
-    """Write `verification.json` into a model directory: all of it, or nothing."""
-    write_file(folder / NAME, json_bytes(report))
+    """Write `verification.json` into a model directory: all of it, or nothing, and no path of this machine."""
+    machine = (folder.absolute().parent, folder.resolve().parent, Path.home(), Path.cwd(), Path(tempfile.gettempdir()))
+    places = sorted({f"{place}/" for place in machine if place != Path("/")}, key=len, reverse=True)
+    write_file(folder / NAME, json_bytes(_without(report, places)))
+
+
+def _without(value: Any, places: Sequence[str]) -> Any:
+    if isinstance(value, Mapping):
+        return {_without(key, places): _without(item, places) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without(item, places) for item in value]
+    for place in places if isinstance(value, str) else ():
+        value = value.replace(place, "")
+    return value
 
 
 def text(report: Mapping[str, Any]) -> str:
