@@ -34,7 +34,8 @@ _ALIASES["conv.weight_v"] = "conv.parametrizations.weight.original1"
 _NEVER = -1e4  # the bias of symbols that fairseq's dictionary must have and the model never learned
 # architecture -> the task that today's fairseq has for it, whatever it was called; CTC's was audio_pretraining until June 2021
 _TASKS = {"wav2vec_ctc": "audio_finetuning", "hubert": "hubert_pretraining", "hubert_ctc": "hubert_pretraining"}
-_TASKS |= {"wav2vec_classification": "audio_classification"}
+_TASKS |= {"contentvec": "hubert_pretraining", "wav2vec_classification": "audio_classification"}
+_PLAIN = {"contentvec": "hubert"}  # without the layers that hear the speaker
 _TASKS |= {"wav2vec_seq2seq": "audio_finetuning", "hubert_seq2seq": "audio_finetuning"}
 _HEADS = {"Wav2Vec2ForCTC": "ctc", "Wav2Vec2ForPreTraining": "pretraining"}
 
@@ -319,6 +320,7 @@ def _loadable(settings: Mapping[str, Any]) -> dict[str, Any]:
             model["w2v_args"] = section(values["model"]["w2v_args"])
             inner = model["w2v_args"]["model"]  # 0.12.2 has them there only: today's defaults would replace its layers
             model = {name: inner[name] for name in LAYER_SETTINGS if inner.get(name) is not None} | model
+        model["_name"] = _PLAIN.get(str(model.get("_name")), model.get("_name"))
         task = {"data": "", **values["task"]}
         task["_name"] = _TASKS.get(str(model.get("_name")), "audio_pretraining")
         if "w2v_args" in values["model"]:

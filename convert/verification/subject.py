@@ -19,7 +19,11 @@ from convert.verification.handed import handed
 from convert.verification.inputs import Geometry
 from convert.verification.reference import Subject
 
-SPLIT_MASKS = ("hubert", "wavlm")  # fairseq's encoders that cut the mask of a padded batch into equal pieces
+SPLIT_MASKS = (
+    "contentvec",
+    "hubert",
+    "wavlm",
+)  # fairseq's encoders that cut the mask of a padded batch into equal pieces
 HALVES = ("float16", "bfloat16")
 
 
