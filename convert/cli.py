@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from convert.errors import Problem, explained
+from convert.interrupts import interruptible
 from convert.report import envelope, error_text, problem_lines, shown
 
 # One module of `convert.commands` each; it is imported when its command is asked for, so that `--help` starts at once.
@@ -78,7 +79,10 @@ class LazyGroup(click.Group):
         if not standalone_mode:
             return super().main(args, prog_name, complete_var, False, **extra)
         try:
-            sys.exit(super().main(args, prog_name, complete_var, False, **extra))
+            with interruptible():
+                sys.exit(super().main(args, prog_name, complete_var, False, **extra))
+        except (KeyboardInterrupt, click.Abort) as error:  # before the command's own code, or after it
+            sys.exit(explained(error.__cause__ or KeyboardInterrupt()).status)
         except click.UsageError as error:
             if "--json" in words:
                 problem = Problem("usage", words[0], error.format_message())
@@ -114,7 +118,7 @@ def command(name: str, *examples: str) -> Callable[[Callable[..., Outcome]], cli
                 outcome = function(**arguments)
             except (click.ClickException, click.exceptions.Exit, click.Abort):
                 raise
-            except Exception as raised:  # noqa: BLE001
+            except (Exception, KeyboardInterrupt) as raised:  # noqa: BLE001
                 error = explained(raised, name)
                 if verbose:
                     click.echo(shown(traceback.format_exc(), keep="\n"), err=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,9 +15,10 @@ from convert.conversion import NAME as RECORD
 from convert.conversion import Record
 from convert.errors import ConvertError, Problem
 from convert.families.tokenizers import SUBWORDS
+from convert.files import WIDTHS, open_file, read_header
 from convert.report import parse_json
 from convert.rules import TensorSpec
-from convert.transfer import WIDTHS, Piece, product, tensor_bytes
+from convert.transfer import Piece, tensor_bytes
 
 _REMEDY = "convert the checkpoint again"
 
@@ -95,24 +95,12 @@ class ModelDirectory:
     def _header(self, name: str) -> Iterator[Place]:
         self._there(name)
         try:
-            with (self.path / name).open("rb") as file:
-                count = int.from_bytes(file.read(8), "little")
-                entries = json.loads(file.read(min(count, 100_000_000)))
-                size = file.seek(0, 2)
-            for key, entry in entries.items():
-                if key == "__metadata__":
-                    continue
-                first, last = entry["data_offsets"]
-                spec = TensorSpec(key, tuple(entry["shape"]), entry["dtype"])
-                if not all(type(length) is int and length >= 0 for length in spec.shape):
-                    raise ValueError(f"{key} has no shape")
-                if not 0 <= first <= last <= size - 8 - count or last - first != WIDTHS[spec.dtype] * product(
-                    spec.shape
-                ):
-                    raise ValueError(f"{key} leaves the file")
-                yield Place(name, 8 + count + first, last - first, spec)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            with open_file(self.path / name) as file:
+                stored, _ = read_header(file)
+        except ValueError as error:
             raise self._error(f"holds a damaged {name} ({error})", _REMEDY) from None
+        for key, tensor in stored.items():
+            yield Place(name, tensor.start, tensor.count, TensorSpec(key, tensor.shape, tensor.dtype))
 
     def _there(self, name: str) -> None:
         if not (self.path / name).is_file():

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import errno
-import os
+import signal
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from convert.report import shown, without_user
 
 # package -> the extra of this one that brings it
 _EXTRAS = {"matplotlib": "plot", "datasets": "evaluate", "jiwer": "evaluate", "tqdm": "evaluate"}
 _EXTRAS |= dict.fromkeys(("safetensors", "sentencepiece", "soundfile", "torch", "transformers"), "verify")
+
+_REMEDIES: dict[int | None, str] = dict.fromkeys(
+    (errno.ENOSPC, errno.EDQUOT), "free some space, or write to another disk"
+)
+_REMEDIES |= dict.fromkeys((errno.EACCES, errno.EPERM), "check its permissions, and those of its directory")
+_REMEDIES |= {errno.EROFS: "name a place that can be written to"}
+_REMEDIES |= {errno.EFBIG: "raise the limit (ulimit -f), or write to a file system that takes larger files"}
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -86,24 +92,7 @@ class MismatchError(ConvertError, AssertionError):
     default_status = 1
 
 
-def check_place(out: Path, overwrite: bool) -> None:
-    """Refuse, before any work, a file that cannot be written, or that would replace one unasked.
-
-    Args:
-        out: the file that will be made.
-        overwrite: whether an existing file may be replaced.
-
-    Raises:
-        ConvertError: `exists` or `no-parent`, status 2.
-    """
-    if os.path.lexists(out) and not (overwrite and out.is_file()):
-        hint = "choose another name, or replace it with --overwrite"
-        raise ConvertError(f"{out} exists already; nothing was written", code="exists", key=str(out), hint=hint)
-    if not out.parent.is_dir():
-        raise ConvertError(f"{out.parent} is no directory; nothing was written", code="no-parent", key=str(out))
-
-
-def explained(error: Exception, command: str = "") -> ConvertError:
+def explained(error: BaseException, command: str = "") -> ConvertError:
     """Turn any exception into the error that the command line prints, with its exit status.
 
     Args:
@@ -131,8 +120,15 @@ def _import(error: ImportError, command: str) -> ConvertError:
 def _system(error: OSError, command: str) -> ConvertError:
     name = str(error.filename or "")
     reason = error.strerror or _first_line(error)
-    hint = "free some space, or write to another disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-    return ConvertError(f"{name}: {reason}" if name else reason, code="system", key=name, hint=hint)
+    return ConvertError(
+        f"{name}: {reason}" if name else reason, code="system", key=name, hint=_REMEDIES.get(error.errno, "")
+    )
+
+
+def _interrupted(error: KeyboardInterrupt, command: str) -> ConvertError:
+    number = getattr(error, "number", signal.SIGINT)
+    message = f"interrupted by {signal.Signals(number).name}"
+    return ConvertError(message, code="interrupted", status=128 + number)
 
 
 def _memory(error: Exception, command: str) -> ConvertError:
@@ -155,7 +151,8 @@ def _first_line(error: Exception) -> str:
     return without_user(next(iter(str(error).strip().splitlines()), "without a message")[:500])
 
 
-_OTHERS: dict[type[Exception], Callable[..., ConvertError]] = {
+_OTHERS: dict[type[BaseException], Callable[..., ConvertError]] = {
+    KeyboardInterrupt: _interrupted,
     ImportError: _import,
     OSError: _system,
     MemoryError: _memory,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import os
 import sys
@@ -17,10 +16,9 @@ from types import MappingProxyType
 from typing import Any
 
 from convert.errors import ConvertError, MismatchError
+from convert.files import PIECE, resumable, resumed_file, sha256_of, write_file
 from convert.network import InterruptedTransfer, ask, declared_size, network, public_address
 from convert.report import json_bytes, parse_json
-
-PIECE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,55 +158,32 @@ def bring(
     Raises:
         ConvertError, MismatchError: as `fetch`.
     """
-    sidecar = target.with_name(f"{target.name}.json")
+    sidecar = _sidecar(target)
     public = public_address(address)
     recorded = read_record(sidecar)
     if target.exists():
         if recorded is None:
             message = f"{target}: is in the way and has no record {sidecar.name}; left as it is"
             raise ConvertError(message, code="in-the-way", key=str(target), hint="move it away and fetch again")
-        found = Record(name, public, target.stat().st_size, _sha256(target), recorded.etag)
+        found = Record(name, public, target.stat().st_size, sha256_of(target), recorded.etag)
         _compare(found, recorded, target, f"move {target.name} and {sidecar.name} away and fetch again")
         return recorded, False
     for attempt in range(attempts):
         time.sleep(pause * 2 ** (attempt - 1) if attempt else 0)
         try:
-            part, etag = _attempt(address, target, timeout, progress)
-            break
+            return _attempt(name, address, target, recorded, timeout, progress), True
         except InterruptedTransfer as error:
             reason = error
-    else:
-        kept = [f"{part.stat().st_size} bytes are kept in {part.name}" for part in _parts(target)]
-        message = f"{public}: {reason}, {attempts} attempts; {', '.join(kept) or 'nothing was written'}"
-        raise ConvertError(message, code="network", key=public, hint="run it again: it goes on where it stopped")
-    found = Record(name, public, part.stat().st_size, _sha256(part), etag)
-    if recorded:
-        _compare(found, recorded, part, f"to accept the new bytes, delete {sidecar.name} and fetch again")
-    # the record first: killed in between, the next fetch finds the whole part and has only to rename it
-    draft = sidecar.with_name(f"{sidecar.name}.part")
-    draft.write_bytes(json_bytes({"schema": 1, **asdict(found)}))
-    draft.replace(sidecar)
-    part.replace(target)
-    for stale in _parts(target):
-        stale.unlink()
-    return found, True
+    kept = [f"{size} bytes are kept in {part}" for part, size in resumable(target)]
+    message = f"{public}: {reason}, {attempts} attempts; {', '.join(kept) or 'nothing was written'}"
+    raise ConvertError(message, code="network", key=public, hint="run it again: it goes on where it stopped")
 
 
-def _attempt(address: str, target: Path, timeout: float, progress: bool) -> tuple[Path, str | None]:
-    """Bring one version of the file into its `.part`, whose name says which version its bytes are of."""
-    import fcntl
-
+def _attempt(name: str, address: str, target: Path, recorded: Record | None, timeout: float, progress: bool) -> Record:
+    """Bring one version of the file, or the rest of it; then its record, then the file into its place."""
     with ask(address, timeout, "HEAD") as head:
         etag, size = head.headers["ETag"], declared_size(head, address)
-    part = target.with_name(f"{target.name}.{hashlib.sha256(f'{etag} {size}'.encode()).hexdigest()[:12]}.part")
-    with part.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = part.exists()  # or it has become the final file since it was opened
-        except BlockingIOError:
-            held = False
-        if not held:
-            raise ConvertError(f"{part}: another fetch is writing it", code="busy", key=str(part), hint="wait for it")
+    with resumed_file(target, f"{etag} {size}") as file:
         # without a strong validator nothing says that the rest belongs to these bytes (RFC 9110, 13.1.5)
         strong = etag and etag.isascii() and etag.isprintable() and not etag.startswith("W/")
         if not strong or file.seek(0, os.SEEK_END) > size:
@@ -236,11 +211,20 @@ def _attempt(address: str, target: Path, timeout: float, progress: bool) -> tupl
                         raise InterruptedTransfer(f"the server sent more than the {size} bytes that it declared")
                     file.write(piece)
                     advance(len(piece))
-        found = file.seek(0, os.SEEK_END)
-        os.fsync(file.fileno())
-    if found != size:
-        raise InterruptedTransfer(f"the connection ended at {found} of {size} bytes")
-    return part, etag
+        brought = file.seek(0, os.SEEK_END)
+        if brought != size:
+            raise InterruptedTransfer(f"the connection ended at {brought} of {size} bytes")
+        found = Record(name, public_address(address), size, sha256_of(file), etag)
+        sidecar = _sidecar(target)
+        if recorded:
+            _compare(found, recorded, target, f"to accept the new bytes, delete {sidecar.name} and fetch again")
+        # the record first: killed in between, the next fetch finds the whole part and has only to rename it
+        write_file(sidecar, json_bytes({"schema": 1, **asdict(found)}))
+    return found
+
+
+def _sidecar(target: Path) -> Path:
+    return target.with_name(f"{target.name}.json")
 
 
 @contextmanager
@@ -252,18 +236,6 @@ def _bar(show: bool, label: str, size: int) -> Iterator[Callable[[int], None]]:
 
     with click.progressbar(length=size, label=label, file=sys.stderr, update_min_steps=size // 400) as bar:
         yield bar.update
-
-
-def _parts(target: Path) -> list[Path]:
-    return sorted(target.parent.glob(f"{target.name}.*.part"))
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(PIECE):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def _compare(found: Record, recorded: Record, path: Path, hint: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from convert.errors import CheckpointError, ConvertError
 from convert.families import describe
 from convert.request import make_request
 from convert.sources import dictionary_beside, locate, open_source
-from convert.transfer import product
 
 
 def inspect(source: str | Path) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def inspect(source: str | Path) -> dict[str, Any]:
             "layout": opened.layout,
             "architecture": model.get("_name"),
             "task": task.get("_name"),
-            "parameters": sum(product(spec.shape) for spec in inventory.values()),
+            "parameters": sum(math.prod(spec.shape) for spec in inventory.values()),
             "dtypes": sorted({spec.dtype for spec in inventory.values()}),
             "dictionary": list(opened.dictionary.symbols) if opened.dictionary else None,
             "pretraining_dictionaries": [list(dictionary.symbols) for dictionary in opened.dictionaries],
@@ -95,7 +95,7 @@ def _seen(seen: Survey) -> dict[str, Any]:
     state = max((*seen.states, *seen.averages), key=lambda one: (len(one.roots), len(one.entries)))
     container, prefix = seen.container, next(iter(state.roots), "")
     found = {str(name): value for name, value in state.entries.items() if isinstance(value, StoredTensor)}
-    dtypes = {DTYPES.get(tensor.storage.type, (tensor.storage.type, 0))[0] for tensor in found.values()}
+    dtypes = {DTYPES.get(tensor.storage.type, tensor.storage.type) for tensor in found.values()}
     return {
         "file": {"name": seen.path.name, "size": container.size, "container": container.kind}
         | {"compressed": container.unpack is not None},
@@ -107,7 +107,7 @@ def _seen(seen: Survey) -> dict[str, Any]:
         "layout": seen.layout,
         "architecture": None,
         "task": None,
-        "parameters": sum(product(tensor.shape) for tensor in found.values()),
+        "parameters": sum(math.prod(tensor.shape) for tensor in found.values()),
         "dtypes": sorted(dtypes),
         "dictionary": None,
         "pretraining_dictionaries": [],

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import glob
-import os
-import shutil
-import tempfile
+import functools
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -21,21 +18,18 @@ from convert.directory import ModelDirectory
 from convert.errors import ConvertError, MismatchError, Problem
 from convert.families import Conversion, Request, describe
 from convert.families.tokenizers import SUBWORDS
+from convert.files import check_directory, create, new_directory
 from convert.report import json_bytes
 from convert.request import make_request, request_again
 from convert.sources import dictionary_beside, locate, open_source
 from convert.transfer import Transfer, Written, pieces, split
+from convert.workspace import in_the_way, sweep
 
 MAX_SHARD_SIZE = 5_000_000_000  # what transformers' save_pretrained splits at
-_USUAL = {
-    "config.json",
-    "conversion.json",
-    "evaluation.json",
-    "preprocessor_config.json",
-    "README.md",
-    "tokenizer.json",
-}
-_USUAL |= {"generation_config.json", SUBWORDS, "tokenizer_config.json", "verification.json", "vocab.json"}
+CARD = "README.md"
+_RECORDS = {"conversion.json", "verification.json", "evaluation.json"}
+_USUAL = {"config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json"}
+_USUAL |= {SUBWORDS, "tokenizer_config.json", "vocab.json"}
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")  # of the files that are taken for checkpoints in a folder
 Progress = Callable[[int, int], None]
 
@@ -163,18 +157,18 @@ def convert(
         raise ConvertError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}", code="usage", key="--dtype")
     if max_shard_size < 1:
         raise ConvertError(f"a shard of {max_shard_size} bytes is too small", code="usage", key="--max-shard-size")
-    _check_target(out, overwrite, Path(checkpoint))
+    replaceable = functools.partial(_replaceable, checkpoint=Path(checkpoint)) if overwrite else None
+    check_directory(out, replaceable)
     asked: dict[str, Any] = {"head": head, "dictionary": dictionary, "training_only": training_only}
     asked |= {"keep_final_proj": keep_final_proj, "language": language, "data_config": data_config}
     opening: dict[str, Any] = {"ema": ema, "arch": arch, "normalize": normalize}
     with opened_for(checkpoint, base, asked, opening) as (opened, request):
         model = describe(opened, request)
-        with beside(out) as work:
+        with new_directory(out, replaceable) as work:
             files, digest = _write(
                 opened, model, request, work, DTYPES[dtype], max_shard_size, allow_non_finite, progress
             )
             opened.container.check_unchanged()
-            into_place(work, out, overwrite)
     return Converted(out, model, files, digest, opened.base is not None)
 
 
@@ -316,52 +310,27 @@ def _json(work: Path, name: str, content: Any) -> Written:
 
 def _file(work: Path, name: str, content: Any) -> Written:
     """Write a small file, JSON unless its content is bytes already, and read it back."""
-    import hashlib
-
     data = content if isinstance(content, bytes) else json_bytes(content)
-    with (work / name).open("xb") as file:
+    with create(work / name) as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
     if (work / name).read_bytes() != data:
         raise MismatchError(f"{name} read back differently from what was written", code="read-back", key=name)
     return Written(name, len(data), hashlib.sha256(data).hexdigest())
 
 
-def _check_target(out: Path, overwrite: bool, checkpoint: Path) -> None:
-    if out.name in ("", ".."):  # Path(".").name is empty: the working directory would be made inside it, not beside it
-        raise ConvertError(
-            f"{out} is not the name of a new directory; nothing was written",
-            code="usage",
-            key=str(out),
-            hint="name the directory to make, such as my-model",
-        )
-    if not out.parent.is_dir():
-        raise ConvertError(
-            f"{out.parent} is no directory; nothing was written", code="no-parent", key=str(out), hint="make it first"
-        )
-    if not os.path.lexists(out):
-        return
-    if out.is_dir() and not out.is_symlink() and not any(out.iterdir()):
-        return
-    if not out.is_dir():
-        code = "not-ours" if overwrite else "exists"
-        raise ConvertError(f"{out} is a file; nothing was written", code=code, key=str(out), hint="choose another name")
-    if not overwrite:
-        raise ConvertError(
-            f"{out} exists already; nothing was written",
-            code="exists",
-            key=str(out),
-            hint="choose another name, or replace it with --overwrite",
-        )
-    if out.is_symlink() or not (out / "conversion.json").is_file():
-        raise ConvertError(
-            f"{out} is no model directory of this tool, so that it is not replaced; nothing was written",
-            code="not-ours",
-            key=str(out),
-            hint="choose another name, or remove it yourself",
-        )
-    foreign = _foreign_files(out)
+def _replaceable(out: Path, checkpoint: Path) -> set[str]:
+    """Name the files that go with a model directory when it is replaced: those that this tool wrote, but no card.
+
+    Raises:
+        ConvertError: `not-ours`, status 2: it is another directory, or holds files of others.
+    """
+    sweep(out)
+    if not (out / "conversion.json").is_file():
+        raise in_the_way(out, "is not a model directory of this tool", "choose another name, or remove it", "not-ours")
+    if out.resolve() in checkpoint.resolve().parents:
+        raise in_the_way(out, "holds the checkpoint itself", "move the checkpoint", "not-ours")
+    written = _written(out)
+    foreign = sorted({file.name for file in out.iterdir()} - written - {CARD})
     if foreign:
         raise ConvertError(
             f"{out} holds files that this tool did not write, and --overwrite would remove: {', '.join(foreign[:5])}",
@@ -369,105 +338,11 @@ def _check_target(out: Path, overwrite: bool, checkpoint: Path) -> None:
             key=str(out / foreign[0]),
             hint="move them elsewhere, or choose another name",
         )
-    if out.resolve() in checkpoint.resolve().parents:
-        raise ConvertError(
-            f"{out} holds the checkpoint itself; nothing was written",
-            code="not-ours",
-            key=str(out),
-            hint="move the file",
-        )
+    return written
 
 
-def _foreign_files(out: Path) -> list[str]:
-    """Name what stands in a model directory beside the files that this tool writes there."""
+def _written(out: Path) -> set[str]:
     try:
-        written = set(ModelDirectory(out).record.files)
+        return {*ModelDirectory(out).record.files, *_RECORDS}
     except ConvertError:  # damaged, and so one more reason to replace it; what it was made of is not known any more
-        written = {file.name for file in out.glob("*.safetensors*")}
-    return sorted({file.name for file in out.iterdir()} - written - _USUAL)
-
-
-@contextlib.contextmanager
-def beside(out: Path) -> Iterator[Path]:
-    """Make a working directory beside the target, which is removed whatever happens.
-
-    It is locked while this process lives, so that what a killed process left is known as such and removed here.
-    """
-    for left in out.parent.glob(f".{glob.escape(out.name)}.*.part"):
-        with contextlib.suppress(OSError), _locked(left):
-            shutil.rmtree(left, ignore_errors=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
-    try:
-        with contextlib.ExitStack() as lock:
-            with contextlib.suppress(OSError):  # a file system without locks: then nothing is ever taken for a leftover
-                lock.enter_context(_locked(work))
-            yield work
-    finally:
-        try:
-            shutil.rmtree(work, ignore_errors=True)
-        except KeyboardInterrupt:  # finish, then stop
-            shutil.rmtree(work, ignore_errors=True)
-            raise
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def into_place(work: Path, out: Path, overwrite: bool = True) -> None:
-    """Rename what is finished into place; an old directory takes its place beside, and is removed with it.
-
-    Raises:
-        OSError: `out` appeared meanwhile, and is not to be overwritten.
-    """
-    if work.is_file():
-        work.replace(out)
-        _sync(out.parent)
-        return
-    work.chmod(0o777 & ~_umask())
-    if out.is_dir() and not any(out.iterdir()):
-        out.rmdir()
-    if not overwrite or not os.path.lexists(out):
-        work.rename(out)
-    elif not _exchange(work, out):  # no atomic exchange here: the old one moves aside for an instant
-        old = work.with_suffix(".old.part")
-        out.rename(old)
-        try:
-            work.rename(out)
-        except BaseException:
-            old.rename(out)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    _sync(out.parent)
-
-
-def _exchange(a: Path, b: Path) -> bool:
-    """Exchange two directories in one step (Linux: renameat2 with RENAME_EXCHANGE); say whether that was possible."""
-    import ctypes
-
-    try:
-        rename = ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, OSError):
-        return False
-    at_cwd, exchange = -100, 2
-    return bool(rename(at_cwd, os.fsencode(a), at_cwd, os.fsencode(b), exchange) == 0)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return {*_USUAL, *_RECORDS, *(file.name for file in out.glob("*.safetensors*"))}

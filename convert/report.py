@@ -195,3 +195,13 @@ def parse_json(content: bytes, name: str) -> Any:
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise ConvertError(f"{name}: not JSON: {reason}", code="not-json", key=name) from None
+
+
+def library(version: str) -> str:
+    """Name the library that a reference was, by what a report keeps of it: fairseq's version alone, or fairseq2's with its name.
+
+    Example:
+        >>> library("0.12.2"), library("fairseq2 0.8.1")
+        ('fairseq 0.12.2', 'fairseq2 0.8.1')
+    """
+    return version if version.startswith("fairseq") else f"fairseq {version}"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from convert.checkpoint import Checkpoint, open_checkpoint
 from convert.checkpoint.dictionary import SPECIAL, Dictionary
@@ -17,16 +16,16 @@ from convert.checkpoint.stacks import stack
 from convert.checkpoint.writer import NewNamespace, NewTensor, write_checkpoint
 from convert.conversion import File, Record, differences
 from convert.directory import ModelDirectory, Place
-from convert.errors import MismatchError, PlanError, Problem, check_place
-from convert.families import describe, wav2vec2
+from convert.errors import MismatchError, PlanError, Problem
+from convert.families import ARCHITECTURES, describe, wav2vec2
 from convert.families.base import NO_HEAD
 from convert.families.data2vec import TEACHER
 from convert.families.encoder_settings import ACTIVATIONS, LAYER_SETTINGS
 from convert.families.speech_to_text import ARCHITECTURES as SPEECH_TO_TEXT
-from convert.package import beside, into_place
+from convert.files import PIECE as CHUNK
+from convert.files import WIDTHS, check_file, new_file, sha256_of
 from convert.request import request_again
 from convert.rules import Table, TensorSpec
-from convert.transfer import CHUNK, WIDTHS
 
 # What a model in transformers may still call the positional convolution's weight norm (before torch 2.1).
 _ALIASES = {"conv.weight_g": "conv.parametrizations.weight.original0"}
@@ -101,7 +100,7 @@ def restore(model_dir: str | Path, out: str | Path, *, overwrite: bool = False) 
     """
     out = Path(out)
     directory = ModelDirectory(Path(model_dir))
-    check_place(out, overwrite)
+    check_file(out, overwrite)
     ours = (directory.path / "conversion.json").is_file()
     draft = _from_conversion(directory) if ours else _from_config(directory)
     model = draft.new()
@@ -121,11 +120,9 @@ def restore(model_dir: str | Path, out: str | Path, *, overwrite: bool = False) 
     own = draft.settings["model"] if isinstance(draft.settings, dict) else {}
     if own.get("_name") == "wavlm":  # unilm's files hold the settings of the model, its tensors, and nothing else
         state = {"cfg": {key: value for key, value in own.items() if key != "_name"}}
-    with beside(out) as work:
-        path = work / out.name
+    with new_file(out, overwrite=overwrite) as path:
         write_checkpoint(path, {**model, **teacher}, state)
         _prove(path, draft, directory if ours else None)
-        into_place(path, out)
     return Restored(out, len(model), tuple(draft.notes))
 
 
@@ -181,6 +178,14 @@ def _reader(directory: ModelDirectory, place: Place) -> Callable[[], Iterator[by
 
 def _from_conversion(directory: ModelDirectory) -> _Draft:
     record = directory.record
+    name = record.architecture.fairseq
+    if name in ARCHITECTURES and not ARCHITECTURES[name][0].restores:
+        raise PlanError(
+            f"{directory.path} was made from {name}, to which there is no way back; nothing was written",
+            code="unsupported-architecture",
+            key=name,
+            hint="keep the checkpoint that it was made from",
+        )
     constants = {drop.key: drop.constant for drop in record.drops if drop.constant is not None}
     kept = {source for sidecar in record.sidecars.values() for source in sidecar.tensors.values()}
     repeated = {drop.key: drop.repeats for drop in record.drops if drop.repeats}
@@ -274,9 +279,7 @@ def _changed(directory: ModelDirectory, files: Mapping[str, File]) -> list[str]:
     notes, problems = [], []
     for name, kept in files.items():
         path = directory.path / name
-        if path.is_file():
-            with path.open("rb") as file:
-                same = _sha256(file) == kept.sha256
+        same = path.is_file() and sha256_of(path) == kept.sha256
         if not path.is_file() or (not same and name not in weights):
             problems.append(Problem("changed", name, "is not what the conversion wrote; the settings come from there"))
         elif not same:
@@ -289,13 +292,6 @@ def _changed(directory: ModelDirectory, files: Mapping[str, File]) -> list[str]:
             hint="for a model that was trained on with transformers, remove conversion.json: then config.json counts",
         )
     return notes
-
-
-def _sha256(file: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    while piece := file.read(CHUNK):
-        digest.update(piece)
-    return digest.hexdigest()
 
 
 def _with_rows(whole: Callable[[], Iterator[bytes]], rows: Mapping[str, str]) -> Callable[[], Iterator[bytes]]:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
-import mmap
+import math
 import os
 import queue
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,13 +22,13 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from convert.checkpoint.container import Container, Range, corrupted, release
 from convert.checkpoint.unpickle import StoredTensor
 from convert.errors import CheckpointError, ConvertError, MismatchError, PlanError, Problem
+from convert.files import PIECE as CHUNK
+from convert.files import WIDTHS, create, header_bytes
 from convert.rules import FLOATS, Add, Edit, Identity, Plan, Sinusoids, TensorSpec, What, Zeros
 
 if TYPE_CHECKING:
     import numpy as np
 
-CHUNK = 1 << 20
-WIDTHS = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _QUEUE = 8
 Progress = Callable[[int], None]
 
@@ -51,7 +50,7 @@ class Piece:
     @property
     def count(self) -> int:
         """The number of bytes written."""
-        return WIDTHS[self.spec.dtype] * product(self.spec.shape)
+        return WIDTHS[self.spec.dtype] * math.prod(self.spec.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,33 +60,6 @@ class Written:
     name: str
     size: int
     sha256: str
-
-
-def sha256_of(data: mmap.mmap) -> str:
-    """Hash a mapped file, in constant memory."""
-    digest = hashlib.sha256()
-    for at in range(0, len(data), CHUNK):
-        with memoryview(data) as view, view[at : at + CHUNK] as piece:
-            digest.update(piece)
-        release(data, at, CHUNK)
-    return digest.hexdigest()
-
-
-def sha256_of_all(container: Container, used: Progress = lambda count: None) -> str:
-    """Hash a checkpoint: its file, or of several files what `sha256sum` prints of them.
-
-    Args:
-        container: the mapped checkpoint.
-        used: called with the number of bytes of each file once it is hashed; what it raises ends the work.
-    """
-    digests = []
-    for one in container.files:
-        digests.append(sha256_of(one.original.data))
-        used(len(one.original.data))
-    if len(digests) == 1:
-        return digests[0]
-    lines = [f"{digest}  {one.path.name}\n" for digest, one in zip(digests, container.files, strict=True)]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def pieces(container: Container, plan: Plan, tensors: Mapping[str, StoredTensor], dtype: str) -> list[Piece]:
@@ -158,25 +130,6 @@ def split(listed: list[Piece], limit: int) -> list[list[Piece]]:
     return files
 
 
-def header(listed: Iterable[Piece]) -> bytes:
-    """Make a safetensors header: eight bytes of length, then JSON, padded so that the data starts at a multiple of 64.
-
-    That is where torch allocates, too: of what is mapped at other addresses, products may round differently.
-    """
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for piece in listed:
-        entries[piece.spec.name] = {
-            "dtype": piece.spec.dtype,
-            "shape": list(piece.spec.shape),
-            "data_offsets": [at, at + piece.count],
-        }
-        at += piece.count
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % 64)
-    return len(text).to_bytes(8, "little") + text
-
-
 class Transfer:
     """Writes files from one checkpoint while the checkpoint itself is hashed.
 
@@ -236,10 +189,10 @@ class Transfer:
             self.progress(len(view))
 
     def source_sha256(self) -> str:
-        """Hash the rest of the source file, and return its SHA-256; the last call. Of several files, see `sha256_of_all`."""
+        """Hash the rest of the source file, and return its SHA-256; the last call. Of several files, see `Container.sha256`."""
         try:
             if self.container.others:
-                return sha256_of_all(self.container) if self.rest is None else str(self.rest.result())
+                return self.container.sha256() if self.rest is None else str(self.rest.result())
             if self.rest is None:
                 self._hash_to(self.container.size)
             else:
@@ -265,7 +218,7 @@ class Transfer:
             self.ahead = ThreadPoolExecutor(1)
             with _starting():
                 if several:
-                    self.rest = self.ahead.submit(sha256_of_all, self.container, self._used)
+                    self.rest = self.ahead.submit(self.container.sha256, self._used)
                 else:
                     self.rest = self.ahead.submit(self._hash_to, self.container.size)
 
@@ -289,9 +242,9 @@ class Transfer:
             OSError: the disk is full, and the like.
         """
         try:
-            head = header(listed)
+            head = header_bytes((piece.spec.name, piece.spec.dtype, piece.spec.shape) for piece in listed)
             size = len(head) + sum(piece.count for piece in listed)
-            with path.open("xb+", buffering=0) as file:
+            with create(path) as file:
                 if hasattr(os, "posix_fallocate"):
                     os.posix_fallocate(file.fileno(), 0, size)
                 else:
@@ -302,7 +255,6 @@ class Transfer:
                     for piece in listed:
                         for chunk in self._chunks(piece, at):
                             at = self._put(prover, chunk)
-                os.fsync(file.fileno())
             if prover.non_finite and not self.allow_non_finite:
                 raise PlanError(
                     f"{self.container.path.name} holds NaN or infinite numbers; nothing was written",
@@ -500,14 +452,6 @@ def _same(a: memoryview, b: memoryview) -> bool:
     return bool(equal) and bytes(a[words:]) == bytes(b[words:])
 
 
-def product(shape: Iterable[int]) -> int:
-    """Multiply the lengths of a shape: the number of its elements."""
-    count = 1
-    for length in shape:
-        count *= length
-    return count
-
-
 def without_rows(tensor: StoredTensor, count: int) -> StoredTensor:
     """Leave out the first rows of a tensor: the rest of it, where it lies."""
     if not count:
@@ -524,7 +468,7 @@ def _start(container: Container, tensor: StoredTensor) -> tuple[int, int]:
 
 def _range_of(container: Container, part: StoredTensor) -> tuple[int, int]:
     """Where the bytes of a contiguous tensor start in its file, and how many they are."""
-    return _start(container, part)[1], product(part.shape) * container.dtype(part)[1]
+    return _start(container, part)[1], math.prod(part.shape) * container.dtype(part)[1]
 
 
 def _is_finite(data: Any, dtype: str) -> bool:

@@ -5,6 +5,7 @@ Run as a program, one rank of a real FSDP run: `python fairseq2_models.py VARIAN
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ import torch
 import yaml
 
 sys.path[:0] = [str(Path(__file__).parent.parent)] if __name__ == "__main__" else []
+from convert.checkpoint.fairseq2_architectures import ARCHITECTURES  # noqa: E402
 from convert.verification.fairseq_side.fairseq2 import import_fairseq2, one_process, uncompiled  # noqa: E402
 from convert.verification.fairseq_side.importing import CannotBuildError  # noqa: E402
 
@@ -90,6 +92,16 @@ def config(name: str) -> tuple[str, Any]:
     return family, cls(encoder_config=wav2vec2.Wav2Vec2EncoderConfig(**encoder), **rest)
 
 
+def flat(made: Any) -> dict[str, Any]:
+    """A configuration, or a variant's, as model.yaml has it, the encoder's fields beside the others."""
+    fields = dataclasses.asdict(config(made)[1] if isinstance(made, str) else made)
+    fields |= fields.pop("encoder_config")
+    fields["norm_order"] = fields["norm_order"].name
+    listed = {key: value for key, value in fields.items() if isinstance(value, (list, tuple))}
+    plain = {key: [list(one) if isinstance(one, tuple) else one for one in value] for key, value in listed.items()}
+    return fields | plain
+
+
 def build(name: str, seed: int = 0) -> torch.nn.Module:
     """Build a variant in eval mode, every parameter random."""
     family, made = config(name)
@@ -148,6 +160,26 @@ def quantize(model: Any, features: torch.Tensor) -> torch.Tensor:
     with uncompiled():
         quantized: torch.Tensor = model.quantizer(features).quantized_vectors
     return quantized
+
+
+def save_released(architecture: str, folder: Path, *, shards: int) -> Path:
+    """Write a run of a released model's size, every number random, with a tokenizer of as many pieces."""
+    values = dict(ARCHITECTURES["wav2vec2_asr"][architecture])
+    values["norm_order"] = TransformerNormOrder[values["norm_order"]]
+    inner = {field.name for field in dataclasses.fields(wav2vec2.Wav2Vec2EncoderConfig)}
+    encoder = wav2vec2.Wav2Vec2EncoderConfig(**{key: values.pop(key) for key in list(values) if key in inner})
+    made = asr.Wav2Vec2AsrConfig(encoder_config=encoder, **values)
+    torch.manual_seed(0)
+    with one_process():
+        weights = asr.create_wav2vec2_asr_model(made).state_dict()
+    for value in weights.values():
+        value.add_(torch.randn_like(value) * 0.02)
+    _save(folder, 100, [shard(weights, rank, shards) for rank in range(shards)])
+    _metadata(folder, "wav2vec2_asr", made)
+    (folder / "config.yaml").write_text(yaml.safe_dump({"dataset": {"normalize_audio": True}}), "utf-8")
+    letters = [" ", *(chr(0x4E00 + index) for index in range(made.target_vocab_size - 5))]
+    save_tokenizer(folder / "tokenizer.model", letters)
+    return folder
 
 
 def save_file(name: str, path: Path, *, seed: int = 0, wrap: str = "model") -> Path:

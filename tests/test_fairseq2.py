@@ -17,6 +17,7 @@ import torch
 import transformers
 import yaml
 from fairseq2.nn import BatchLayout
+from verify_models import few_inputs, short_inputs
 
 from convert.checkpoint import Checkpoint
 from convert.checkpoint.container import DTYPES
@@ -26,6 +27,8 @@ from convert.checkpoint.unpickle import Storage, StoredTensor
 from convert.errors import CheckpointError, PlanError
 from convert.families import Request, describe
 from convert.package import compare_weights, convert, plan
+from convert.restoration import restore
+from convert.verification import verify
 from convert.verification.fairseq_side.building import no_random_numbers
 from convert.verification.fairseq_side.fairseq2 import build_fairseq2
 
@@ -206,6 +209,24 @@ def test_every_registered_architecture_fits_its_class(family: str, name: str) ->
         key: spec.shape for key, spec in made.plan.target.items()
     }
     assert configuration.num_attention_heads == theirs.encoder.layers[0].self_attn.num_heads
+
+
+def test_there_is_no_way_back(converted: Any, tmp_path: Path) -> None:
+    _, path = converted("pretraining_base")
+    with pytest.raises(PlanError, match=r"was made from fairseq2\.wav2vec2, to which there is no way back"):
+        restore(path, tmp_path / "back.pt")
+    assert not (tmp_path / "back.pt").exists()
+
+
+@pytest.mark.slow
+def test_the_released_size(tmp_path: Path) -> None:
+    """omniASR-CTC-300M's geometry and vocabulary in two shards: converted, and verified on one short input."""
+    run = models.save_released("300m", tmp_path / "run", shards=2)
+    path = convert(run, tmp_path / "model").path
+    with short_inputs(), few_inputs("speech-odd", "quiet"):
+        done = verify(run, path, devices=["cpu"], long=False)
+    assert done.passed, [str(problem) for problem in done.problems]
+    assert done.report["runs"][0]["verdict"] == "identical" and done.report["weights"]["tensors"] == 423
 
 
 # --- one file -------------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shutil
 import subprocess
@@ -25,7 +24,7 @@ from convert.checkpoint.layouts import open_container
 from convert.checkpoint.sentencepiece import read_model
 from convert.checkpoint.unpickle import StoredTensor
 from convert.errors import CheckpointError
-from convert.transfer import read_array, sha256_of_all
+from convert.transfer import read_array
 
 
 def joined(path: Path) -> tuple[Container, dict[str, StoredTensor]]:
@@ -173,7 +172,7 @@ def test_a_folder_without_a_checkpoint(tmp_path: Path) -> None:
 def test_several_files_have_one_digest(run: Path) -> None:
     container, _ = joined(run / "best")
     done = subprocess.run("sha256sum sdp_*.pt | sha256sum", shell=True, cwd=container.path.parent, capture_output=True)
-    assert sha256_of_all(container) == done.stdout.decode().split()[0]
+    assert container.sha256() == done.stdout.decode().split()[0]
     container.close()
     with open_checkpoint(run / "best") as opened:
         assert opened.sha256() == done.stdout.decode().split()[0]
@@ -187,23 +186,9 @@ def settings(path: Path, family: str = ASR, **options: Any) -> dict[str, Any]:
     return read_settings(find_run(path), family, Options(**options))[0]
 
 
-def flat(configuration: Any) -> dict[str, Any]:
-    """A configuration of fairseq2's as it would be in model.yaml, the encoder's fields beside the others."""
-    made = dataclasses.asdict(configuration)
-    made |= made.pop("encoder_config")
-    made["norm_order"] = made["norm_order"].name
-    tuples = {
-        key: [list(one) if isinstance(one, tuple) else one for one in value]
-        for key, value in made.items()
-        if isinstance(value, (list, tuple))
-    }
-    return made | tuples
-
-
 def test_model_yaml(run: Path) -> None:
     found = settings(run / "best")
-    family, meant = models.config("ctc_omnilingual")
-    assert found["model"] == {"_name": f"fairseq2.{family}"} | flat(meant)
+    assert found["model"] == {"_name": "fairseq2.wav2vec2_asr"} | models.flat("ctc_omnilingual")
     assert found["task"] == {
         "_name": "fairseq2",
         "sample_rate": 16000,
@@ -221,7 +206,7 @@ def test_model_yaml_of_0_4(copy: Path) -> None:
     size = card["model_config"].pop("target_vocab_size")
     card["model_config"] |= {"encoder_config": {"_set_": inner}, "vocab_info": {"size": size, "unk_idx": 3}}
     file.write_text(yaml.safe_dump({**card, "model_config": {"_set_": card["model_config"]}, "num_shards": 1}))
-    assert settings(copy / "best")["model"] == {"_name": "fairseq2.wav2vec2_asr"} | flat(
+    assert settings(copy / "best")["model"] == {"_name": "fairseq2.wav2vec2_asr"} | models.flat(
         models.config("ctc_omnilingual")[1]
     )
 
@@ -287,7 +272,7 @@ def test_architectures_are_fairseq2s() -> None:
     }
     for family, (kind, names) in registered.items():
         for name in names:
-            assert ARCHITECTURES[family][name] == flat(get_config(container, kind, name)), name
+            assert ARCHITECTURES[family][name] == models.flat(get_config(container, kind, name)), name
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from torch_files import entries
 from convert import transfer
 from convert.errors import ConvertError
 from convert.package import compare_weights, convert
+from convert.workspace import workspace
 
 ROOT = Path(__file__).parents[1]
 
@@ -146,6 +147,7 @@ def test_disk_full(limit: int, old: bool, two: tuple[Path, Path], tmp_path: Path
 # Imports once; for each number that it reads, a fork converts and is killed at that call.
 KILLED = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 from convert import package, transfer
 from convert.cli import main
 import numpy
@@ -171,7 +173,7 @@ for line in sys.stdin:
 
 
 @pytest.mark.parametrize("old", [False, True])
-@pytest.mark.parametrize("kind", ["SIGKILL", "SIGINT"])
+@pytest.mark.parametrize("kind", ["SIGKILL", "SIGTERM"])
 def test_killed_at_every_step(kind: str, old: bool, two: tuple[Path, Path], tmp_path: Path) -> None:
     out = tmp_path / "model"
     line = ["convert", str(two[1]), "model", "-q", *(["--overwrite"] if old else [])]
@@ -188,7 +190,7 @@ def test_killed_at_every_step(kind: str, old: bool, two: tuple[Path, Path], tmp_
             print(last, file=process.stdin, flush=True)
             status = int(process.stdout.readline())
             seen.append((status, state(out, two)))
-            if kind == "SIGINT":  # time to clean up
+            if kind == "SIGTERM":  # time to clean up
                 assert {entry.name for entry in tmp_path.iterdir()} <= {"model"}
             if status == 0:
                 break
@@ -202,7 +204,7 @@ def test_killed_at_every_step(kind: str, old: bool, two: tuple[Path, Path], tmp_
         process.stdin.close()
         assert "Traceback" not in process.stderr.read()
     assert len(seen) > 5
-    assert {status for status, _ in seen[:-1]} == {-9 if kind == "SIGKILL" else 1}
+    assert {status for status, _ in seen[:-1]} == {-9 if kind == "SIGKILL" else 128 + getattr(signal, kind)}
     assert seen[0][1] == ("old" if old else "nothing")
     assert seen[-1] == (0, "new")
     assert {where for _, where in seen} == {"old" if old else "nothing", "new"}
@@ -226,9 +228,7 @@ def test_killed_at_any_moment(old: bool, two: tuple[Path, Path], tmp_path: Path)
 
 
 def test_leftover_of_a_living_process_stays(two: tuple[Path, Path], tmp_path: Path) -> None:
-    from convert.package import beside
-
-    with beside(tmp_path / "model") as work:
+    with workspace(tmp_path / "model") as work:
         convert(two[1], tmp_path / "model")
         assert work.is_dir()
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
@@ -304,3 +304,36 @@ def test_no_thread_to_be_had(which: str, tmp_path: Path, monkeypatch: pytest.Mon
     assert raised.value.message == "can't start new thread; nothing was written"
     assert threading.active_count() == threads
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_another_interpreter_ends_with_the_command(
+    number: signal.Signals, two: tuple[Path, Path], tmp_path: Path
+) -> None:
+    python, told, temporary = tmp_path / "python", tmp_path / "told", tmp_path / "temporary"
+    python.write_text(f"#!/bin/sh\necho $$ > {told}.new; mv {told}.new {told}; exec sleep 600\n")
+    python.chmod(0o755)
+    temporary.mkdir()
+    line = [sys.executable, "-m", "convert", "record", str(two[0]), "out", "--json", "--fairseq-python", str(python)]
+    with subprocess.Popen(
+        line,
+        cwd=tmp_path,
+        env=ENVIRONMENT | {"TMPDIR": str(temporary)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not told.exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        child = int(told.read_text())
+        os.kill(child, 0)  # the control: it lives
+        process.send_signal(number)
+        text, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (128 + number, b"")
+    assert [problem["code"] for problem in json.loads(text)["problems"]] == ["interrupted"]
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
+    assert list(temporary.iterdir()) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["python", "temporary", "told"]

@@ -41,6 +41,16 @@ def _speech_to_text(folder: Path) -> dict[str, Any]:
     return {"data_config": folder / "config.yaml"}
 
 
+def _fairseq2(folder: Path) -> dict[str, Any]:
+    import fairseq2_models  # skips this family where fairseq2 is not installed
+
+    run = fairseq2_models.save_run("ctc_omnilingual", folder / "run")
+    (run / "checkpoints/model.yaml").replace(folder / "model.yaml")
+    (run / "tokenizer.model").replace(folder / "tokenizer.model")
+    fairseq2_models.save_file("ctc_omnilingual", folder / "model.pt")
+    return {"normalize": True}
+
+
 HIDDEN = r"\{'last_hidden_state': \(1, \d+, 64\).*\}"
 # family -> what writes its checkpoint and says how it is converted, the Hub's task, what the snippet prints
 FAMILIES: dict[str, tuple[Callable[[Path], dict[str, Any]], str, str]] = {
@@ -52,6 +62,7 @@ FAMILIES: dict[str, tuple[Callable[[Path], dict[str, Any]], str, str]] = {
     "classifier": (_saved(classification_models, "classification_large"), "audio-classification", r"\S+ 0\.\d+|\S+ 1\.0"),
     "seq2seq": (_saved(seq2seq_models, "learned"), "automatic-speech-recognition", r".*"),
     "speech-to-text": (_speech_to_text, "automatic-speech-recognition", r".*"),
+    "fairseq2": (_fairseq2, "automatic-speech-recognition", r".*"),
 }  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from verify_models import converted, edit, short_inputs, subject_of
 
 from convert.errors import ConvertError, MismatchError
-from convert.verification import Verification, assert_identical, verify
+from convert.verification import Verification, assert_identical, run, verify
 from convert.verification.expected import differences
 from convert.verification.reference import Live
 from convert.verification.target import load
@@ -53,6 +53,26 @@ def copy(base: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
 
 def codes(done: Verification) -> set[str]:
     return {problem.code for problem in done.problems}
+
+
+@pytest.mark.parametrize("restored", [False, True])
+def test_a_file_that_changes_meanwhile_is_no_proof(
+    restored: bool, copy: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Proved is what was hashed: not another file that was computed with, even if the first one is there again."""
+    path = copy[1] / "model.safetensors"
+    data = path.read_bytes()
+
+    def changing(*arguments: Any, **named: Any) -> None:
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        if restored:
+            path.write_bytes(data)
+
+    monkeypatch.setattr(run, "on_device", changing)
+    with pytest.raises(ConvertError) as caught:
+        verify(*copy, devices=["cpu"])
+    assert (caught.value.code, caught.value.status) == ("changed", 2)
+    assert not (copy[1] / "verification.json").exists()
 
 
 # --- every variant --------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from fairseq_models import save
 from convert.checkpoint import open_checkpoint
 from convert.package import convert
 from convert.request import make_request
-from convert.verification import inputs, run
+from convert.verification import inputs, make, run
 from convert.verification.compare import Answer
 from convert.verification.inputs import Cut, Geometry, Probe
 from convert.verification.reference import Live, Subject
@@ -52,10 +52,11 @@ def short_inputs() -> Iterator[None]:
 
 @contextmanager
 def few_inputs(*names: str) -> Iterator[None]:
-    """Keep some of the inputs."""
+    """Keep some of the inputs, of verifications and of recordings."""
+    every = inputs.probes
     with pytest.MonkeyPatch.context() as patch:
-        every = inputs.probes
-        patch.setattr(run, "probes", lambda *a, **k: [probe for probe in every(*a, **k) if probe.name in names])
+        for module in (run, make):
+            patch.setattr(module, "probes", lambda *a, **k: [probe for probe in every(*a, **k) if probe.name in names])
         yield
 
 

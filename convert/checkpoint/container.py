@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import mmap
 import os
 from collections.abc import Callable, Iterator
@@ -12,19 +13,20 @@ from typing import Any, BinaryIO
 
 from convert.checkpoint.unpickle import Global, StoredTensor, Stub
 from convert.errors import CheckpointError
+from convert.files import WIDTHS, sha256_of, stamp
 
-# torch storage class -> (safetensors dtype, bytes an element)
+# torch storage class -> safetensors dtype
 DTYPES = {
-    "FloatStorage": ("F32", 4),
-    "HalfStorage": ("F16", 2),
-    "BFloat16Storage": ("BF16", 2),
-    "DoubleStorage": ("F64", 8),
-    "LongStorage": ("I64", 8),
-    "IntStorage": ("I32", 4),
-    "ShortStorage": ("I16", 2),
-    "CharStorage": ("I8", 1),
-    "ByteStorage": ("U8", 1),
-    "BoolStorage": ("BOOL", 1),
+    "FloatStorage": "F32",
+    "HalfStorage": "F16",
+    "BFloat16Storage": "BF16",
+    "DoubleStorage": "F64",
+    "LongStorage": "I64",
+    "IntStorage": "I32",
+    "ShortStorage": "I16",
+    "CharStorage": "I8",
+    "ByteStorage": "U8",
+    "BoolStorage": "BOOL",
 }
 # bytes an element of storages that no conversion takes, and that other programs leave beside a model
 _WIDTHS = {
@@ -34,7 +36,7 @@ _WIDTHS = {
     "QUInt8Storage": 1,
     "QInt32Storage": 4,
 }
-_WIDTHS |= {name: width for name, (_, width) in DTYPES.items()} | {"UntypedStorage": 1}
+_WIDTHS |= {name: WIDTHS[dtype] for name, dtype in DTYPES.items()} | {"UntypedStorage": 1}
 _NEIGHBOURHOOD = 1 << 21
 _DEPTH, _NODES = 200, 4_000_000
 
@@ -72,17 +74,17 @@ class Opened:
     file: BinaryIO
     data: mmap.mmap
     path: Path = field(init=False)
-    stamp: list[int] = field(init=False)
+    stamp: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         self.path = Path(self.file.name).absolute()
-        self.stamp = _stamp(os.fstat(self.file.fileno()))
+        self.stamp = stamp(os.fstat(self.file.fileno()))
 
     @property
     def changed(self) -> bool:
         """Whether the file was written to since, or its name leads to another one."""
         try:
-            return not self.stamp == _stamp(os.fstat(self.file.fileno())) == _stamp(self.path.stat())
+            return not self.stamp == stamp(os.fstat(self.file.fileno())) == stamp(self.path.stat())
         except OSError:
             return True
 
@@ -91,10 +93,6 @@ class Opened:
         self.file.close()
         with contextlib.suppress(BufferError):  # an error's traceback may still hold a view; it is unmapped with it
             self.data.close()
-
-
-def _stamp(found: os.stat_result) -> list[int]:
-    return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 
 
 @dataclass(slots=True)
@@ -151,6 +149,18 @@ class Container:
             self._place = self.original if self.unpack is None else self.unpack()
         return self._place
 
+    def sha256(self, progress: Callable[[int], None] = lambda count: None) -> str:
+        """Hash the file; of several, what `sha256sum` prints of them.
+
+        Args:
+            progress: called with numbers of bytes that were hashed; what it raises ends the work.
+        """
+        digests = [sha256_of(one.original.file, lambda piece: progress(len(piece))) for one in self.files]
+        if len(digests) == 1:
+            return digests[0]
+        lines = [f"{digest}  {one.path.name}\n" for digest, one in zip(digests, self.files, strict=True)]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
     def close(self) -> None:
         """Close the files, and remove what was unpacked."""
         for one in self.files:
@@ -178,7 +188,7 @@ class Container:
         known = DTYPES.get(tensor.storage.type)
         if known is None:
             raise self._unsupported(tensor.storage.type)
-        return known
+        return known, WIDTHS[known]
 
     def width_of(self, storage: str) -> int:
         """Return the bytes an element of a storage class of torch's, of those too that no conversion takes."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.checkpoint.beside import read_bytes
-from convert.checkpoint.sentencepiece import NORMAL, SentencePieceModel, read_model
+from convert.checkpoint.sentencepiece import CONTROL, SentencePieceModel, read_model
 from convert.checkpoint.unpickle import Stub
 from convert.errors import CheckpointError
 
@@ -23,7 +23,8 @@ class Dictionary:
     Args:
         symbols: the symbol of every id, special symbols included.
         counts: how often each was seen; only kept for the way back.
-        special: the names of `bos`, `pad`, `eos` and `unk`; empty for a classification dictionary, which has none.
+        special: the names of `bos`, `pad`, `eos` and `unk`; empty for a classification dictionary, which has none; without
+            `unk` for the pieces of a sentencepiece model, which prints it.
     """
 
     symbols: tuple[str, ...]
@@ -136,8 +137,8 @@ def of_pieces(model: SentencePieceModel, path: Path) -> Dictionary:
     """
     if not model.pieces:
         raise _bad(path, "is not a sentencepiece model")
-    normal = {piece for piece, kind in zip(model.pieces, model.kinds, strict=True) if kind == NORMAL}
-    special = tuple(piece for piece in model.pieces[: len(SPECIAL)] if piece in SPECIAL and piece not in normal)
+    control = {piece for piece, kind in zip(model.pieces, model.kinds, strict=True) if kind == CONTROL}
+    special = tuple(piece for piece in model.pieces[: len(SPECIAL)] if piece in SPECIAL and piece in control)
     return _checked(model.pieces, [1] * len(model.pieces), special, path.name)
 
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import math
 import mmap
 from pathlib import Path
-from typing import Any
 
 from convert.checkpoint.container import DTYPES, Container, Opened, Range, peek, tensors_in, unreadable
 from convert.checkpoint.foreign import directory, file
 from convert.checkpoint.unpickle import Storage, StoredTensor, load
 from convert.checkpoint.zip_layout import open_zip
+from convert.files import read_header
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.serialization.MAGIC_NUMBER
-_STORAGES = {dtype: (storage, width) for storage, (dtype, width) in DTYPES.items()}
-_HEADER = 100_000_000  # bytes: the limit of the safetensors library
+_STORAGES = {dtype: storage for storage, dtype in DTYPES.items()}
 
 
 def open_container(path: Path) -> Container:
@@ -55,7 +54,7 @@ def open_container(path: Path) -> Container:
             return open_zip(path, original)
         if head[:1] == b"\x80" and head[1:2] < b"\x06":
             return _open_legacy(path, original)
-        if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= min(_HEADER, len(original.data) - 8):
+        if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= len(original.data) - 8:
             return _open_safetensors(path, original)
         raise file(path, head)
     except BaseException:
@@ -98,35 +97,16 @@ def _open_legacy(path: Path, original: Opened) -> Container:
 
 def _open_safetensors(path: Path, original: Opened) -> Container:
     """Read a safetensors header; its tensors become a dict of contiguous views, each on a storage of its own."""
-    count = int.from_bytes(original.data[:8], "little")
-    room, behind = len(original.data) - 8 - count, 0
+    try:
+        stored, _ = read_header(original.file)
+    except ValueError as error:
+        detail = f"is a damaged or truncated safetensors file ({str(error)[:80]})"
+        raise unreadable(path, detail, "truncated") from None
     tensors: dict[str, StoredTensor] = {}
     storages: dict[str, Range] = {}
-    try:
-        entries = json.loads(original.data[8 : 8 + count], object_pairs_hook=_once)
-        entries.pop("__metadata__", None)
-        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-            first, last = entry["data_offsets"]
-            storage, width = _STORAGES[entry["dtype"]]
-            shape, stride, elements = tuple(entry["shape"]), [], 1
-            if len(shape) > 64 or not all(type(length) is int and 0 <= length < 2**62 for length in (*shape, first)):
-                raise ValueError(f"{name} has no shape")
-            for length in reversed(shape):
-                stride.append(elements)
-                elements *= length
-            if not behind <= first <= last <= room or last - first != elements * width:
-                raise ValueError(f"{name} leaves its place")
-            behind = last
-            tensors[name] = StoredTensor(Storage(name, storage, elements), 0, shape, tuple(reversed(stride)))
-            storages[name] = Range(8 + count + first, last - first, None, name)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        detail = f"is a damaged or truncated safetensors file ({type(error).__name__}: {str(error)[:80]})"
-        raise unreadable(path, detail, "truncated") from None
+    for name, one in stored.items():
+        stride = [math.prod(one.shape[axis + 1 :]) for axis in range(len(one.shape))]
+        storage = Storage(name, _STORAGES[one.dtype], math.prod(one.shape))
+        tensors[name] = StoredTensor(storage, 0, one.shape, tuple(stride))
+        storages[name] = Range(one.start, one.count, None, name)
     return Container(path, "safetensors", original, tensors, frozenset(), storages, unpacked=len(original.data))
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name is there twice")
-    return found

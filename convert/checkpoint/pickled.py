@@ -1,74 +1,27 @@
-"""The names that a pickle refers to: those that fairseq's trainers write, and those that would do harm elsewhere."""
+"""The names that a pickle refers to. None of them is imported here: this is about what other programs would do with the file."""
 
 from __future__ import annotations
 
 import re
+import sys
 
-# What fairseq's trainers, all generations, are known to pickle. Everything here is inert even for `torch.load`.
-_HARMLESS = {
-    "__builtin__": {"bytearray", "complex", "dict", "frozenset", "list", "long", "object"}
-    | {"set", "slice", "tuple", "unicode"},
-    "_codecs": {"encode"},
-    "argparse": {"Namespace"},
-    "builtins": {"bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "object"}
-    | {"set", "slice", "str", "tuple"},
-    "collections": {"Counter", "OrderedDict", "defaultdict"},
-    "copyreg": {"_reconstructor"},
-    "copy_reg": {"_reconstructor"},
-    "enum": {"Enum"},
-    "numpy": {"dtype", "ndarray"},
-    "numpy._core.multiarray": {"_reconstruct", "scalar"},
-    "numpy.core.multiarray": {"_reconstruct", "scalar"},
-    "pathlib": {"Path", "PosixPath", "PurePosixPath"},
-    "torch": {"Size", "device", "float16", "float32", "float64", "bfloat16", "int32", "int64"},
-    "torch._tensor": {"_rebuild_from_type_v2"},
-    "torch._utils": {"_rebuild_parameter", "_rebuild_parameter_with_state", "_rebuild_tensor", "_rebuild_tensor_v2"},
-    "torch.nn.parameter": {"Parameter"},
-    "typing": {"Any"},
-}
-# Classes that hold data. Not all of fairseq: `fairseq.checkpoint_utils.load_checkpoint_to_cpu` would open another pickle.
-_HARMLESS_CLASSES = re.compile(
-    r"fairseq\.(data\.dictionary\.\w*Dictionary|(logging\.)?meters\.[A-Z]\w*Meter|dataclass\.(configs|constants)\.[A-Z]\w*"
+# What fairseq's trainers, all generations, are known to pickle: types of plain data, torch's and numpy's constructors, and
+# classes that hold settings, symbols and counts
+_USUAL = re.compile(
+    r"(builtins|__builtin__)\.(bool|bytearray|bytes|complex|dict|float|frozenset|int|list|long|object|set|slice|str|tuple|unicode)"
+    r"|collections\.(Counter|OrderedDict|defaultdict)|argparse\.Namespace|_codecs\.encode|copy_?reg\._reconstructor"
+    r"|enum\.Enum|pathlib\.(Pure)?(Posix)?Path|typing\.Any"
+    r"|numpy\.(dtype|ndarray)|numpy\._?core\.multiarray\.(_reconstruct|scalar)"
+    r"|torch\.(\w*Storage|Size|device|b?float\d+|int\d+)|torch\._utils\._rebuild_(parameter|parameter_with_state|tensor|tensor_v2)"
+    r"|torch\._tensor\._rebuild_from_type_v2|torch\.nn\.parameter\.Parameter"
+    r"|fairseq\.(data\.dictionary\.\w*Dictionary|(logging\.)?meters\.[A-Z]\w*Meter|dataclass\.(configs|constants)\.[A-Z]\w*"
     r"|(criterions|models|optim|tasks)\.[a-z0-9_.]+\.[A-Z]\w*Config)"
     r"|omegaconf\.(base\.(Container|ContainerMetadata|Metadata|Node)|dictconfig\.DictConfig|listconfig\.ListConfig"
     r"|nodes\.[A-Z]\w*Node)"
 )
-# No checkpoint needs these, and `torch.load` would run them.
-_HARMFUL = {
-    *(
-        "_pickle",
-        "_posixsubprocess",
-        "asyncio",
-        "atexit",
-        "bdb",
-        "cProfile",
-        "cloudpickle",
-        "code",
-        "codeop",
-        "commands",
-    ),
-    *(
-        "copyreg",
-        "copy_reg",
-        "ctypes",
-        "dill",
-        "distutils",
-        "functools",
-        "http",
-        "importlib",
-        "inspect",
-        "io",
-        "itertools",
-    ),
-    *("joblib", "marshal", "multiprocessing", "nt", "operator", "os", "pdb", "pickle", "pip", "pkgutil", "platform"),
-    *("popen2", "posix", "posixpath", "profile", "pty", "pydoc", "requests", "runpy", "shelve", "shutil", "signal"),
-    *("site", "smtplib", "socket", "ssl", "subprocess", "sys", "tempfile", "threading", "timeit", "trace", "types"),
-    *("urllib", "urllib2", "venv", "webbrowser", "xmlrpc", "zipimport", "builtins", "__builtin__", "_io", "_codecs"),
-    *("ast", "cgitb", "codecs", "doctest", "ensurepip", "ftplib", "gc", "idlelib", "imaplib", "imp", "logging"),
-    *("pandas", "poplib", "setuptools", "sqlite3", "tarfile", "telnetlib", "turtle", "unittest", "zipfile"),
-}
-_HARMFUL_NAMES = {"torch.load", "torch.hub.load", "torch.storage._load_from_bytes", "torch.serialization.load"}
-_HARMFUL_NAMES |= {"torch.jit.load", "numpy.load", "numpy.loads", "numpy.testing._private.utils.runstring"}
+# modules of the standard library whose names stand for data
+_DATA = {"argparse", "array", "collections", "dataclasses", "datetime", "decimal", "enum", "fractions", "ipaddress"}
+_DATA |= {"numbers", "pathlib", "random", "re", "time", "typing", "uuid"}
 
 
 def is_harmless(name: str) -> bool:
@@ -78,18 +31,20 @@ def is_harmless(name: str) -> bool:
         >>> is_harmless("collections.OrderedDict"), is_harmless("os.system")
         (True, False)
     """
-    module, _, last = name.rpartition(".")
-    if module == "torch" and last.endswith("Storage"):
-        return True
-    return last in _HARMLESS.get(module, ()) or _HARMLESS_CLASSES.fullmatch(name) is not None
+    return _USUAL.fullmatch(name) is not None
 
 
 def is_harmful(name: str) -> bool:
-    """Say whether a pickle global is one that could do harm where a real unpickler met it.
+    """Say whether a pickle global could do harm in another program: a function of the standard library, or one that loads.
+
+    Nothing of it happens here, and no checkpoint needs it; a user should know such a file all the same.
 
     Example:
-        >>> is_harmful("builtins.eval"), is_harmful("my_project.tasks.MyTask")
-        (True, False)
+        >>> is_harmful("builtins.eval"), is_harmful("torch.load"), is_harmful("my_project.tasks.MyTask")
+        (True, True, False)
     """
-    module = name.rpartition(".")[0]
-    return not is_harmless(name) and (module.split(".")[0] in _HARMFUL or name in _HARMFUL_NAMES)
+    module, _, last = name.rpartition(".")
+    of_python = module.split(".")[0] in sys.stdlib_module_names - _DATA or module.startswith(
+        ("__builtin__", "copy_reg")
+    )
+    return not is_harmless(name) and (of_python or last.lstrip("_").startswith("load"))

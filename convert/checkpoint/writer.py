@@ -6,6 +6,7 @@ The pickle is emitted by hand because Python's pickler insists on importing the 
 
 from __future__ import annotations
 
+import math
 import struct
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,9 +16,9 @@ from typing import Any
 
 from convert.checkpoint.container import DTYPES
 from convert.checkpoint.dictionary import SPECIAL, Dictionary
-from convert.transfer import product
+from convert.files import create
 
-_STORAGE = {dtype: (name, width) for name, (dtype, width) in DTYPES.items()}
+_STORAGE = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ def write_checkpoint(path: Path, model: Mapping[str, Any], state: Mapping[str, A
     keys = {id(tensor): str(index) for index, tensor in enumerate(tensors)}
     pickle = _Emitter(keys).dump(whole)
     prefix = path.name.partition(".")[0] or "archive"
-    with path.open("xb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+    with create(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         _entry(archive, f"{prefix}/data.pkl", [pickle])
         _entry(archive, f"{prefix}/byteorder", [b"little"])
         for index, tensor in enumerate(tensors):
@@ -128,8 +129,8 @@ class _Emitter:
         self.out += b"("
         self.out += b"("
         self.put("storage")
-        self.named("torch", _STORAGE[tensor.dtype][0])
-        for part in (self.keys[id(tensor)], "cpu", product(tensor.shape)):
+        self.named("torch", _STORAGE[tensor.dtype])
+        for part in (self.keys[id(tensor)], "cpu", math.prod(tensor.shape)):
             self.put(part)
         self.out += b"tQ"  # the tuple is a persistent id
         for value in (0, tensor.shape, tuple(reversed(stride)), False):

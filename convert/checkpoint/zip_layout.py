@@ -5,17 +5,17 @@ from __future__ import annotations
 import io
 import mmap
 import struct
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 from convert.checkpoint.container import Container, Opened, Range, corrupted, peek, release, tensors_in, unreadable
 from convert.checkpoint.foreign import archive_of
 from convert.checkpoint.unpickle import load
 from convert.errors import CheckpointError
+from convert.files import scratch_file
 
 # the zip's end record with the longest comment; bytes of the largest directory, and of the largest pickle
 _END, _DIRECTORY, _PICKLE = 22 + 65_535, 1 << 26, 1 << 28
@@ -139,14 +139,14 @@ def _pack(container: Container, listed: dict[str, zipfile.ZipInfo]) -> None:
         raise _too_large(path, at)
 
     def unpack() -> Opened:
-        file = tempfile.NamedTemporaryFile(prefix="fairseq-to-hf-")  # noqa: SIM115 - closed, and removed, with the container
+        file = scratch_file()  # closed, and removed, with the container
         try:
             for key, info in listed.items():
                 file.seek(container.storages[key].start)
                 _inflate(path, original.data, info, file)
             file.truncate(at)
             file.flush()
-            return Opened(cast(BinaryIO, file), mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            return Opened(file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         except BaseException:
             file.close()
             raise

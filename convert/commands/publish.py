@@ -9,7 +9,7 @@ import click
 
 from convert.cli import Outcome, Settings
 from convert.cli import command as make_command
-from convert.errors import ConvertError
+from convert.errors import ConvertError, explained
 from convert.report import size
 
 if TYPE_CHECKING:
@@ -71,12 +71,10 @@ def command(
     stated = Stated(license_, language, datasets, base_model, catalogue)
     try:
         done = publish(model_dir, repo_id, stated=stated, card=card, progress=progress, **options)
-    except KeyboardInterrupt:
-        done = None
-    if done is None:
+    except KeyboardInterrupt as error:
         message = "interrupted; a commit is there as a whole or not at all"
         hint = "run it again: it says what is there and goes on where it stopped"
-        raise ConvertError(message, code="interrupted", hint=hint, status=130)
+        raise ConvertError(message, code="interrupted", hint=hint, status=explained(error).status) from None
     return Outcome(True, text(done), asdict(done))
 
 

@@ -10,7 +10,7 @@ import click
 from convert.cli import Outcome
 from convert.cli import command as make
 from convert.commands.options import source
-from convert.report import size
+from convert.report import library, size
 
 
 @make(
@@ -45,7 +45,7 @@ def command(checkpoint: str, out: Path, **options: Any) -> Outcome:
     made = Recorded(record(checkpoint, out, **options))
     inputs = [probe.name for probe in made.probes()]
     lines = [
-        f"{out}: fairseq {made.about['fairseq']}, {len(inputs)} inputs, {size(out.stat().st_size)}",
+        f"{out}: {library(made.about['fairseq'])}, {len(inputs)} inputs, {size(out.stat().st_size)}",
         f"next: fairseq-to-hf verify {checkpoint} MODEL_DIR --reference {out}",
     ]
     details = dict(made.description.details)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 from convert.errors import ConvertError, Problem
 from convert.evaluation.data import Dataset
 from convert.evaluation.score import Scores
+from convert.files import write_file
 from convert.report import json_bytes
 
 FILE = "evaluation.json"
@@ -105,14 +104,7 @@ def write_result(model_dir: Path, entry: dict[str, Any]) -> None:
     """
     results = [old for old in read_results(model_dir) if _identity(old) != _identity(entry)]
     content = json_bytes({"schema": SCHEMA, "results": sorted([*results, entry], key=_identity)})
-    handle, name = tempfile.mkstemp(prefix=f".{FILE}.", dir=model_dir)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        Path(name).chmod(0o644)
-        Path(name).replace(model_dir / FILE)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    write_file(model_dir / FILE, content)
 
 
 def read_results(model_dir: Path) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from convert.errors import ConvertError
 from convert.evaluation.data import Utterance
+from convert.files import open_log
 
 Transcribe = Callable[[Sequence[Utterance]], Sequence[str]]
 
@@ -47,7 +48,7 @@ class Transcripts:
         self.path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("a+b", buffering=0)
+            self._file = open_log(path)
             self._file.seek(0)
             lines = self._file.read().split(b"\n")
         except OSError as error:

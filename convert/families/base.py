@@ -279,6 +279,9 @@ class Family:
         values: the values of `config.json` that only this family has.
         sidecars: the files of tensors that its classes have no place for.
         languages: lists the languages of a checkpoint by (checkpoint, settings of its encoder, problems), by name.
+        convolutions: reads (channels, kernel, stride) of every convolution of its front end off the settings.
+        restores: whether there is a way back from a conversion.
+        pads: whether fairseq pads frames to a multiple, `required_seq_len_multiple`.
     """
 
     name: str
@@ -299,6 +302,11 @@ class Family:
     values: Callable[[Sources], list[Value]] = _nothing
     sidecars: Callable[[Sources], list[Sidecar]] = _nothing
     languages: Callable[[Checkpoint, Mapping[str, Any], list[Problem]], Mapping[str, Language]] | None = None
+    convolutions: Callable[[Reader], Sequence[tuple[int, int, int]]] = lambda reader: reader.convolutions(
+        "conv_feature_layers"
+    )
+    restores: bool = True
+    pads: bool = True
 
     def knows(self, names: Iterable[str]) -> bool:
         """Say whether a state_dict may be of this family, by its names alone."""

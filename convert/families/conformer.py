@@ -169,6 +169,7 @@ FAMILY = Family(
     },
     kinds=KINDS,
     settings=SETTINGS,
+    pads=False,
     state=_state,
     values=_values,
 )

@@ -131,7 +131,7 @@ def _state_quantizer(sources: Sources, seen: Part) -> Quantizer:
     return Quantizer(codes, width // books, width, reader.get("final_dim", int))
 
 
-CTC = Kind("ctc", rules=CTC_HEAD, measure=_measure_symbols, state=_state_symbols)
+CTC = Kind("ctc", rules=CTC_HEAD, measure=_measure_symbols, state=_state_symbols, symbols="final_proj.bias")
 PRETRAINING = Kind("pretraining", rules=QUANTIZER_HEAD, measure=_measure_quantizer, state=_state_quantizer)
 KINDS = {kind.name: kind for kind in (CTC, PRETRAINING)}
 
@@ -535,4 +535,7 @@ FAMILY = Family(
     classes={"ctc": "Wav2Vec2ForCTC", "pretraining": "Wav2Vec2ForPreTraining", "encoder": "Wav2Vec2Model"},
     kinds=KINDS,
     settings=SETTINGS,
+    convolutions=_convolutions,
+    restores=False,
+    pads=False,
 )

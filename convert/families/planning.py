@@ -15,7 +15,7 @@ from convert.families.encoder_settings import FINE_TUNING, encoder_config
 from convert.families.settings import Settings, Value
 from convert.families.tokenizers import Processor, make_processor
 from convert.rules import Edit, Plan, Table, TensorSpec, plan
-from convert.transfer import not_repeated, product
+from convert.transfer import not_repeated
 
 _MADE = 16_000_000  # bytes that rules may make for a small file
 
@@ -251,7 +251,7 @@ def unknown_language(file: str, wanted: str, known: Iterable[str]) -> PlanError:
 
 def _too_much(sources: Sources, made: Table) -> bool:
     """Refuse a table that makes more numbers than there are in the file: only its settings say how many."""
-    needs = {key: 4 * product(made.shapes[key]) for key in made.fills}
+    needs = {key: 4 * math.prod(made.shapes[key]) for key in made.fills}
     if sum(needs.values()) <= sources.checkpoint.size + _MADE:
         return False
     largest = max(needs, key=lambda key: needs[key])

@@ -98,5 +98,6 @@ FAMILY = Family(
     classes={"encoder": "WavLMModel"},
     kinds=KINDS,
     settings=SETTINGS,
+    pads=False,
     state=_state,
 )

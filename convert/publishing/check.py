@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from typing import Any
 
 from convert.errors import ConvertError, MismatchError
+from convert.files import scratch_directory
 from convert.loading import load, load_model
 
 
@@ -32,7 +32,7 @@ def compute(source: str, class_name: str, revision: str | None = None) -> Mappin
         hint = "pip install 'fairseq-to-hf[verify]'"
         raise ConvertError(f"loading the model needs {error.name}", code="no-torch", hint=hint) from None
     signal = np.random.default_rng(0).standard_normal(16000).astype(np.float32)
-    with tempfile.TemporaryDirectory() as cache:
+    with scratch_directory() as cache:
         where: dict[str, Any] = {"revision": revision, "cache_dir": cache} if revision else {}
         features = load(transformers.AutoFeatureExtractor, source, **where)
         model = load_model(getattr(transformers, class_name), source, **where)

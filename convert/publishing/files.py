@@ -13,9 +13,9 @@ from typing import Any
 from convert.conversion import NAME as CONVERSION
 from convert.conversion import Record
 from convert.errors import ConvertError, Problem
+from convert.files import sha256_of, stamp
 from convert.report import parse_json
 
-PIECE = 1 << 20
 SMALL = 10 << 20  # the Hub stores larger files with LFS, whatever they hold
 LARGEST_TEXT = 100 << 20  # conversion.json of a model of 1,000 languages has 25 MB
 
@@ -51,11 +51,11 @@ class LocalFile:
     git_sha1: str | None  # None where the Hub will use LFS for certain
     path: Path | None
     content: bytes | None
-    stamp: tuple[int, int] = (0, 0)  # size and time of a large file when it was hashed
+    stamp: tuple[int, ...] = ()  # of a large file when it was hashed
 
     def is_unchanged(self) -> bool:
         """Whether a file that was not kept in memory still has the bytes it was hashed with."""
-        if self.content is not None or self.path is None or _stamp(self.path) == self.stamp:
+        if self.content is not None or self.path is None or stamp(self.path.stat()) == self.stamp:
             return True
         return _hash(self.name, self.path).sha256 == self.sha256
 
@@ -168,21 +168,10 @@ def _hash(name: str, path: Path) -> LocalFile:
         content = path.read_bytes()
         sha1 = git_sha1(content) if len(content) <= SMALL else None
         return LocalFile(name, len(content), hashlib.sha256(content).hexdigest(), sha1, path.resolve(), content)
-    stamp = _stamp(path)
-    sha256 = hashlib.sha256()
+    before = stamp(path.stat())
     digest = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False) if size <= SMALL else None
-    with path.open("rb") as file:
-        while piece := file.read(PIECE):
-            sha256.update(piece)
-            if digest:
-                digest.update(piece)
-    sha1 = digest.hexdigest() if digest else None
-    return LocalFile(name, size, sha256.hexdigest(), sha1, path.resolve(), None, stamp)
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
+    sha256 = sha256_of(path, digest.update if digest else None)
+    return LocalFile(name, size, sha256, digest.hexdigest() if digest else None, path.resolve(), None, before)
 
 
 def _leaks(file: LocalFile) -> list[Problem]:

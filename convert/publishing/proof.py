@@ -8,6 +8,7 @@ from convert.conversion import Record
 from convert.publishing.facts import Facts
 from convert.publishing.text import code, text
 from convert.publishing.verified import Run, Verified
+from convert.report import library
 
 
 def proof(facts: Facts) -> str:
@@ -64,7 +65,7 @@ def _numbers(run: Run) -> tuple[str, str]:
 def _sentence(proof: Verified) -> str:
     caught = sum(control.caught for control in proof.controls)
     names = ", ".join(text(name) for name in dict.fromkeys(control.name for control in proof.controls))
-    versions = [f"fairseq {proof.reference.fairseq}"] if proof.reference.fairseq else []
+    versions = [library(proof.reference.fairseq)] if proof.reference.fairseq else []
     for key in ("python", "torch", "transformers", "cuda"):
         value = proof.environment.get(key)
         versions += [f"{key} {value}"] if isinstance(value, str) and value else []

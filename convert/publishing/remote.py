@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert.errors import ConvertError, Problem
+from convert.files import scratch_directory
 from convert.publishing.files import CARD, LocalFile
 from convert.publishing.hub import ask, hub_utils, text_of
 
@@ -205,7 +205,7 @@ def was_published(api: HfApi, repo_id: str, head: str, card: LocalFile) -> bool:
 
 def _card(api: HfApi, repo_id: str, head: str) -> bytes:
     def look() -> bytes:
-        with tempfile.TemporaryDirectory() as cache:
+        with scratch_directory() as cache:
             return Path(api.hf_hub_download(repo_id, CARD, revision=head, cache_dir=cache)).read_bytes()
 
     return ask(look, f"read the card of {repo_id}", repo_id)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from convert.errors import ConvertError
+from convert.files import write_file
 from convert.publishing import card as cards
 from convert.publishing import check as checks
 from convert.publishing import gate, tags
@@ -224,13 +223,9 @@ def _keep(inventory: Inventory, card: bytes) -> tuple[str, ...]:
     """Write the published card into the model directory."""
     if inventory.card == card:
         return ()
-    path = inventory.directory / CARD
-    temporary = path.with_name(f".{CARD}.{os.getpid()}")
     try:
-        temporary.write_bytes(card)
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        return (f"the card was published and could not be written to the model directory: {error.strerror}",)
+        write_file(inventory.directory / CARD, card)
+    except (OSError, ConvertError) as error:
+        reason = error.message if isinstance(error, ConvertError) else error.strerror
+        return (f"the card was published and could not be written to the model directory: {reason}",)
     return ()

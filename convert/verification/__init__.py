@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convert.errors import ConvertError, MismatchError, check_place
+from convert.errors import ConvertError, MismatchError
+from convert.files import check_file
 from convert.sources import locate
 
 if TYPE_CHECKING:
@@ -172,7 +173,7 @@ def record(
     from convert.verification.make import make_recording
     from convert.verification.subject import HALVES
 
-    check_place(Path(out), overwrite)
+    check_file(Path(out), overwrite)
     if dtype and dtype not in HALVES:
         raise ConvertError(f"{dtype!r} is neither float16 nor bfloat16", code="usage", key="--dtype")
     asked = {"head": head, "dictionary": dictionary, "training_only": training_only}
@@ -186,6 +187,7 @@ def record(
             fairseq_python=fairseq_python,
             dtype=dtype or "",
             long=long,
+            overwrite=overwrite,
         )
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from convert.conversion import differences
 from convert.errors import Problem
+from convert.files import header_bytes, scratch_directory, write_file
 from convert.verification.compare import Difference, first_different
 from convert.verification.judge import Judged, compared
 from convert.verification.reference import Subject
@@ -386,15 +385,13 @@ def one_unit(model_dir: Path, name: str, compare_weights: Callable[[Path], list[
     changed = bytearray(data)
     changed[0] ^= 1  # numbers are little-endian: this is the last bit of the first number's fraction
     spec = directory.tensors[name].spec
-    entry = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [0, len(data)]}
-    text = json.dumps({name: entry}).encode()
+    header = header_bytes([(name, spec.dtype, spec.shape)])
 
     def named(content: bytearray) -> bool:
-        with tempfile.TemporaryDirectory(prefix="fairseq-to-hf-") as folder:
-            copy = Path(folder)
+        with scratch_directory() as copy:
             for file in ("config.json", "conversion.json"):
-                (copy / file).write_bytes((model_dir / file).read_bytes())
-            (copy / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + content)
+                write_file(copy / file, (model_dir / file).read_bytes())
+            write_file(copy / "model.safetensors", header + content)
             return any((problem.code, problem.key) == ("bytes", name) for problem in compare_weights(copy))
 
     return Control("one number off by one unit in the last place", named(changed) and not named(data), "bytes")

@@ -242,7 +242,7 @@ def _half_precision(work: Work, reference: Reference, target: Target, device: st
     """Check float16 and bfloat16: rounded weights in float32, then the type itself, then against the unrounded model."""
     offered = reference.offered(work.probes, "")
     kept = [probe for probe in offered if probe.name != LONG and not probe.language]
-    plain = {probe.name: _last(reference.run(probe, "float32")) for probe in kept}
+    plain = {probe.name: _last(reference.run(probe, "float32"), target) for probe in kept}
     if work.rounded:
         reference.round_weights(work.rounded)
     _runs(work, reference, target, device, f"float32 with {work.half} weights", "float32", findings)
@@ -268,7 +268,7 @@ def _against_float32(
     probe, (stage, full) = judged.probe, next(iter(plain.items()))
     ours: dict[str, Any] = {}
     with reference.arithmetic(work.half), target.arithmetic(work.half):
-        theirs = _last(reference.run(probe, work.half))
+        theirs = _last(reference.run(probe, work.half), target)
         target.run(*batch_of(target, work.clips, probe, work.subject.normalize, judged.frames), ours.setdefault)
     own = distances(theirs, plain)[stage]
     found = distances({stage: replace(full, values=ours[stage], step=1)}, plain)[stage]
@@ -299,8 +299,9 @@ def _against_float32(
         findings.problems.append(Problem("different", where, str(difference)))
 
 
-def _last(answer: Answer) -> dict[str, Any]:
-    name = next((name for name in ("logits", SCORES) if name in answer.stages), "encoder")
+def _last(answer: Answer, target: Target) -> dict[str, Any]:
+    """The last stage that both have: the target may be the encoder alone."""
+    name = next((name for name in ("logits", SCORES) if name in answer.stages and name in target.stages), "encoder")
     return {name: answer.stages[name]}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from convert.conversion import differences, json_text, record_of
 from convert.directory import ModelDirectory
 from convert.errors import Problem
 from convert.families import describe
+from convert.files import Hashes
 from convert.package import tool_version
 from convert.report import json_bytes
 from convert.request import request_again
@@ -94,12 +94,15 @@ def compare_files(directory: ModelDirectory, expected: Mapping[str, Any]) -> lis
     return problems
 
 
-def compare_records(directory: ModelDirectory, expected: Expected) -> tuple[list[Problem], dict[str, str]]:
+def compare_records(
+    directory: ModelDirectory, expected: Expected, found_files: Mapping[str, str] | None = None
+) -> tuple[list[Problem], dict[str, str]]:
     """Compare conversion.json as a whole with what a conversion writes today, and with the files that it names.
 
     Args:
         directory: the model directory.
         expected: what is written today.
+        found_files: the SHA-256 of its files, where they are known.
 
     Returns:
         What is wrong, and what differs for a reason that is not a fault: a checkpoint under another name, the words of
@@ -107,7 +110,7 @@ def compare_records(directory: ModelDirectory, expected: Expected) -> tuple[list
     """
     found, meant, differing = dict(directory.record.values), dict(expected.record), {}
     meant["files"] = {name: {"sha256": file.sha256, "size": file.size} for name, file in directory.record.files.items()}
-    problems = _compare_files_named(directory, expected)
+    problems = _compare_files_named(directory, expected, hashes(directory.path) if found_files is None else found_files)
     made_by = directory.record.tool.version
     if made_by != meant["tool"]["version"]:
         words = f"the words of version {made_by or 'unknown'}"
@@ -131,9 +134,9 @@ def compare_records(directory: ModelDirectory, expected: Expected) -> tuple[list
     return problems, differing
 
 
-def _compare_files_named(directory: ModelDirectory, expected: Expected) -> list[Problem]:
+def _compare_files_named(directory: ModelDirectory, expected: Expected, found: Mapping[str, str]) -> list[Problem]:
     problems = []
-    found, named = hashes(directory.path), directory.record.files
+    named = directory.record.files
     for name in sorted({*expected.files, *directory.weight_files(), *directory.record.sidecars, *named}):
         if name not in named:
             problems.append(Problem("file", RECORD, f"files.{name} is missing"))
@@ -163,14 +166,13 @@ _WORDS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def hashes(folder: Path) -> dict[str, str]:
-    """Hash every file of a model directory but those that are written after a verification."""
-    found = {}
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and path.name not in AFTERWARDS and not path.name.startswith("."):
-            digest = hashlib.sha256()
-            with path.open("rb") as file:
-                while block := file.read(1 << 22):
-                    digest.update(block)
-            found[path.name] = digest.hexdigest()
-    return found
+def hashes(folder: Path, known: Hashes | None = None) -> dict[str, str]:
+    """Hash every file of a model directory but those that are written after a verification.
+
+    Args:
+        folder: the model directory.
+        known: remembers what was hashed, so that it can be checked later to be still the same.
+    """
+    known = Hashes() if known is None else known
+    paths = [path for path in sorted(folder.iterdir()) if path.name not in AFTERWARDS and not path.name.startswith(".")]
+    return {path.name: known.of(path) for path in paths if path.is_file()}

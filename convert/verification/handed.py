@@ -6,6 +6,7 @@ has given it a meaning, as a word or as numbers; convolutions are written anew f
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -36,6 +37,7 @@ def handed(
         "files": [{"path": str(file.path), "stamp": file.stamp} for file in files],
         "tensors": places(opened.container, opened.tensors),
         "groups": Groups(opened),
+        "tokenizer": base64.b64encode(opened.tokenizer).decode(),
     }
 
 

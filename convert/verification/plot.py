@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.errors import ConvertError
+from convert.files import check_file, new_file
 from convert.verification.report import Curve, Verification
 
 BOTTOM = 1e-9  # where a difference of zero is drawn: a logarithmic scale has no zero
@@ -31,6 +32,7 @@ def check(path: Path) -> None:
             key="--plot",
             hint="pip install 'fairseq-to-hf[plot]', or leave --plot out",
         )
+    check_file(path, overwrite=True)
 
 
 def plot(verification: Verification, path: str | Path) -> None:
@@ -62,7 +64,8 @@ def plot(verification: Verification, path: str | Path) -> None:
     model = [_height(value) for _, value, _ in run.rows]
     axes.plot(stages, model, "o-", color="black", linewidth=2.2, markersize=5, label="the converted model", zorder=5)
     _dress(axes, stages, run, verification)
-    figure.savefig(path, metadata={"Software": None} if path.suffix.lower() == ".png" else None)
+    with new_file(path, overwrite=True) as made:
+        figure.savefig(made, metadata={"Software": None} if path.suffix.lower() == ".png" else None)
 
 
 def _run_to_draw(verification: Verification) -> Curve:

@@ -87,11 +87,11 @@ def answers(
         return Recorded(path, "interpreter")
 
 
-def pack(path: Path, clips: Mapping[str, Waveform]) -> None:
-    """Replace the waveforms of a fresh recording by the clips that they were cut from."""
+def pack(made: Path, path: Path, clips: Mapping[str, Waveform]) -> None:
+    """Write a fresh recording with the clips in place of the waveforms that were cut from them."""
     import numpy as np
 
-    arrays, about = tensorfile.read(str(path))
+    arrays, about = tensorfile.read(str(made))
     kept = {name: value for name, value in arrays.items() if not name.startswith("waveform.")}
     for name, clip in clips.items():
         whole = np.round(clip * 32768)
@@ -191,7 +191,8 @@ class Recorded:
         for stage in run["stages"]:
             values = torch.from_numpy(self.arrays[f"run.{run['number']}.{stage['name']}{suffix}"])
             kind = run["arithmetic"] if not suffix else "float64"
-            values = values.to(NAMES[kind]) if stage["name"] != "codes" else values.long()
+            chosen = stage["name"] in ("codes", "generated", "generated.second")
+            values = values.long() if chosen else values.to(NAMES[kind])
             stages[stage["name"]] = Stage(tuple(stage["shape"]), values, stage["step"], stage["sha256"])
         return Answer(run["frames"], stages)
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import subprocess
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from convert.errors import ConvertError
+from convert.files import create, scratch_directory
 from convert.loading import quiet
 from convert.verification import fairseq_side
 from convert.verification.compare import Answer, Stage, distances
@@ -227,13 +227,13 @@ def run_interpreter(python: str, request: Mapping[str, Any], arrays: Mapping[str
     Raises:
         ConvertError: `no-fairseq`, status 2: the interpreter, fairseq in it, or the model in that fairseq fails.
     """
-    with tempfile.TemporaryDirectory(prefix="fairseq-to-hf-") as folder:
-        work = Path(folder)
+    with scratch_directory() as work:
         spoken = {request["language"], *(run["language"] for run in request["runs"])}
         tensorfile.write(str(work / "waveforms"), dict(arrays), "{}")
         asked = dict(request) | {"waveforms": str(work / "waveforms"), "out": str(work / "answers")}
         asked["groups"] = {name: asked["groups"][name] for name in spoken if name in asked["groups"]}
-        (work / "request.json").write_text(json.dumps(asked), "utf-8")
+        with create(work / "request.json") as file:
+            file.write(json.dumps(asked).encode())
         command = [python, str(Path(fairseq_side.__path__[0]).resolve()), "request.json"]
         try:
             done = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)

@@ -6,14 +6,14 @@ in docs/verification.md.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from convert.errors import Problem
-from convert.report import json_bytes, padding_text, problem_lines
+from convert.files import write_file
+from convert.report import json_bytes, library, padding_text, problem_lines
 from convert.verification.compare import SCORES
 from convert.verification.controls import Control
 from convert.verification.endtoend import EndToEnd
@@ -140,22 +140,14 @@ def finite(value: float) -> float | None:
 
 def write(folder: Path, report: Mapping[str, Any]) -> None:
     """Write `verification.json` into a model directory: all of it, or nothing."""
-    part = folder / f".{NAME}.part"
-    try:
-        with part.open("wb") as file:
-            file.write(json_bytes(report))
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(folder / NAME)
-    finally:
-        part.unlink(missing_ok=True)
+    write_file(folder / NAME, json_bytes(report))
 
 
 def text(report: Mapping[str, Any]) -> str:
     """Write the table on the terminal."""
     reference = report["reference"]
     lines = [
-        f"fairseq {reference['fairseq']} ({reference['kind']}), transformers {report['environment']['transformers']}"
+        f"{library(reference['fairseq'])} ({reference['kind']}), transformers {report['environment']['transformers']}"
     ]
     lines.append(f"  {'weights':<22}{_weights(report['weights'])}")
     runs = report["runs"]

@@ -10,6 +10,7 @@ from typing import Any
 from convert.checkpoint import Checkpoint
 from convert.directory import ModelDirectory
 from convert.errors import ConvertError, MismatchError, Problem
+from convert.files import Hashes
 from convert.package import compare_opened
 from convert.request import request_again
 from convert.sources import dictionary_beside, open_source
@@ -45,6 +46,8 @@ def verify(
     """Verify; the arguments are those of `convert.verification.verify`."""
     _usage(require, reference, fairseq_python, audio)
     directory = ModelDirectory(model_dir)
+    known = Hashes()
+    files = expected.hashes(model_dir, known)
     opening = directory.record.asked.opening
     with open_source(checkpoint, base=base, dictionary=dictionary, **opening) as opened, opened.unchanged():
         digest = opened.sha256()
@@ -77,7 +80,7 @@ def verify(
             if progress:
                 progress(min(steps[0], total), total)
 
-        _check_files(opened, directory, digest, {"dictionary": dictionary}, findings)
+        _check_files(opened, directory, digest, files, {"dictionary": dictionary}, findings)
         advance()
         work = Work(subject, directory, clips, wanted, pieces, half, rounded, require, advance)
         description = None
@@ -95,8 +98,9 @@ def verify(
             surroundings = describe(chosen, attention_of(str(directory.config.get("model_type"))))
         findings.problems += controls.missing(findings.controls)
         findings.skipped |= dict(description.skipped) if description else {}
+        known.check()  # what was compared and computed with is what was hashed
         done = findings.finish(
-            files=expected.hashes(directory.path),
+            files=files,
             checkpoint={"name": subject.name, "size": subject.size, "sha256": subject.sha256},
             tensors=len(directory.tensors) + sum(map(len, directory.beside().values())),
             reference=_described(description),
@@ -161,7 +165,12 @@ def _recording(path: Path, subject: Subject) -> Recorded:
 
 
 def _check_files(
-    opened: Checkpoint, directory: ModelDirectory, sha256: str, options: Mapping[str, Any], findings: Findings
+    opened: Checkpoint,
+    directory: ModelDirectory,
+    sha256: str,
+    files: Mapping[str, str],
+    options: Mapping[str, Any],
+    findings: Findings,
 ) -> None:
     """Check what needs no model: every tensor's bytes, every value of every JSON file; and that both checks see."""
 
@@ -172,7 +181,7 @@ def _check_files(
     findings.controls.append(controls.one_unit(directory.path, _some_tensor(directory), bytes_of))
     meant = expected.expect(opened, directory, sha256, **options)
     findings.problems += expected.compare_files(directory, meant.files)
-    problems, differing = expected.compare_records(directory, meant)
+    problems, differing = expected.compare_records(directory, meant, files)
     findings.problems += problems
     findings.skipped |= differing
     findings.controls.append(controls.wrong_setting(meant.files["config.json"]))

@@ -8,7 +8,7 @@ from typing import Any
 from convert.checkpoint import Checkpoint
 from convert.checkpoint.dictionary import SPECIAL
 from convert.errors import ConvertError
-from convert.families import ARCHITECTURES, Conversion, Request, describe
+from convert.families import ARCHITECTURES, Conversion, Request, describe, family_of
 from convert.families.adapters import choose, languages_of
 from convert.families.encoder_settings import encoder_settings
 from convert.families.settings import Reader
@@ -50,13 +50,14 @@ def read_subject(opened: Checkpoint, request: Request, sha256: str = "") -> tupl
     found = languages_of(opened, reader.values, [])
     spoken = choose(found, request.language, opened.path.name) if found or request.language else None
     known = (spoken and spoken.dictionary) or known
-    symbols = known.symbols if known and fine_tuned else ()
+    known = known if fine_tuned or ARCHITECTURES[plan.fairseq][1].symbols else None
+    symbols, special = (known.symbols, known.special) if known else ((), ())
     decoder = "decoder.embed_tokens.weight" in opened.tensors
     subject = Subject(
         **_file(opened, sha256),
         handed=handed(opened, plan.fairseq, settings, plan.training_only),
         symbols=symbols,
-        special=tuple(index for index, symbol in enumerate(symbols) if symbol in SPECIAL),
+        special=tuple(index for index, symbol in enumerate(symbols) if symbol in special),
         blank=-1 if decoder else 0,
         post_process=sequence_decoding(symbols, settings["task"]) if decoder else _post_process(settings),
         rate=int(settings["task"].get("sample_rate") or 16000),
@@ -66,9 +67,9 @@ def read_subject(opened: Checkpoint, request: Request, sha256: str = "") -> tupl
         if len(found) > 1
         else {},
     )
-    convolutions = tuple((kernel, stride) for _, kernel, stride in reader.convolutions("conv_feature_layers"))
-    pads = reader.values.get("layer_type") != "conformer" and reader.values.get("_name") != "wavlm"
-    multiple = 1 if not pads else reader.values.get("required_seq_len_multiple", 2)
+    family = family_of(opened, reader)
+    convolutions = tuple((kernel, stride) for _, kernel, stride in family.convolutions(reader))
+    multiple = reader.values.get("required_seq_len_multiple", 2) if family.pads else 1
     return subject, Geometry(convolutions, int(multiple or 1), reader.values.get("_name") in SPLIT_MASKS)
 
 

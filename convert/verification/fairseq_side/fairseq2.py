@@ -96,6 +96,8 @@ class Fairseq2Reference(Reference):
     """fairseq2's model as it was pretrained."""
 
     library = staticmethod(import_fairseq2)
+    version = "fairseq2 %s"
+    islands = "the norms of the convolutions"
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)

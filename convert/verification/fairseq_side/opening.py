@@ -33,9 +33,9 @@ def open_reference(request: Any) -> Reference:
     try:
         with no_random_numbers():
             model = build(settings, symbols, ignored, patches)
-        patches.append("in float64: Fp32GroupNorm, Fp32LayerNorm and gelu compute in float64, to measure floors")
+        patches.append("in float64: %s compute in float64, to measure floors" % runs.islands)
         info = {
-            "fairseq": getattr(library, "__version__", "unknown"),
+            "fairseq": runs.version % getattr(library, "__version__", "unknown"),
             "settings": "fairseq-to-hf's reader",
             "ignored_settings": ignored,
             "patches": patches,

@@ -22,6 +22,8 @@ class Reference:
     """
 
     library = staticmethod(import_fairseq)  # imports what has the model
+    version = "%s"  # how it is called in a report
+    islands = "Fp32GroupNorm, Fp32LayerNorm and gelu"  # what computes in float32 whatever it is given
     prefix = ""  # of the encoder's tensors
 
     def __init__(self, model: Any, request: Any, weights: Any, info: Any) -> None:
