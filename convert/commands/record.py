@@ -10,7 +10,7 @@ import click
 from convert.cli import Outcome
 from convert.cli import command as make
 from convert.commands.options import source
-from convert.report import library, size
+from convert.report import library, quoted, size
 
 
 @make(
@@ -37,6 +37,7 @@ from convert.report import library, size
 @click.option("--normalize/--no-normalize", default=None, help="As for convert.")
 @click.option("--training-only", multiple=True, metavar="SETTING", help="As for convert.")
 @click.option("--data-config", type=click.Path(path_type=Path), help="As for convert.")
+@click.option("--post-process", metavar="NAME", help="As for convert.")
 def command(checkpoint: str, out: Path, **options: Any) -> Outcome:
     """Run fairseq once and keep its answers, to verify later where fairseq is not installed."""
     from convert.verification import record
@@ -46,7 +47,7 @@ def command(checkpoint: str, out: Path, **options: Any) -> Outcome:
     inputs = [probe.name for probe in made.probes()]
     lines = [
         f"{out}: {library(made.about['fairseq'])}, {len(inputs)} inputs, {size(out.stat().st_size)}",
-        f"next: fairseq-to-hf verify {checkpoint} MODEL_DIR --reference {out}",
+        f"next: fairseq-to-hf verify {quoted(checkpoint)} MODEL_DIR --reference {quoted(out)}",
     ]
     details = dict(made.description.details)
     return Outcome(True, "\n".join(lines), {"inputs": inputs, "checkpoint": made.checkpoint, "reference": details})
