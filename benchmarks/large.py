@@ -110,7 +110,7 @@ def state_dict(layout: Layout = LARGE, seed: int = 0) -> OrderedDict[str, torch.
 def save(path: Path, *, adam: bool = False, legacy: bool = False, layout: Layout = LARGE) -> Path:
     """Write a checkpoint in the layout of 2020."""
     model = state_dict(layout)
-    encoder = ENCODER | {"encoder_layers": layout.layers}
+    encoder = ENCODER | {"encoder_layers": layout.encoder.layers}
     state = {
         "args": Namespace(**FINE_TUNED, w2v_args=Namespace(**encoder)),
         "model": model,

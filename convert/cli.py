@@ -39,13 +39,13 @@ class Outcome:
 
     Args:
         ok: whether the answer is yes (exit 0) or no (exit 1).
-        text: for people, on stdout; `-q` leaves it out.
+        text: lines for people, on stdout, each of which may hold what a file says; `-q` leaves them out.
         data: the fields of the JSON object beside `schema`, `command`, `ok` and `problems`.
         problems: the reasons of a no.
     """
 
     ok: bool
-    text: str
+    text: str | Sequence[str]
     data: dict[str, Any] = field(default_factory=dict)
     problems: tuple[Problem, ...] = ()
 
@@ -130,7 +130,8 @@ def command(name: str, *examples: str) -> Callable[[Callable[..., Outcome]], cli
             if as_json:
                 click.echo(envelope(name, outcome.ok, outcome.problems, **outcome.data))
             elif not quiet and outcome.text:
-                click.echo(shown(outcome.text, keep="\n"))
+                lines = outcome.text.split("\n") if isinstance(outcome.text, str) else outcome.text
+                click.echo("\n".join(map(shown, lines)))
             elif quiet and not outcome.ok:
                 click.echo("\n".join(problem_lines(outcome.problems)) or f"{name}: no", err=True)
             context.exit(0 if outcome.ok else 1)

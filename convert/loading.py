@@ -41,20 +41,34 @@ def load(part: Any, source: str | Path, *, status: int = 2, **options: Any) -> A
     Raises:
         ConvertError: `load`: transformers cannot load it.
     """
-    import transformers
-
     local = isinstance(source, Path)
     name = source.name if isinstance(source, Path) else source
+    with trying(name, f"{part.__name__} cannot load it", status=status), quiet():
+        return part.from_pretrained(source, local_files_only=local, trust_remote_code=False, **options)
+
+
+@contextlib.contextmanager
+def trying(name: str, what: str, *, status: int = 2) -> Iterator[None]:
+    """Turn whatever transformers raises on a model's account into one error.
+
+    Args:
+        name: the model's name.
+        what: what cannot be done, to follow the name.
+        status: the exit status.
+
+    Raises:
+        ConvertError: `load`.
+    """
+    import transformers
+
     try:
-        with quiet():
-            return part.from_pretrained(source, local_files_only=local, trust_remote_code=False, **options)
-    except ImportError:
+        yield
+    except (ConvertError, ImportError, MemoryError):
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         hint = f"this is transformers {transformers.__version__}; install a newer one, or convert the checkpoint again"
-        message = f"{name}: {part.__name__} cannot load it ({reason})"
-        raise ConvertError(message, code="load", key=name, status=status, hint=hint) from error
+        raise ConvertError(f"{name}: {what} ({reason})", code="load", key=name, status=status, hint=hint) from error
 
 
 def load_model(part: Any, source: str | Path, *, status: int = 2, **options: Any) -> Any:

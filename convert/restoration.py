@@ -13,15 +13,13 @@ from typing import Any
 from convert.checkpoint import Checkpoint, open_checkpoint
 from convert.checkpoint.dictionary import SPECIAL, Dictionary
 from convert.checkpoint.stacks import stack
-from convert.checkpoint.writer import NewNamespace, NewTensor, write_checkpoint
+from convert.checkpoint.writer import NewTensor, write_checkpoint
 from convert.conversion import File, Record, differences
 from convert.directory import ModelDirectory, Place
 from convert.errors import MismatchError, PlanError, Problem
-from convert.families import ARCHITECTURES, describe, wav2vec2
-from convert.families.base import NO_HEAD
-from convert.families.data2vec import TEACHER
+from convert.families import ARCHITECTURES, FAMILIES, Family, describe
+from convert.families.base import NO_HEAD, FromConfig, Kind, Restoring
 from convert.families.encoder_settings import ACTIVATIONS, LAYER_SETTINGS
-from convert.families.speech_to_text import ARCHITECTURES as SPEECH_TO_TEXT
 from convert.files import PIECE as CHUNK
 from convert.files import WIDTHS, check_file, new_file, sha256_of
 from convert.request import request_again
@@ -31,12 +29,6 @@ from convert.rules import Table, TensorSpec
 _ALIASES = {"conv.weight_g": "conv.parametrizations.weight.original0"}
 _ALIASES["conv.weight_v"] = "conv.parametrizations.weight.original1"
 _NEVER = -1e4  # the bias of symbols that fairseq's dictionary must have and the model never learned
-# architecture -> the task that today's fairseq has for it, whatever it was called; CTC's was audio_pretraining until June 2021
-_TASKS = {"wav2vec_ctc": "audio_finetuning", "hubert": "hubert_pretraining", "hubert_ctc": "hubert_pretraining"}
-_TASKS |= {"contentvec": "hubert_pretraining", "wav2vec_classification": "audio_classification"}
-_PLAIN = {"contentvec": "hubert"}  # without the layers that hear the speaker
-_TASKS |= {"wav2vec_seq2seq": "audio_finetuning", "hubert_seq2seq": "audio_finetuning"}
-_HEADS = {"Wav2Vec2ForCTC": "ctc", "Wav2Vec2ForPreTraining": "pretraining"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,17 +50,19 @@ class Restored:
 class _Draft:
     """What will be written: each tensor with the function that yields its bytes; the adapters of each language likewise.
 
-    `teacher`: for data2vec, the teacher's name of each tensor that it shares with the model -> the model's name.
+    `settings`: the entries of the file that hold them. `teacher`: the teacher's name of each tensor that it shares with the
+    model -> the model's name.
     """
 
     specs: dict[str, TensorSpec]
     bytes: dict[str, Callable[[], Iterator[bytes]]]
-    settings: dict[str, Any] | NewNamespace
+    settings: dict[str, Any]
     dictionary: Dictionary | None
     notes: list[str]
     dictionaries: tuple[Dictionary, ...] = ()
     languages: dict[str, _Draft] = field(default_factory=dict)
     teacher: dict[str, str] = field(default_factory=dict)
+    restoring: Restoring = field(default_factory=Restoring)
 
     def new(self) -> dict[str, NewTensor]:
         """The tensors to write, under fairseq's names: adapters that it stacks are joined."""
@@ -104,11 +98,11 @@ def restore(model_dir: str | Path, out: str | Path, *, overwrite: bool = False) 
     ours = (directory.path / "conversion.json").is_file()
     draft = _from_conversion(directory) if ours else _from_config(directory)
     model = draft.new()
-    teacher = {TEACHER: {name: model[key] for name, key in draft.teacher.items()}} if draft.teacher else {}
+    restoring = draft.restoring
+    teacher = {restoring.teacher: {name: model[key] for name, key in draft.teacher.items()}} if draft.teacher else {}
     history = {"criterion_name": "", "optimizer_name": "", "num_updates": 0, "best_loss": None}
-    layout = "args" if isinstance(draft.settings, NewNamespace) else "cfg"
     state: dict[str, Any] = {"args": None, "cfg": None, "criterion": None, "optimizer_history": [history]}
-    state[layout] = draft.settings
+    state |= draft.settings
     state["task_state"] = {} if draft.dictionary is None else {"target_dictionary": draft.dictionary}
     state["task_state"] |= {"dictionaries": list(draft.dictionaries)} if draft.dictionaries else {}
     state |= {"extra_state": {}, "last_optimizer_state": None}
@@ -117,9 +111,8 @@ def restore(model_dir: str | Path, out: str | Path, *, overwrite: bool = False) 
             name: {"model": part.new(), "task_state": {"target_dictionary": part.dictionary}}
             for name, part in draft.languages.items()
         }
-    own = draft.settings["model"] if isinstance(draft.settings, dict) else {}
-    if own.get("_name") == "wavlm":  # unilm's files hold the settings of the model, its tensors, and nothing else
-        state = {"cfg": {key: value for key, value in own.items() if key != "_name"}}
+    if restoring.bare:
+        state = draft.settings
     with new_file(out, overwrite=overwrite) as path:
         write_checkpoint(path, {**model, **teacher}, state)
         _prove(path, draft, directory if ours else None)
@@ -178,8 +171,9 @@ def _reader(directory: ModelDirectory, place: Place) -> Callable[[], Iterator[by
 
 def _from_conversion(directory: ModelDirectory) -> _Draft:
     record = directory.record
-    name = record.architecture.fairseq
-    if name in ARCHITECTURES and not ARCHITECTURES[name][0].restores:
+    family, kind = _known(record)
+    if not family.restores:
+        name = record.architecture.fairseq
         raise PlanError(
             f"{directory.path} was made from {name}, to which there is no way back; nothing was written",
             code="unsupported-architecture",
@@ -190,12 +184,12 @@ def _from_conversion(directory: ModelDirectory) -> _Draft:
     kept = {source for sidecar in record.sidecars.values() for source in sidecar.tensors.values()}
     repeated = {drop.key: drop.repeats for drop in record.drops if drop.repeats}
     relics = {drop.key for drop in record.drops if drop.relic}
-    kept |= repeated.keys() | constants.keys() | relics | {TEACHER}
+    kept |= repeated.keys() | constants.keys() | relics | {family.restoring.teacher}
     problems = [Problem("dropped", drop.key, drop.reason) for drop in record.drops if drop.key not in kept]
     if problems:
         asked = all(problem.detail == NO_HEAD for problem in problems)
-        kind = "pretraining" if "w2v_args" not in record.settings["model"] else "ctc"
-        way = f"with its head (--head {kind}, or no --head at all)" if asked else "with --keep-final-proj"
+        head = "pretraining" if "w2v_args" not in record.settings["model"] else "ctc"
+        way = f"with its head (--head {head}, or no --head at all)" if asked else "with --keep-final-proj"
         raise PlanError(
             f"{directory.path} lacks tensors that fairseq's model needs; nothing was written",
             code="dropped",
@@ -203,12 +197,10 @@ def _from_conversion(directory: ModelDirectory) -> _Draft:
             hint=f"convert the checkpoint again {way}",
         )
     notes = _changed(directory, record.files)
-    settings = record.settings
-    if settings["model"].get("_name") in SPEECH_TO_TEXT:
-        notes.append("fairseq also needs the config.yaml of the data, and beside it the files that it names")
-        draft = _Draft({}, {}, _arguments(settings), None, notes)
-    else:
-        draft = _Draft({}, {}, _loadable(settings), record.dictionary, notes, record.dictionaries)
+    notes += family.restoring.notes
+    settings = (family.restoring.settings or _loadable)(record.settings)
+    dictionary = None if kind.data_config else record.dictionary
+    draft = _Draft({}, {}, settings, dictionary, notes, record.dictionaries, restoring=family.restoring)
     made = {fill.key for fill in record.fills}
     lost = list(made ^ record.tensors.keys() ^ directory.tensors.keys())
     for file, sidecar in record.sidecars.items():
@@ -229,23 +221,20 @@ def _from_conversion(directory: ModelDirectory) -> _Draft:
     for key, number in constants.items():
         draft.specs[key] = TensorSpec(key, (1,), "F32")
         draft.bytes[key] = lambda number=number: iter([struct.pack("<f", number)])  # type: ignore[misc]
-    if record.architecture.fairseq == "data2vec_audio":
-        _as_data2vec(draft, record.settings["model"])
+    for old, new in family.restoring.renamed.items():
+        for key in [key for key in draft.specs if key.startswith(old)]:
+            name = new + key.removeprefix(old)
+            draft.specs[name], draft.bytes[name] = replace(draft.specs.pop(key), name=name), draft.bytes.pop(key)
+    draft.teacher = family.restoring.taught(draft.specs, record.settings["model"])
     return draft
 
 
-def _as_data2vec(draft: _Draft, model: Mapping[str, Any]) -> None:
-    """Give the pretraining head its name, and the model a teacher: both as fairseq's loader insists on.
-
-    The teacher is the model itself, as `Data2VecAudioModel.make_ema_teacher` starts it.
-    """
-    for old in [key for key in draft.specs if key.startswith("final_proj.0.")]:  # in the files that were released
-        new = old.replace("final_proj.0.", "final_proj.")
-        draft.specs[new], draft.bytes[new] = replace(draft.specs.pop(old), name=new), draft.bytes.pop(old)
-    whole = not model.get("ema_transformer_only", True) and not model.get("ema_layers_only", True)
-    start = "" if whole else "encoder."
-    draft.teacher = {key.removeprefix(start): key for key in draft.specs if key.startswith(start)}
-    draft.notes.append(f"{TEACHER}: the teacher of the pretraining starts anew, as the model itself")
+def _known(record: Record) -> tuple[Family, Kind]:
+    """Find the family that declares a record's architecture, and the kind of checkpoint."""
+    name = record.architecture.fairseq
+    if name not in ARCHITECTURES:
+        raise PlanError(f"{name}: not an architecture that is converted", code="unsupported-architecture", key=name)
+    return ARCHITECTURES[name]
 
 
 def _take(
@@ -316,39 +305,33 @@ def _loadable(settings: Mapping[str, Any]) -> dict[str, Any]:
             model["w2v_args"] = section(values["model"]["w2v_args"])
             inner = model["w2v_args"]["model"]  # 0.12.2 has them there only: today's defaults would replace its layers
             model = {name: inner[name] for name in LAYER_SETTINGS if inner.get(name) is not None} | model
-        model["_name"] = _PLAIN.get(str(model.get("_name")), model.get("_name"))
         task = {"data": "", **values["task"]}
-        task["_name"] = _TASKS.get(str(model.get("_name")), "audio_pretraining")
+        _, kind = ARCHITECTURES.get(str(model.get("_name")), (None, Kind("")))
+        task["_name"] = kind.task
+        model |= {"_name": kind.restored} if kind.restored else {}
         if "w2v_args" in values["model"]:
             model.setdefault("data", "")
             model.setdefault("normalize", task.get("normalize", False))
-        if task["_name"] == "hubert_pretraining" and isinstance(
-            task.get("labels"), str
-        ):  # in a Namespace, a list's text
+        if kind.label_list and isinstance(task.get("labels"), str):  # in a Namespace, a list's text
             task["labels"] = [label.strip("[]'\" ") for label in task["labels"].split(",")]
         return {"model": model, "task": task, "criterion": None if "w2v_args" not in model else values["criterion"]}
 
-    return {"_name": None, "common": {}, **section(settings)}
-
-
-def _arguments(settings: Mapping[str, Any]) -> NewNamespace:
-    """Settings as fairseq wants those of a model without a dataclass: one Namespace, with the trainer's options in it."""
-    model = {key: value for key, value in settings["model"].items() if key not in ("_name", "flat")}
-    names = {"arch": "model", "task": "task", "criterion": "criterion"}
-    return NewNamespace(model | {name: settings[section].get("_name") for name, section in names.items()})
+    return {"cfg": {"_name": None, "common": {}, **section(settings)}}
 
 
 def _from_config(directory: ModelDirectory) -> _Draft:
     config = directory.config
-    head = next((_HEADS[name] for name in config.get("architectures") or [] if name in _HEADS), "")
-    problems = _unsupported(config, head)
+    family, way, head, problems = _from_class(config)
     if problems:
         raise PlanError(f"{directory.path} has no fairseq counterpart", code="unsupported", problems=problems)
     names = {_alias(name): name for name in directory.tensors}
-    made = _table(config, head, directory, names)
-    draft = _Draft({}, {}, _settings(config, head, directory), None, ["settings come from config.json"])
+    mask = f"{family.name}.masked_spec_embed"  # transformers has none without masking
+    lm_head = directory.tensors.get("lm_head.bias")
+    layout = way.layout(config, head, lm_head.spec.shape[0] if lm_head else 0)
+    made = _table(family, layout, directory, names, mask)
+    draft = _Draft({}, {}, {"cfg": _settings(way, head, directory)}, None, ["settings come from config.json"])
     for target, source in made.inverse.renames.items():
-        if target == "wav2vec2.masked_spec_embed" and target not in names:  # transformers has none without masking
+        if target == mask and target not in names:
             draft.specs[source] = TensorSpec(source, (config["hidden_size"],), "F32")
             draft.bytes[source] = lambda: iter([b"\0" * 4 * config["hidden_size"]])
             draft.notes.append(f"{source}: zeros, the model never masks")
@@ -365,12 +348,18 @@ def _alias(name: str) -> str:
     return next((name.removesuffix(old) + new for old, new in _ALIASES.items() if name.endswith(old)), name)
 
 
-def _unsupported(config: Mapping[str, Any], head: str) -> list[Problem]:
+def _from_class(config: Mapping[str, Any]) -> tuple[Family, FromConfig, str, list[Problem]]:
+    """Find the family and the kind of checkpoint of a class of transformers, and what of its configuration fairseq lacks."""
+    ways = [(family, family.from_config) for family in FAMILIES.values() if family.from_config]
+    known = {family.classes[kind]: (family, way, kind) for family, way in ways for kind in way.kinds}
+    named = [name for name in config.get("architectures") or [] if name in known]
+    family, way, head = known[named[0]] if named else (*ways[0], "")
     problems = []
-    if config.get("model_type") != "wav2vec2" or not head:
-        classes = ", ".join(_HEADS)
+    if config.get("model_type") != family.model_type or not head:
         found = f"{config.get('model_type')}, {config.get('architectures')}"
-        problems.append(Problem("unsupported-architecture", "architectures", f"{classes} expected, {found} found"))
+        problems.append(
+            Problem("unsupported-architecture", "architectures", f"{', '.join(known)} expected, {found} found")
+        )
     if config.get("add_adapter") or config.get("adapter_attn_dim"):
         problems.append(
             Problem(
@@ -383,16 +372,14 @@ def _unsupported(config: Mapping[str, Any], head: str) -> list[Problem]:
         problems.append(Problem("unsupported-setting", "hidden_act", f"{config.get('hidden_act')!r} has no twin"))
     if config.get("feat_extract_activation", "gelu") != "gelu" or config.get("layer_norm_eps", 1e-5) != 1e-5:
         problems.append(Problem("unsupported-setting", "feat_extract_activation, layer_norm_eps", "gelu and 1e-5 only"))
-    return problems
+    return family, way, head, problems
 
 
-def _table(config: Mapping[str, Any], head: str, directory: ModelDirectory, names: Mapping[str, str]) -> Table:
+def _table(family: Family, layout: Any, directory: ModelDirectory, names: Mapping[str, str], mask: str) -> Table:
     """Make the table of a transformers model, and hold it against the tensors that are there."""
-    lm_head = directory.tensors.get("lm_head.bias")
-    layout = wav2vec2.layout_of(config, head, lm_head.spec.shape[0] if lm_head else 0)
-    made = wav2vec2.table(layout, head)
+    made = family.table(layout, "", ())
     problems = [Problem("missing-tensor", key, "is not in the model") for key in made.shapes if key not in names]
-    problems = [p for p in problems if p.key != "wav2vec2.masked_spec_embed"]
+    problems = [problem for problem in problems if problem.key != mask]
     problems += [
         Problem("unexpected-tensor", key, "has no place in fairseq's model") for key in names.keys() - made.shapes
     ]
@@ -420,9 +407,8 @@ def _does_nothing(directory: ModelDirectory, name: str) -> bool:
     return bool(np.array_equal(value, np.eye(*spec.shape) if len(spec.shape) == 2 else np.zeros(spec.shape)))
 
 
-def _settings(config: Mapping[str, Any], head: str, directory: ModelDirectory) -> dict[str, Any]:
+def _settings(way: FromConfig, head: str, directory: ModelDirectory) -> dict[str, Any]:
     """fairseq's settings from config.json; what it does not say has transformers' default."""
-    model = wav2vec2.settings_of(config, head)
     features: dict[str, Any] = {}
     if (directory.path / "preprocessor_config.json").is_file():
         features = directory.json("preprocessor_config.json")
@@ -435,24 +421,7 @@ def _settings(config: Mapping[str, Any], head: str, directory: ModelDirectory) -
             key="do_normalize",
             hint="save the model's feature extractor beside it",
         )
-    task = {"_name": "audio_pretraining", "data": "", "normalize": features["do_normalize"]}
-    task["sample_rate"] = features.get("sampling_rate", 16000)
-    inner = {"model": model, "task": task, "criterion": None}
-    if head == "pretraining":
-        return {"_name": None, "common": {}, **inner}
-    outer = {"_name": "wav2vec_ctc", "w2v_args": inner, "data": "", "normalize": task["normalize"], "w2v_path": ""}
-    outer |= {"apply_mask": config.get("apply_spec_augment", True), "final_dropout": config.get("final_dropout", 0.1)}
-    outer |= {"layerdrop": model["encoder_layerdrop"]}
-    outer |= {name: model[name] for name in ("dropout", "activation_dropout", "attention_dropout", "dropout_input")}
-    outer |= {name: model[name] for name in ("mask_length", "mask_prob", "mask_channel_length", "mask_channel_prob")}
-    criterion = {"_name": "ctc", "zero_infinity": config.get("ctc_zero_infinity", False), "post_process": "letter"}
-    return {
-        "_name": None,
-        "common": {},
-        "model": outer,
-        "task": task | {"_name": "audio_finetuning"},
-        "criterion": criterion,
-    }
+    return way.settings(directory.config, features, head)
 
 
 def _vocabulary(directory: ModelDirectory, config: Mapping[str, Any], draft: _Draft) -> None:

@@ -31,7 +31,9 @@ class Fault:
         method, path: the request's method and a pattern in its path.
         kind: "status" (instead of doing it), "drop" (the connection, before anything is done), "apply-drop" and
             "apply-status" (done, and the answer lost or wrong), "truncate" (half of the body is stored, and the
-            connection dropped), "corrupt" (other bytes are stored), "hang" (no answer until `release`), "before".
+            connection dropped), "corrupt" (other bytes are stored), "hang" (no answer until `release`), "change" (done,
+            and `change` makes another answer of its headers and its content), "trickle" (done, the answer byte by byte),
+            "before".
         before: called before the request is handled, whatever the kind.
     """
 
@@ -42,6 +44,7 @@ class Fault:
     headers: dict[str, str] = field(default_factory=dict)
     message: str = "injected"
     before: Callable[[], object] | None = None
+    change: Callable[[dict[str, str], bytes], bytes] | None = None
     times: int = 1
     seen: threading.Event = field(default_factory=threading.Event)
     release: threading.Event = field(default_factory=threading.Event)
@@ -67,6 +70,7 @@ class Hub:
         self.seen: list[Seen] = []
         self.faults: list[Fault] = []
         self.multipart = True
+        self.ticks = 0  # bytes that trickled
         self.xet = False
         handler = type("Handler", (Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -120,6 +124,8 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.seen.append(seen)
         fault = self.hub.take(self.command, self.route)
         self.lost = False
+        self.change = fault.change if fault else None
+        self.trickle = bool(fault) and fault.kind == "trickle"
         if fault:
             if fault.before:
                 fault.before()
@@ -172,13 +178,31 @@ class Handler(BaseHTTPRequestHandler):
         content = value if isinstance(value, bytes) else json.dumps(value).encode()
         if self.lost:
             return
-        self.send_response(status)
-        for name, text in ({"Content-Type": "application/json"} | (headers or {})).items():
+        told = {"Content-Type": "application/json"} | (headers or {})
+        if self.change:
+            content = self.change(told, content)
+        self.send_response(int(told.pop("status", status)))
+        told = {"Content-Length": str(len(content))} | told
+        for name, text in told.items():
             self.send_header(name, text)
-        self.send_header("Content-Length", str(len(content)))
+        if self.trickle:
+            self._trickle(b"".join(self._headers_buffer) + b"\r\n" + content)
+            return
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)
+
+    def _trickle(self, content: bytes) -> None:
+        for byte in content:
+            try:
+                self.wfile.write(bytes([byte]))
+                self.wfile.flush()
+            except OSError:  # given up at the other end
+                break
+            self.hub.ticks += 1
+            time.sleep(0.001)
+        self._headers_buffer = []
+        self.close_connection = True
 
     def _error(self, status: int, message: str, code: str = "", headers: dict[str, str] | None = None) -> None:
         more = {"X-Error-Message": message, **({"X-Error-Code": code} if code else {}), **(headers or {})}

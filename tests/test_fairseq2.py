@@ -187,7 +187,7 @@ def test_every_registered_architecture_fits_its_class(family: str, name: str) ->
     pieces = [*models.SPECIAL, *(chr(0x4E00 + index) for index in range(model.get("target_vocab_size", 4) - 4))]
     tokenizer = {"kinds": {"0": 3, "1": 3, "2": 3, "3": 2}, "unk_surface": "", "dummy_prefix": False}
     kinds = {torch.float32: "FloatStorage", torch.int64: "LongStorage"}
-    without_bytes: Any = types.SimpleNamespace(dtype=lambda tensor: DTYPES[tensor.storage.type], size=0)
+    without_bytes: Any = types.SimpleNamespace(dtype=lambda tensor: (DTYPES[tensor.storage.type], 0), size=0)
     checkpoint = Checkpoint(
         path=Path(name),
         container=without_bytes,

@@ -338,7 +338,7 @@ def test_a_tokenizer_is_read_as_the_library_does(tmp_path: Path) -> None:
     )
     assert_as_the_library(tmp_path / "c.model")
     dictionary, decoding, _ = read_tokenizer(tmp_path / "c.model")
-    assert dictionary.special == ("<s>", "<pad>", "</s>", "<unk>") and "▁" in dictionary.symbols
+    assert dictionary.special == ("<s>", "<pad>", "</s>") and "▁" in dictionary.symbols
     assert decoding["dummy_prefix"] and decoding["extra_whitespace"]
 
 

@@ -18,6 +18,7 @@ from conftest import ROOT, Ran
 from fairseq_models import save
 from verify_models import converted, edit, short_inputs
 
+from convert.checkpoint import open_checkpoint
 from convert.errors import ConvertError
 from convert.package import convert
 from convert.verification import Verification, inputs, record, verify
@@ -76,6 +77,21 @@ def test_a_pickle_with_a_class_of_the_users_own(tmp_path: Path) -> None:
     model = convert(checkpoint, tmp_path / "converted").path
     assert verify(checkpoint, model, long=False).passed
     assert record(checkpoint, tmp_path / "reference.safetensors", long=False).is_file()
+
+
+def test_a_damaged_tensor_is_not_recorded(tmp_path: Path) -> None:
+    """As `convert` refuses it: torch itself does not look."""
+    path = save("ctc_base", tmp_path / "model.pt")
+    data = bytearray(path.read_bytes())
+    with open_checkpoint(path) as opened:
+        where = opened.container.storages[opened.tensors["w2v_encoder.proj.weight"].storage.key]
+    data[where.start + 2] ^= 1
+    path.write_bytes(data)
+    torch.load(path, weights_only=False)
+    with pytest.raises(ConvertError) as refused:
+        record(path, tmp_path / "recording")
+    assert (refused.value.code, refused.value.status) == ("corrupted-entry", 2)
+    assert not (tmp_path / "recording").exists()
 
 
 def test_a_directory_of_another_checkpoint(base: tuple[Path, Path], tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ import contextlib
 import hashlib
 import mmap
 import os
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -37,7 +38,7 @@ _WIDTHS = {
     "QInt32Storage": 4,
 }
 _WIDTHS |= {name: WIDTHS[dtype] for name, dtype in DTYPES.items()} | {"UntypedStorage": 1}
-_NEIGHBOURHOOD = 1 << 21
+_NEIGHBOURHOOD, _CHUNK = 1 << 21, 1 << 20
 _DEPTH, _NODES = 200, 4_000_000
 
 
@@ -167,6 +168,25 @@ class Container:
             one.original.close()
             if one._place is not None:
                 one._place.close()
+
+    def check_bytes(self, tensors: Iterable[StoredTensor]) -> None:
+        """Hold the storages of tensors against the CRC-32 that a zip directory records; other layouts record none.
+
+        Raises:
+            CheckpointError: `corrupted-entry`.
+        """
+        for key in sorted({part.storage.key for tensor in tensors for part in tensor.parts}):
+            where, crc = self.storages[key], 0
+            if where.crc is None:
+                continue
+            file = self.files[where.file]
+            for at in range(where.start, where.start + where.count, _CHUNK):
+                count = min(_CHUNK, where.start + where.count - at)
+                with memoryview(file.data) as view, view[at : at + count] as piece:
+                    crc = zlib.crc32(piece, crc)
+                release(file.data, at, count)
+            if crc != where.crc:
+                raise corrupted(file.path, where)
 
     def check_unchanged(self) -> None:
         """Refuse what was done with the checkpoint if one of its files changed meanwhile.

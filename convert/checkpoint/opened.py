@@ -171,6 +171,15 @@ class Checkpoint:
         finally:
             self.container.check_unchanged()
 
+    def check_bytes(self) -> None:
+        """Refuse damaged tensors, of the model and of its languages, where the file says what its bytes should be.
+
+        Raises:
+            CheckpointError: `corrupted-entry`.
+        """
+        groups = (group.tensors.values() for group in self.groups.values())
+        self.container.check_bytes(tensor for some in (self.tensors.values(), *groups) for tensor in some)
+
     def sha256(self) -> str:
         """Hash its files: of several, what `sha256sum` prints of them."""
         return self.container.sha256()

@@ -62,7 +62,7 @@ def command(checkpoint: str, out: Path, every: bool, **asked: Any) -> Outcome:
         "languages": sorted(model.languages),
     }
     data |= {"files": done.files, "source_sha256": done.source_sha256}
-    return Outcome(True, "\n".join(lines), data)
+    return Outcome(True, lines, data)
 
 
 def _every(done: Mapping[Path, package.Converted | ConvertError]) -> Outcome:

@@ -67,7 +67,7 @@ def command(model_dir: Path, **asked: Any) -> Outcome:
     return Outcome(result.ok, _text(result), data, result.problems)
 
 
-def _text(result: Evaluation) -> str:
+def _text(result: Evaluation) -> list[str]:
     data = result.dataset
     name = ", ".join(part for part in (data.name, data.config, data.split) if part)
     rates = [("transformers", result.scores)] + ([("fairseq", result.reference)] if result.reference else [])
@@ -81,4 +81,4 @@ def _text(result: Evaluation) -> str:
         for row in result.differing:
             lines += [f"  {row.name}", f"    fairseq       {row.fairseq}", f"    transformers  {row.hypothesis}"]
     lines.append(f"written: {FILE}" if result.ok else f"{FILE} was not written")
-    return "\n".join(lines + ([f"hint: {result.hint}"] if result.hint else []))
+    return lines + ([f"hint: {result.hint}"] if result.hint else [])

@@ -11,7 +11,7 @@ from convert.cli import Outcome
 from convert.cli import command as make
 from convert.errors import ConvertError
 from convert.fetching import Entry, catalogue, fetch
-from convert.report import size
+from convert.report import quoted, size
 from convert.sources import DIRECTORY
 
 
@@ -19,7 +19,7 @@ from convert.sources import DIRECTORY
     "fetch",
     "fairseq-to-hf fetch --list hubert large",
     "fairseq-to-hf fetch wav2vec2-base-960h",
-    "fairseq-to-hf fetch hubert-base --directory downloads",
+    "fairseq-to-hf fetch hubert-base-ls960 --directory downloads",
 )
 @click.argument("words", metavar="NAME", nargs=-1)
 @click.option("--list", "listing", is_flag=True, help="List the catalogue: what it has with all of these WORDS.")
@@ -40,8 +40,8 @@ def command(words: tuple[str, ...], listing: bool, directory: Path) -> Outcome:
     done = fetch(name, directory, progress=context.obj.progress)
     entry = entries[name]
     note = "" if done.downloaded else " (was there already)"
-    dictionary = f" --dict {done.dictionary}" if done.dictionary else ""
-    source = f"{done.checkpoint} {name}{dictionary}" if directory != DIRECTORY else f"{name} my-model"
+    dictionary = f" --dict {quoted(done.dictionary)}" if done.dictionary else ""
+    source = f"{quoted(done.checkpoint)} {name}{dictionary}" if directory != DIRECTORY else f"{name} my-model"
     lines = [
         f"{done.checkpoint}: {size(done.record.size)}, sha256 {done.record.sha256}{note}",
         f"licence of the weights: {entry.license or 'unknown'}",
@@ -56,7 +56,7 @@ def command(words: tuple[str, ...], listing: bool, directory: Path) -> Outcome:
         "twin": entry.twin,
         "downloaded": done.downloaded,
     }
-    return Outcome(True, "\n".join(lines), data)
+    return Outcome(True, lines, data)
 
 
 def _list(found: list[Entry], words: tuple[str, ...]) -> Outcome:

@@ -34,7 +34,7 @@ def command(checkpoint: str) -> Outcome:
     return Outcome(True, _text(data), data)
 
 
-def _text(data: dict[str, Any]) -> str:
+def _text(data: dict[str, Any]) -> list[str]:
     settings = data["settings"]
     packed = ", compressed" if data["file"]["compressed"] else ""
     rows = {
@@ -71,15 +71,14 @@ def _text(data: dict[str, Any]) -> str:
     rows["globals"] = f"{len(data['globals'])}, {told}"
     if data["languages"]:
         rows["languages"] = f"{len(data['languages'])}: {' '.join(data['languages'])}"
-    rows["conversion"] = _conversion(data["conversion"])
-    text = "\n".join(f"{key:<13} {value}" for key, value in rows.items())
     context = click.get_current_context(silent=True)
+    lines = [f"{key:<13} {value}" for key, value in rows.items()]
+    first, *more = _conversion(data["conversion"])
+    lines += [f"{'conversion':<13} {first}", *more]
     if context is not None and context.obj and context.obj.verbose:
         tensors = [f"  {line}" for line in fold(data["tensors"])]
-        text = "\n".join(
-            [text, "", "tensors", *tensors, "", "globals", *(f"  {row['name']}" for row in data["globals"])]
-        )
-    return text
+        lines += ["", "tensors", *tensors, "", "globals", *(f"  {row['name']}" for row in data["globals"])]
+    return lines
 
 
 def _dictionary(data: dict[str, Any]) -> str:
@@ -90,12 +89,12 @@ def _dictionary(data: dict[str, Any]) -> str:
     return listed or "none in the file"
 
 
-def _conversion(answer: dict[str, Any]) -> str:
+def _conversion(answer: dict[str, Any]) -> list[str]:
     if answer["ok"]:
-        return "\n".join([f"to {answer['class']}", *(f"  note: {note}" for note in answer["notes"])])
+        return [f"to {answer['class']}", *(f"  note: {note}" for note in answer["notes"])]
     message = answer["message"].removesuffix("; nothing was written")
     problems = [Problem(**row) for row in answer["problems"]]
     lines = [f"not as it is: {message}"]
     if [problem.detail for problem in problems] != [answer["message"]]:
         lines += [f"  {line}" for line in problem_lines(problems)]
-    return "\n".join([*lines, *([f"  hint: {answer['hint']}"] if answer["hint"] else [])])
+    return [*lines, *([f"  hint: {answer['hint']}"] if answer["hint"] else [])]

@@ -36,7 +36,7 @@ def as_data(model: Conversion) -> dict[str, Any]:
         "architecture": {"fairseq": model.fairseq, "class": model.target, "head": model.head},
         "table": {"name": model.plan.table.name, "digest": model.plan.table.digest},
         "renames": dict(model.plan.renames),
-        "drops": [drop.record for drop in model.drops],
+        "drops": [drop.record for drop in model.dropped],
         "fills": [fill.record for fill in model.plan.fills],
         "edits": [edit.record for edit in model.plan.table.edits],
         "config": {value.name: {"value": value.value, "origin": value.origin} for value in model.config},
@@ -54,7 +54,7 @@ def as_data(model: Conversion) -> dict[str, Any]:
     }
 
 
-def describe(model: Conversion) -> str:
+def describe(model: Conversion) -> list[str]:
     """Write a plan for people."""
     lines = [
         f"{model.fairseq} becomes {model.target}",
@@ -72,4 +72,4 @@ def describe(model: Conversion) -> str:
     lines += model.kept
     lines += ["config.json", *(f"  {v.name} = {v.value!r}  ({v.origin})" for v in model.config)]
     lines += ["settings that act while training only", f"  {', '.join(model.training_only) or 'none'}"]
-    return "\n".join(lines)
+    return lines

@@ -78,7 +78,7 @@ def command(
     return Outcome(True, text(done), asdict(done))
 
 
-def text(done: Published) -> str:
+def text(done: Published) -> list[str]:
     """Write what was published for people."""
     state = "verified" if done.verified else "UNVERIFIED"
     target = f"{done.repo_id}, {done.visibility}, {state}"
@@ -105,7 +105,7 @@ def text(done: Published) -> str:
         names = ", ".join(name.replace("_", " ") for name in done.unknown)
         lines.append(f"  not known, and therefore not in the card: {names}")
     lines += [f"  note: {note}" for note in done.notes]
-    lines += ["", done.card_diff] if done.dry_run and done.card_diff else []
+    lines += ["", *done.card_diff.split("\n")] if done.dry_run and done.card_diff else []
     if done.revision and not done.pull_request:
         lines += ["", f'load it with from_pretrained("{done.repo_id}", revision="{done.tag or done.revision}")']
-    return "\n".join(lines)
+    return lines

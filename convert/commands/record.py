@@ -50,4 +50,4 @@ def command(checkpoint: str, out: Path, **options: Any) -> Outcome:
         f"next: fairseq-to-hf verify {quoted(checkpoint)} MODEL_DIR --reference {quoted(out)}",
     ]
     details = dict(made.description.details)
-    return Outcome(True, "\n".join(lines), {"inputs": inputs, "checkpoint": made.checkpoint, "reference": details})
+    return Outcome(True, lines, {"inputs": inputs, "checkpoint": made.checkpoint, "reference": details})

@@ -30,4 +30,4 @@ def command(model_dir: Path, out: Path, overwrite: bool) -> Outcome:
         f"{out}: {done.tensors} tensors, each byte read back and compared",
         *(f"note: {note}" for note in done.notes),
     ]
-    return Outcome(True, "\n".join(lines), {"checkpoint": str(out), "tensors": done.tensors, "notes": list(done.notes)})
+    return Outcome(True, lines, {"checkpoint": str(out), "tensors": done.tensors, "notes": list(done.notes)})

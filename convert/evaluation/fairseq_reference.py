@@ -41,6 +41,7 @@ class FairseqReference:
             opening = directory.record.asked.opening if directory else {}
             opened = stack.enter_context(open_source(checkpoint, **opening))
             stack.enter_context(opened.unchanged())
+            opened.check_bytes()
             request = request_again(directory, opened) if directory else Request()
             taken = language or (directory.record.language if directory else "")
             self.subject, _ = read_subject(opened, replace(request, language=taken))

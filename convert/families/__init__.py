@@ -21,7 +21,17 @@ from convert.families.planning import unknown_language
 from convert.families.settings import Reader
 from convert.rules import Drop
 
-__all__ = ["FAMILIES", "Conversion", "Family", "Request", "architecture_of", "describe", "family_of", "settings_of"]
+__all__ = [
+    "FAMILIES",
+    "Conversion",
+    "Family",
+    "Request",
+    "architecture_of",
+    "describe",
+    "family_of",
+    "of_class",
+    "settings_of",
+]
 
 
 def _found() -> dict[str, Family]:
@@ -108,6 +118,13 @@ def family_of(checkpoint: Checkpoint, reader: Reader) -> Family:
     if found is None:
         raise _unsupported(checkpoint, name, dict.fromkeys(name for name, _ in known))
     return found
+
+
+def of_class(name: str, architecture: str = "") -> Family | None:
+    """Find the family of a class of transformers; of several, the one that declares fairseq's architecture."""
+    found = [family for family in FAMILIES.values() if name in family.classes.values()]
+    declared = [family for family in found if architecture in family.architectures]
+    return next(reversed(declared or found), None)
 
 
 def architecture_of(checkpoint: Checkpoint) -> str:

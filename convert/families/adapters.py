@@ -370,4 +370,5 @@ FAMILY = replace(
     state=_state,
     values=_values,
     languages=languages_of,
+    from_config=None,
 )

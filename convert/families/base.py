@@ -241,6 +241,9 @@ class Kind:
         values: the values of `config.json` that only this kind has.
         edits: changes of single rows of its head.
         data_config: whether the task's config.yaml belongs to it.
+        task: what today's fairseq calls the task of such a checkpoint.
+        label_list: whether that task has a list of labels.
+        restored: fairseq's name of what the way back makes, where that is another.
     """
 
     name: str
@@ -257,6 +260,46 @@ class Kind:
     values: Callable[[Sources], list[Value]] = _nothing
     edits: Callable[[Sources], list[Edit]] = _nothing
     data_config: bool = False
+    task: str = "audio_pretraining"
+    label_list: bool = False
+    restored: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restoring:
+    """What is particular to the way back from a conversion: what fairseq's own loader insists on.
+
+    Args:
+        settings: makes the entries of the file that hold the settings, from those in `conversion.json`; by default one
+            `cfg` as today's trainer writes it.
+        bare: whether the file holds the settings and the tensors alone.
+        renamed: what names of tensors start with in released files -> what they start with in today's.
+        teacher: a dict of tensors among the tensors, which a conversion leaves out.
+        taught: gives (names of the model, its settings) the teacher's names -> the model's.
+        notes: what people should know.
+    """
+
+    settings: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
+    bare: bool = False
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    teacher: str = ""
+    taught: Callable[[Iterable[str], Mapping[str, Any]], dict[str, str]] = lambda names, settings: {}
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class FromConfig:
+    """The way back from a directory that transformers itself saved, whose settings are those of its `config.json`.
+
+    Args:
+        kinds: the kinds of checkpoint that can be made.
+        settings: translates (config, preprocessor_config, kind) into fairseq's settings.
+        layout: states the geometry by (config, kind, rows of `lm_head`).
+    """
+
+    kinds: tuple[str, ...]
+    settings: Callable[[Mapping[str, Any], Mapping[str, Any], str], dict[str, Any]]
+    layout: Callable[[Mapping[str, Any], str, int], Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -285,6 +328,11 @@ class Family:
         convolutions: reads (channels, kernel, stride) of every convolution of its front end off the settings.
         restores: whether there is a way back from a conversion.
         pads: whether fairseq pads frames to a multiple, `required_seq_len_multiple`.
+        restoring: what is particular to the way back.
+        from_config: the way back from a directory that transformers itself saved, where there is one.
+        trainer: the project whose trainer writes its checkpoints.
+        paper: the arXiv number of what describes it, a key of `convert/publishing/papers.json`.
+        splits_masks: whether fairseq cuts the mask of a padded batch into as many equal pieces as there are frames.
     """
 
     name: str
@@ -310,6 +358,11 @@ class Family:
     )
     restores: bool = True
     pads: bool = True
+    restoring: Restoring = Restoring()
+    from_config: FromConfig | None = None
+    trainer: str = "fairseq"
+    paper: str = ""
+    splits_masks: bool = False
 
     def knows(self, names: Iterable[str]) -> bool:
         """Say whether a state_dict may be of this family, by its names alone."""

@@ -101,5 +101,6 @@ CLASSIFICATION = Kind(
     read=frozenset({"activation_fn", "apply_mask", "final_dropout", "latent_embed_dim", "normalize", "pooling"}),
     symbols="pooling_layer.projection.weight",
     text=False,
+    task="audio_classification",
     values=_values,
 )

@@ -10,8 +10,9 @@ from convert.families.encoder import Layout, assemble, encoder_rules, infer_enco
 from convert.families.encoder_settings import CHOICES, DEFAULTS, SAME
 from convert.families.planning import describe_encoder
 from convert.families.settings import Limit, Settings, Value
+from convert.families.wav2vec2 import FAMILY as WAV2VEC2
 from convert.families.wav2vec2 import KINDS, LIMITS, QUANTIZER, quantizer_values
-from convert.families.wav2vec2 import SETTINGS as WAV2VEC2
+from convert.families.wav2vec2 import SETTINGS as PLAIN
 from convert.rules import Drop, Edit, Rename, Rule, Table
 
 # fmt: off
@@ -94,12 +95,11 @@ SETTINGS = Settings(
     | {"depthwise_conv_kernel_size": "conv_depthwise_kernel_size"},
     choices={"extractor_mode": CHOICES["extractor_mode"]},
     limits=tuple(limit for limit in LIMITS if limit.field != "layer_type") + _LIMITS,
-    read=WAV2VEC2.read - {"activation_fn"},
-    training_only=WAV2VEC2.training_only - {"attn_type", "depthwise_conv_kernel_size", "pos_enc_type"}
-    | _WITHOUT_EFFECT,
-    defaults={**WAV2VEC2.defaults, "depthwise_conv_kernel_size": 31},
-    counts=WAV2VEC2.counts | {"depthwise_conv_kernel_size"},
-    flags=WAV2VEC2.flags,
+    read=PLAIN.read - {"activation_fn"},
+    training_only=PLAIN.training_only - {"attn_type", "depthwise_conv_kernel_size", "pos_enc_type"} | _WITHOUT_EFFECT,
+    defaults={**PLAIN.defaults, "depthwise_conv_kernel_size": 31},
+    counts=PLAIN.counts | {"depthwise_conv_kernel_size"},
+    flags=PLAIN.flags,
 )
 
 
@@ -172,4 +172,5 @@ FAMILY = Family(
     pads=False,
     state=_state,
     values=_values,
+    paper=WAV2VEC2.paper,
 )

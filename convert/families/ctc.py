@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from convert.families.base import Kind, Part, Shapes, Sources
 from convert.families.settings import Value
@@ -76,6 +76,5 @@ CTC = Kind(
     symbols="w2v_encoder.proj.bias",
     values=_values,
     edits=_blank,
+    task="audio_finetuning",  # audio_pretraining until June 2021
 )
-# of fairseq's models whose `get_logits` knows no `blank_weight`
-PLAIN_CTC = replace(CTC, read=CTC.read - {"blank_mode", "blank_weight"}, edits=lambda sources: [])

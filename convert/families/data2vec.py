@@ -10,9 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from convert.errors import PlanError, Problem
-from convert.families.base import Family, Kind, Part, Shapes, Sidecar, Sources
+from convert.families.base import Family, Kind, Part, Restoring, Shapes, Sidecar, Sources
 from convert.families.classification import CLASSIFICATION
 from convert.families.ctc import CTC
 from convert.families.encoder import Layout, assemble, encoder_rules, infer_encoder, kind_of
@@ -149,6 +150,13 @@ def _positions(sources: Sources) -> tuple[int, int]:
     return depth, max(3, sources.reader.count("conv_pos") // max(1, depth))
 
 
+def _taught(names: Iterable[str], settings: Mapping[str, Any]) -> dict[str, str]:
+    """`Data2VecAudioModel.make_ema_teacher`: the teacher starts as the model itself."""
+    whole = not settings.get("ema_transformer_only", True) and not settings.get("ema_layers_only", True)
+    start = "" if whole else "encoder."
+    return {name.removeprefix(start): name for name in names if name.startswith(start)}
+
+
 def _sidecars(sources: Sources) -> list[Sidecar]:
     return kept_head(sources, _head_table)
 
@@ -157,7 +165,10 @@ FAMILY = Family(
     name="data2vec_audio",
     architectures={"data2vec_audio": PRETRAINING},
     encoders=(("data2vec_audio", "transformer"),),
-    refused={"data2vec_multi": "data2vec 2.0, for which transformers has no class"},
+    refused={
+        "audio_classification": "the classifier of examples/data2vec; of classifiers, wav2vec_classification is converted",
+        "data2vec_multi": "data2vec 2.0, for which transformers has no class",
+    },
     mark=r"^(w2v_encoder\.w2v_model\.)?encoder\.pos_conv\.1\.0\.weight$",
     infer=infer,
     table=table,
@@ -173,4 +184,11 @@ FAMILY = Family(
     state=_state,
     values=_values,
     sidecars=_sidecars,
+    restoring=Restoring(
+        renamed={"final_proj.0.": "final_proj."},
+        teacher=TEACHER,
+        taught=_taught,
+        notes=(f"{TEACHER}: the teacher of the pretraining starts anew, as the model itself",),
+    ),
+    paper="2202.03555",
 )

@@ -75,11 +75,11 @@ CHOICES: dict[str, tuple[str, Mapping[str, str]]] = {
 
 # Settings of the fine-tuned model that replace the pretrained model's (wav2vec2_asr.Wav2VecEncoder, arg_overrides).
 FINE_TUNING = {
+    "layerdrop": "encoder_layerdrop",
     "dropout": "dropout",
     "activation_dropout": "activation_dropout",
     "attention_dropout": "attention_dropout",
     "dropout_input": "dropout_input",
-    "layerdrop": "encoder_layerdrop",
     "mask_length": "mask_length",
     "mask_prob": "mask_prob",
     "mask_channel_length": "mask_channel_length",

@@ -538,4 +538,5 @@ FAMILY = Family(
     convolutions=_convolutions,
     restores=False,
     pads=False,
+    trainer="fairseq2",
 )

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from convert.families.base import KEPT_HEAD, Family, Kind, Part, Shapes, Sidecar, Sources
 from convert.families.classification import CLASSIFICATION
-from convert.families.ctc import PLAIN_CTC
+from convert.families.ctc import CTC as WAV2VEC_CTC
 from convert.families.encoder import Layout, assemble, encoder_rules, infer_encoder, kind_of
 from convert.families.encoder_settings import CHOICES, COUNTS, DEFAULTS, FLAGS, READ, SAME, TRAINING_ONLY
 from convert.families.planning import describe_encoder, kept_head
@@ -80,8 +80,15 @@ class Own(Part):
 
 
 # its drops are among the encoder's: a fine-tuned model may have relics of that head, too
-PRETRAINING = Kind("pretraining", mark=r"^label_embs_concat$")
-KINDS = {kind.name: kind for kind in (PLAIN_CTC, CLASSIFICATION, PRETRAINING)}
+PRETRAINING = Kind("pretraining", mark=r"^label_embs_concat$", task="hubert_pretraining", label_list=True)
+CTC = replace(
+    WAV2VEC_CTC,
+    read=WAV2VEC_CTC.read - {"blank_mode", "blank_weight"},  # HubertCtc.get_logits does not know them
+    edits=lambda sources: [],
+    task=PRETRAINING.task,
+    label_list=True,
+)
+KINDS = {kind.name: kind for kind in (CTC, CLASSIFICATION, PRETRAINING)}
 
 # The pretraining head's, or `dropout_features`, which acts before what nothing reads; those of ContentVec's pretraining,
 # which its author leaves in files that are plain HuBERT
@@ -191,7 +198,7 @@ def _contentvec(sources: Sources) -> list[Value]:
     return []
 
 
-CONTENTVEC = replace(PRETRAINING, mark=r"^layer_proj\.", values=_contentvec)
+CONTENTVEC = replace(PRETRAINING, mark=r"^layer_proj\.", values=_contentvec, restored="hubert")
 
 
 def _sidecars(sources: Sources) -> list[Sidecar]:
@@ -200,11 +207,12 @@ def _sidecars(sources: Sources) -> list[Sidecar]:
 
 FAMILY = Family(
     name="hubert",
-    architectures={"hubert_ctc": PLAIN_CTC, "contentvec": CONTENTVEC, "hubert": PRETRAINING},
+    architectures={"hubert_ctc": CTC, "contentvec": CONTENTVEC, "hubert": PRETRAINING},
     encoders=(("hubert", "transformer"), ("contentvec", "transformer")),
     refused={
         "av_hubert": "AV-HuBERT, which sees video too, and for which transformers has no class",
         "multires_hubert": "HuBERT at several frame rates, for which transformers has no class",
+        "multires_hubert_ctc": "HuBERT at several frame rates, for which transformers has no class",
     },
     mark=r"^(w2v_encoder\.w2v_model\.)?label_embs_concat$",
     infer=infer,
@@ -221,4 +229,6 @@ FAMILY = Family(
     state=_state,
     values=_values,
     sidecars=_sidecars,
+    paper="2106.07447",
+    splits_masks=True,
 )

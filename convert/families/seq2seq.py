@@ -130,7 +130,7 @@ SETTINGS = Settings(  # those of the decoder
     defaults=_DEFAULTS,
     counts=frozenset(_COUNTS),
 )
-SEQ2SEQ = Kind(NAME, nested=True, read=frozenset(SETTINGS.read))
+SEQ2SEQ = Kind(NAME, nested=True, read=frozenset(SETTINGS.read), task="audio_finetuning")
 
 
 def table(layout: Layout, head: str = "", edits: Iterable[Edit] = ()) -> Table:

@@ -9,14 +9,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from convert.checkpoint.dictionary import SPECIAL, Dictionary
 from convert.checkpoint.sentencepiece import pieces
+from convert.checkpoint.writer import NewNamespace
 from convert.errors import PlanError, Problem
-from convert.families.base import Conversion, Family, Kind, Shapes, Sources
+from convert.families.base import Conversion, Family, Kind, Restoring, Shapes, Sources
 from convert.families.encoder import count
 from convert.families.encoder_settings import ACTIVATIONS
 from convert.families.planning import classify, finish, prove, read_dictionary
@@ -504,6 +505,14 @@ def _generation(sources: Sources, data: Reader, dictionary: Dictionary, language
     return made
 
 
+def _arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as fairseq wants those of a model without a dataclass: one Namespace, with the trainer's options in it."""
+    model = {key: value for key, value in settings["model"].items() if key not in ("_name", "flat")}
+    names = {"arch": "model", "task": "task", "criterion": "criterion"}
+    named = {name: settings[section].get("_name") for name, section in names.items()}
+    return {"args": NewNamespace(model | named), "cfg": None}
+
+
 FAMILY = Family(
     name=NAME,
     architectures=dict.fromkeys(ARCHITECTURES, KIND),
@@ -514,4 +523,9 @@ FAMILY = Family(
     model_type=NAME,
     classes={NAME: CLASS},
     settings=SETTINGS,
+    restoring=Restoring(
+        settings=_arguments,
+        notes=("fairseq also needs the config.yaml of the data, and beside it the files that it names",),
+    ),
+    paper="2010.05171",
 )

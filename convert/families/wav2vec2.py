@@ -6,11 +6,21 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from convert.families.base import NO_HEAD, Family, Kind, Part, Shapes, Sources
+from convert.families.base import NO_HEAD, Family, FromConfig, Kind, Part, Shapes, Sources
 from convert.families.classification import CLASSIFICATION
 from convert.families.ctc import CTC, Symbols
 from convert.families.encoder import PREFIXES, Encoder, Layout, assemble, encoder_rules, infer_encoder
-from convert.families.encoder_settings import ACTIVATIONS, CHOICES, COUNTS, DEFAULTS, FLAGS, READ, SAME, TRAINING_ONLY
+from convert.families.encoder_settings import (
+    ACTIVATIONS,
+    CHOICES,
+    COUNTS,
+    DEFAULTS,
+    FINE_TUNING,
+    FLAGS,
+    READ,
+    SAME,
+    TRAINING_ONLY,
+)
 from convert.families.planning import describe_encoder
 from convert.families.settings import Limit, Reader, Settings, Value, at_most_one, off, only
 from convert.rules import Drop, Edit, Rename, Table
@@ -203,11 +213,12 @@ def layout_of(config: Mapping[str, Any], kind: str, vocab: int) -> Layout[Part]:
     return Layout("wav2vec2", kind, PREFIXES[kind], encoder, head, Part())
 
 
-def settings_of(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
+def settings_of(config: Mapping[str, Any], features: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """Translate transformers' configuration into fairseq's settings; what it does not say has transformers' default.
 
     Args:
         config: the content of `config.json`.
+        features: that of `preprocessor_config.json`.
         kind: the kind of checkpoint to make: `ctc` or `pretraining`.
     """
     defaults: dict[str, Any] = {"conv_bias": False, "layer_norm_first": False, "conv_pos": 128, "conv_pos_groups": 16}
@@ -218,7 +229,7 @@ def settings_of(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
         model[name] = config.get(target, defaults.get(name, 0.1 if "drop" in name else None))
     words = {value: key for key, value in reversed(ACTIVATIONS.items())}
     convolutions = zip(config["conv_dim"], config["conv_kernel"], config["conv_stride"], strict=True)
-    return model | {
+    model |= {
         "_name": "wav2vec2",
         "activation_fn": words[config.get("hidden_act", "gelu")],
         "extractor_mode": "default" if config.get("feat_extract_norm", "group") == "group" else "layer_norm",
@@ -228,6 +239,16 @@ def settings_of(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
         "latent_dim": config.get("codevector_dim", 256),
         "quantize_targets": kind == "pretraining",
     }
+    sound = {"normalize": features["do_normalize"], "sample_rate": features.get("sampling_rate", 16000)}
+    inner = {"model": model, "task": {"_name": PRETRAINING.task, "data": "", **sound}, "criterion": None}
+    if kind == "pretraining":
+        return {"_name": None, "common": {}, **inner}
+    outer = {"_name": "wav2vec_ctc", "w2v_args": inner, "data": "", "normalize": sound["normalize"], "w2v_path": ""}
+    outer |= {"apply_mask": config.get("apply_spec_augment", True), "final_dropout": config.get("final_dropout", 0.1)}
+    outer |= {name: model[own] for name, own in FINE_TUNING.items()}
+    criterion = {"_name": "ctc", "zero_infinity": config.get("ctc_zero_infinity", False), "post_process": "letter"}
+    task = {"_name": CTC.task, "data": "", **sound}
+    return {"_name": None, "common": {}, "model": outer, "task": task, "criterion": criterion}
 
 
 _NO_CODE = "neither fairseq nor s3prl holds its model's code, so that nothing could prove a conversion"
@@ -251,4 +272,6 @@ FAMILY = Family(
     kinds=KINDS,
     settings=SETTINGS,
     values=quantizer_values,
+    from_config=FromConfig(("ctc", "pretraining"), settings_of, layout_of),
+    paper="2006.11477",
 )

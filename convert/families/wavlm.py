@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
-from convert.families.base import Family, Kind, Part, Shapes, Sources
+from convert.families.base import Family, Kind, Part, Restoring, Shapes, Sources
 from convert.families.encoder import LAYERS, Layout, assemble, encoder_rules, infer_encoder
 from convert.families.encoder_settings import CHOICES, COUNTS, DEFAULTS, FLAGS, READ, SAME, TRAINING_ONLY
 from convert.families.planning import describe_encoder
@@ -86,6 +87,10 @@ def _state(sources: Sources, layout: Layout[Positions]) -> Layout[Positions]:
     return replace(layout, own=own)
 
 
+def _settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {"cfg": {key: value for key, value in settings["model"].items() if key != "_name"}}
+
+
 FAMILY = Family(
     name="wavlm",
     architectures={"wavlm": PRETRAINING},
@@ -100,4 +105,8 @@ FAMILY = Family(
     settings=SETTINGS,
     pads=False,
     state=_state,
+    restoring=Restoring(settings=_settings, bare=True),
+    trainer="unilm",
+    paper="2110.13900",
+    splits_masks=True,
 )

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from convert.errors import ConvertError, MismatchError
 from convert.files import scratch_directory
-from convert.loading import load, load_model
+from convert.loading import load, load_model, quiet, trying
 
 
-def compute(source: str, class_name: str, revision: str | None = None) -> Mapping[str, Any]:
+def compute(source: str | Path, class_name: str, revision: str | None = None) -> Mapping[str, Any]:
     """Load a model with plain transformers and run it on one second of a fixed signal.
 
     Args:
@@ -22,26 +23,29 @@ def compute(source: str, class_name: str, revision: str | None = None) -> Mappin
         Every tensor the model gives, by name.
 
     Raises:
-        ConvertError: torch or transformers is missing, or the model does not load.
+        ConvertError: `load`: transformers cannot load or run it.
+        ImportError: torch or transformers is missing.
     """
-    try:
-        import numpy as np
-        import torch
-        import transformers
-    except ImportError as error:
-        hint = "pip install 'fairseq-to-hf[verify]'"
-        raise ConvertError(f"loading the model needs {error.name}", code="no-torch", hint=hint) from None
+    import numpy as np
+    import torch
+    import transformers
+
+    name = source.name if isinstance(source, Path) else source
+    model_class = getattr(transformers, class_name or "-", None)
+    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
+        message = f"{name}: transformers {transformers.__version__} has no model class {class_name!r}"
+        raise ConvertError(message, code="load", key=name, hint="pip install -U transformers")
     signal = np.random.default_rng(0).standard_normal(16000).astype(np.float32)
     with scratch_directory() as cache:
         where: dict[str, Any] = {"revision": revision, "cache_dir": cache} if revision else {}
         features = load(transformers.AutoFeatureExtractor, source, **where)
-        model = load_model(getattr(transformers, class_name), source, **where)
+        model = load_model(model_class, source, **where)
         if class_name.endswith(("ForCTC", "ForConditionalGeneration", "SpeechEncoderDecoderModel")):
             load(transformers.AutoTokenizer, source, **where)
-    inputs = features(signal, sampling_rate=features.sampling_rate, return_tensors="pt")
-    if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = torch.tensor([[model.generation_config.decoder_start_token_id]])
-    with torch.no_grad():
+    with trying(name, "transformers cannot run it"), quiet(), torch.no_grad():
+        inputs = features(signal, sampling_rate=features.sampling_rate, return_tensors="pt")
+        if model.config.is_encoder_decoder:
+            inputs["decoder_input_ids"] = torch.tensor([[model.generation_config.decoder_start_token_id]])
         outputs = model.eval()(**inputs)
     return {name: value for name, value in outputs.items() if torch.is_tensor(value)}
 

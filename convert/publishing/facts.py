@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 from convert.conversion import NAME as CONVERSION
 from convert.conversion import Record
 from convert.errors import ConvertError
+from convert.families import Family, of_class
 from convert.publishing.files import MODEL, Inventory
 from convert.publishing.verified import EVALUATION, Evaluated, Result, Verified
 from convert.typed import Misfit, read
@@ -21,9 +22,6 @@ from convert.typed import Misfit, read
 if TYPE_CHECKING:
     from convert.fetching import Entry
 
-# The paper that describes a model class, by the beginning of the class's name.
-_METHOD = {"Wav2Vec2": "2006.11477", "Hubert": "2106.07447", "Data2VecAudio": "2202.03555", "Speech2Text": "2010.05171"}
-_METHOD |= {"WavLM": "2110.13900"}
 # What a model class gives, by the end of its name.
 _OUTPUTS = {
     "ForCTC": "ctc",
@@ -63,6 +61,7 @@ class Config:
 
     architectures: tuple[Annotated[str, re.compile(r"[A-Za-z]\w{0,80}", re.ASCII)], ...] = ("",)
     model_type: Annotated[str, re.compile(r"[\w-]{0,40}", re.ASCII)] = ""
+    classifier_proj_size: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +82,7 @@ class Facts:
     pin: str | None  # the tag that the snippets load; None where no tag can be set
     class_name: str
     model_type: str
+    joined: bool  # whether the class's configuration says how wide the kept pretraining head is
     features: Features | None
     record: Record
     verification: Verified | None
@@ -103,9 +103,14 @@ class Facts:
         return self.verification is not None
 
     @property
+    def family(self) -> Family | None:
+        """The family of the model's class."""
+        return of_class(self.class_name, self.record.architecture.fairseq)
+
+    @property
     def trainer(self) -> str:
         """The project whose trainer wrote the checkpoint."""
-        return "unilm" if self.class_name.startswith("WavLM") else "fairseq"
+        return self.family.trainer if self.family else "fairseq"
 
     @property
     def output(self) -> str:
@@ -199,8 +204,8 @@ def gather(
     config = _read(Config, inventory, "config.json") or Config()
     entry = _entry(record.source.sha256, stated.catalogue)
     class_name = next(iter(config.architectures), "")
-    numbers = [number for prefix, number in _METHOD.items() if class_name.startswith(prefix)]
-    numbers += [entry.citation] if entry and entry.citation not in numbers else []
+    family = of_class(class_name, record.architecture.fairseq)
+    numbers = dict.fromkeys([family.paper if family else "", (entry.citation if entry else None) or ""])
     language = stated.language or ((entry.language or ()) if entry else ())
     vocabulary, evaluation = inventory.json("vocab.json"), inventory.json(EVALUATION)
     return Facts(
@@ -208,6 +213,7 @@ def gather(
         pin=pin,
         class_name=class_name,
         model_type=config.model_type,
+        joined=config.classifier_proj_size is not None,
         features=_read(Features, inventory, "preprocessor_config.json"),
         record=record,
         verification=verification,

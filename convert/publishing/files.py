@@ -38,6 +38,7 @@ _SECRET = re.compile(
 _HOME = re.compile(r"(/home/|/Users/|/root/|/private/|/tmp/|file://|[A-Za-z]:\\)")
 _TEXTS = (".json", ".md", ".txt", "LICENSE", "NOTICE")
 _SYMBOLS = ("vocab.json", "tokenizer.json", "alphabet.json")  # a phoneme may well be written /a/
+_OF_SYMBOLS = ("dictionary.", "dictionaries.", "languages.")  # in conversion.json
 _ABSOLUTE = re.compile(r"/[\w.@+-]+(/[\w.@+-]*)+")
 
 
@@ -186,7 +187,7 @@ def _leaks(file: LocalFile) -> list[Problem]:
         value = parse_json(file.content, file.name)
     except ConvertError:
         return [Problem("not-json", file.name, "is not JSON")]
-    found = sorted({key for key, text in _texts(value, "") if private(text) and not key.startswith("dictionary.")})
+    found = sorted({key for key, text in _texts(value, "") if private(text) and not key.startswith(_OF_SYMBOLS)})
     return [Problem("private-path", file.name, f"{key} names a path of the machine it was made on") for key in found]
 
 

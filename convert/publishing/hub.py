@@ -26,7 +26,6 @@ PACE = 1.0  # of our own pauses; the tests go faster
 MOST_PAGES = 5000  # requests for answers, in one run
 LONGEST_WAIT = 300.0  # seconds; a quota that asks for more ends the run instead
 _SECRETS = re.compile(r"hf_[A-Za-z0-9]+|(?<=\?)\S+")
-_QUOTA = "the Hub's quota is used up"
 _TALKERS = ("huggingface_hub", "httpx", "httpx2", "httpcore", "httpcore2")
 
 
@@ -119,7 +118,8 @@ def _no_long_wait(response: Any) -> None:
         r"(?:;\s*t=|^)([0-9]+)", response.headers.get("RateLimit", response.headers.get("Retry-After", ""))
     )
     if response.status_code == 429 and any(len(seconds) > 9 or int(seconds) > LONGEST_WAIT for seconds in asked):
-        raise ConvertError(_QUOTA, code="quota", hint="run it again in an hour")
+        response.read()
+        hub_utils().hf_raise_for_status(response)
 
 
 def _patience() -> Callable[[Any], None]:
@@ -272,7 +272,7 @@ def explain(error: BaseException, what: str, repo_id: str) -> ConvertError:
         hint = "look at the repository, and run it again"
     elif status == 429:
         wait = _retry_after(error)
-        code, text = "quota", _QUOTA
+        code, text = "quota", "the Hub's quota is used up"
         hint = f"run it again in {wait:.0f} seconds" if wait else "run it again in an hour"
     elif status is not None and status >= 500:
         code, text, hint = "server", f"the Hub answered {status}", "run it again; it goes on where it stopped"

@@ -19,6 +19,7 @@ from convert.publishing.files import read as read_directory
 from convert.publishing.hub import client
 from convert.publishing.plan import Wish, make, may_write, refuse_conflict
 from convert.publishing.remote import UNVERIFIED, Remote, read, validate, who
+from convert.report import without_user
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -127,7 +128,7 @@ def publish(
     pin = None if create_pr else tag or f"{'un' if unverified else ''}verified-{digest(inventory)}"
     facts = gather(inventory, repo_id, verification=proof, pin=pin, stated=stated or Stated())
     # what was not verified has at least to load
-    expected = checks.compute(str(inventory.directory), facts.class_name) if check or unverified else None
+    expected = checks.compute(inventory.directory, facts.class_name) if check or unverified else None
     wish = Wish(public, create_pr, revision, card, delete_stale)
     with client(timeout, progress) as api:
         answer = _run(api, inventory, facts, wish, dry_run)
@@ -139,7 +140,16 @@ def publish(
 
 
 def _run(api: HfApi, inventory: Inventory, facts: Facts, wish: Wish, dry_run: bool) -> Published:
-    user = who(api, facts.repo_id, wish.create_pr)
+    try:
+        user = who(api, facts.repo_id, wish.create_pr)
+    except ConvertError as error:
+        if error.code != "no-token" or not dry_run:
+            raise
+        nowhere = Remote(False, None, wish.revision, None, None, {}, None)
+        note = "there is no Hub token: what stands on the Hub was not looked at"
+        return _finish(
+            api, inventory, facts, make(api, inventory, facts, nowhere, wish), nowhere, None, (note,), [], True
+        )
     may_write(user, facts.repo_id, wish.create_pr)
     model = [file for file in inventory.files.values() if MODEL.fullmatch(file.name)]
     first: Remote | None = None
@@ -198,7 +208,7 @@ def _finish(
     files = plan.write
     return Published(
         repo_id=facts.repo_id,
-        url=f"{api.endpoint}/{facts.repo_id}",
+        url=without_user(f"{api.endpoint}/{facts.repo_id}"),
         verified=facts.verified,
         dry_run=dry_run,
         committed=receipt is not None,

@@ -36,7 +36,8 @@ _SETTINGS = (
     ("task", "labels"),
     ("criterion", "_name"),
 )
-_TRAINERS = {"fairseq": "https://github.com/facebookresearch/fairseq", "unilm": "https://github.com/microsoft/unilm"}
+_PROJECTS = (("facebookresearch", "fairseq"), ("facebookresearch", "fairseq2"), ("microsoft", "unilm"))
+_TRAINERS = {name: f"https://github.com/{owner}/{name}" for owner, name in _PROJECTS}
 
 
 def body(facts: Facts, level: int) -> str:
@@ -131,7 +132,7 @@ def _usage(facts: Facts) -> str:
         section += (
             "\n\nThe head of pretraining, for which transformers' class has no place, is in `final_proj.safetensors`"
         )
-        joined = facts.class_name == "HubertModel" and "final_proj.weight" in kept.tensors
+        joined = facts.joined and facts.output == "hidden" and "final_proj.weight" in kept.tensors
         section += f":\n\n```python\n{snippets.final_proj(facts)}```" if joined else ", under fairseq's names."
     if facts.languages:
         several = f"{len(facts.languages)} languages, each with an adapter and a vocabulary of its own"
@@ -172,7 +173,7 @@ def _input(facts: Facts) -> str:
         )
     elif features:
         lines.append("- The processor returns no `attention_mask`; run utterances of different lengths one by one.")
-    if facts.class_name.startswith(("Hubert", "WavLM")):
+    if facts.family and facts.family.splits_masks:
         lines.append(
             "- In a padded batch, fairseq and transformers count the valid frames of the shorter utterances differently "
             "(fairseq splits the mask evenly, transformers follows the convolutions), so that the last frame of one may "

@@ -8,12 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from convert.audio import Waveform
 from convert.conversion import Record
 from convert.directory import ModelDirectory
 from convert.errors import Problem
 from convert.verification import controls, endtoend, vocabulary
 from convert.verification.compare import SCORES, Answer, Difference, distances
-from convert.verification.inputs import Cut, Probe, Waveform
+from convert.verification.inputs import Cut, Probe
 from convert.verification.judge import Judged, batch_of, judge
 from convert.verification.reference import Live, Reference, Subject, tensor
 from convert.verification.report import Findings, curves_of, finite, run_of

@@ -37,6 +37,7 @@ def make_recording(
         out, fairseq_python, audio, dtype, long, overwrite: as for `convert.verification.record`.
     """
     with new_file(out, overwrite=overwrite) as path, opened.unchanged():
+        opened.check_bytes()
         subject, geometry = read_subject(opened, request)
         clips = collect(audio, subject.rate, geometry)
         wanted = [one for one in probes(geometry, clips, rate=subject.rate) if long or one.name != "30-seconds"]

@@ -6,6 +6,7 @@ in docs/verification.md.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 from convert.errors import Problem
 from convert.files import write_file
-from convert.report import json_bytes, library, padding_text, problem_lines
+from convert.report import json_bytes, library, padding_text, problem_lines, shown
 from convert.verification.compare import SCORES
 from convert.verification.controls import Control
 from convert.verification.endtoend import EndToEnd
@@ -139,8 +140,20 @@ def finite(value: float) -> float | None:
 
 
 def write(folder: Path, report: Mapping[str, Any]) -> None:
-    """Write `verification.json` into a model directory: all of it, or nothing."""
-    write_file(folder / NAME, json_bytes(report))
+    """Write `verification.json` into a model directory: all of it, or nothing, and no path of this machine."""
+    machine = (folder.absolute().parent, folder.resolve().parent, Path.home(), Path.cwd(), Path(tempfile.gettempdir()))
+    places = sorted({f"{place}/" for place in machine if place != Path("/")}, key=len, reverse=True)
+    write_file(folder / NAME, json_bytes(_without(report, places)))
+
+
+def _without(value: Any, places: Sequence[str]) -> Any:
+    if isinstance(value, Mapping):
+        return {_without(key, places): _without(item, places) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without(item, places) for item in value]
+    for place in places if isinstance(value, str) else ():
+        value = value.replace(place, "")
+    return value
 
 
 def text(report: Mapping[str, Any]) -> str:
@@ -163,7 +176,8 @@ def text(report: Mapping[str, Any]) -> str:
     lines += [f"  not checked: {key}: {reason}" for key, reason in report["skipped"].items()]
     lines += [f"  {padding_text(one)}" for one in report["padding"]]
     lines.append("verified: the same model" if report["passed"] else "NOT the same, or not proved:")
-    return "\n".join([*lines, *(f"  {line}" for line in problem_lines(_reasons(report)))])
+    lines += [f"  {line}" for line in problem_lines(_reasons(report))]
+    return "\n".join(map(shown, lines))
 
 
 def _reasons(report: Mapping[str, Any]) -> list[Problem]:

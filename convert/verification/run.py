@@ -7,17 +7,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from convert.audio import Waveform
 from convert.checkpoint import Checkpoint
 from convert.directory import ModelDirectory
 from convert.errors import ConvertError, MismatchError, Problem
 from convert.files import Hashes
 from convert.package import compare_opened
+from convert.report import quoted
 from convert.request import request_again
 from convert.sources import dictionary_beside, open_source
 from convert.verification import controls, expected
 from convert.verification.device_run import LONG, Work, on_device
 from convert.verification.devices import choose, describe, steady
-from convert.verification.inputs import QUIET, SPEECH, Cut, Geometry, Probe, Waveform, collect, in_languages, probes
+from convert.verification.inputs import QUIET, SPEECH, Cut, Geometry, Probe, collect, in_languages, probes
 from convert.verification.recording import Recorded, answers
 from convert.verification.reference import Description, Live, Reference, Subject
 from convert.verification.report import Findings, Verification, write
@@ -145,21 +147,21 @@ def _recording(path: Path, subject: Subject) -> Recorded:
             f"{path.name} is a recording of {made_of}, not of {subject.name} ({subject.sha256[:12]}…)",
             code="other-checkpoint",
             key=path.name,
-            hint=f"record this one: fairseq-to-hf record {subject.name} FILE",
+            hint=f"record this one: fairseq-to-hf record {quoted(subject.name)} FILE",
         )
     if recorded.blank is None and "<ctc_blank>" in subject.symbols:
         raise ConvertError(
             f"{path.name} was made by a version that took <ctc_blank> for the blank: its texts are not fairseq's",
             code="bad-recording",
             key=path.name,
-            hint=f"record again: fairseq-to-hf record {subject.name} FILE",
+            hint=f"record again: fairseq-to-hf record {quoted(subject.name)} FILE",
         )
     if recorded.language != subject.language:
         raise ConvertError(
             f"{path.name} was recorded in the language {recorded.language!r}, the model speaks {subject.language!r}",
             code="other-language",
             key=path.name,
-            hint=f"record it: fairseq-to-hf record {subject.name} FILE --lang {subject.language}",
+            hint=f"record it: fairseq-to-hf record {quoted(subject.name)} FILE --lang {subject.language}",
         )
     return recorded
 
