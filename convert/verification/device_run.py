@@ -179,7 +179,8 @@ def _padding(work: Work, target: Target, followed: Judged, device: str) -> dict[
             outputs.append(values)
 
     counts = [target.run(waveforms, given, visit) for given in (lengths, target.samples(followed.frames))]
-    utterances = [torch.split(values, count) for values, count in zip(outputs, counts, strict=True)]
+    pairs = zip(outputs, counts, strict=True)  # what was pooled over the frames has one row for each utterance
+    utterances = [torch.split(values, count if len(values) == sum(count) else 1) for values, count in pairs]
     apart = [float((a[: len(b)] - b[: len(a)]).abs().max()) for a, b in zip(*utterances, strict=True)]
     return {
         "device": device,
