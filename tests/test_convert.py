@@ -212,7 +212,7 @@ def edited(path: Path, edit: Callable[[dict[str, Any]], Any]) -> Path:
         (lambda s: s["cfg"]["task"].update(normalize=True), "conflict", "normalize"),
         (lambda s: s["cfg"]["task"].pop("normalize"), "missing-setting", "normalize"),
         (lambda s: s["cfg"]["task"].update(sample_rate=-1), "bad-setting", "sample_rate"),
-        (lambda s: s["cfg"]["criterion"].update(post_process="subword_nmt"), "unsupported-setting", "criterion.post_process"),
+        (lambda s: s["cfg"]["criterion"].update(post_process="byte_pairs"), "unsupported-setting", "criterion.post_process"),
         (lambda s: s["model"].update(extra=torch.zeros(1)), "unmapped-source", "extra"),
         (lambda s: s["model"].pop("w2v_encoder.proj.bias"), "dead-rule", "w2v_encoder.proj.bias"),
         (lambda s: s.pop("task_state"), "no-dictionary", "--dict"),
