@@ -19,7 +19,7 @@ from convert.sources import DIRECTORY
     "fetch",
     "fairseq-to-hf fetch --list hubert large",
     "fairseq-to-hf fetch wav2vec2-base-960h",
-    "fairseq-to-hf fetch hubert-base --directory downloads",
+    "fairseq-to-hf fetch hubert-base-ls960 --directory downloads",
 )
 @click.argument("words", metavar="NAME", nargs=-1)
 @click.option("--list", "listing", is_flag=True, help="List the catalogue: what it has with all of these WORDS.")

@@ -18,7 +18,7 @@ def planning(function: F) -> F:
     options = [
         click.option(
             "--head",
-            type=click.Choice(["ctc", "pretraining", "classification", "sequence", "encoder"]),
+            type=click.Choice(["ctc", "pretraining", "classification", "seq2seq", "encoder"]),
             help="Default: what the checkpoint is; `encoder` leaves its head out.",
         ),
         click.option("--dict", "dictionary", metavar="FILE", help="dict.*.txt, or fairseq2's tokenizer .model."),

@@ -36,7 +36,7 @@ def as_data(model: Conversion) -> dict[str, Any]:
         "architecture": {"fairseq": model.fairseq, "class": model.target, "head": model.head},
         "table": {"name": model.plan.table.name, "digest": model.plan.table.digest},
         "renames": dict(model.plan.renames),
-        "drops": [drop.record for drop in model.drops],
+        "drops": [drop.record for drop in model.dropped],
         "fills": [fill.record for fill in model.plan.fills],
         "edits": [edit.record for edit in model.plan.table.edits],
         "config": {value.name: {"value": value.value, "origin": value.origin} for value in model.config},

@@ -165,7 +165,10 @@ FAMILY = Family(
     name="data2vec_audio",
     architectures={"data2vec_audio": PRETRAINING},
     encoders=(("data2vec_audio", "transformer"),),
-    refused={"data2vec_multi": "data2vec 2.0, for which transformers has no class"},
+    refused={
+        "audio_classification": "the classifier of examples/data2vec; of classifiers, wav2vec_classification is converted",
+        "data2vec_multi": "data2vec 2.0, for which transformers has no class",
+    },
     mark=r"^(w2v_encoder\.w2v_model\.)?encoder\.pos_conv\.1\.0\.weight$",
     infer=infer,
     table=table,

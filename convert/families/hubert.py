@@ -164,6 +164,7 @@ FAMILY = Family(
         "av_hubert": "AV-HuBERT, which sees video too, and for which transformers has no class",
         "contentvec": "ContentVec with the layers that hear the speaker; its `legacy` file is a plain HuBERT, which converts",
         "multires_hubert": "HuBERT at several frame rates, for which transformers has no class",
+        "multires_hubert_ctc": "HuBERT at several frame rates, for which transformers has no class",
     },
     mark=r"^(w2v_encoder\.w2v_model\.)?label_embs_concat$",
     infer=infer,

@@ -19,7 +19,6 @@ from convert.verification.handed import handed
 from convert.verification.inputs import Geometry
 from convert.verification.reference import Subject
 
-SPLIT_MASKS = ("hubert", "wavlm")  # fairseq's encoders that cut the mask of a padded batch into equal pieces
 HALVES = ("float16", "bfloat16")
 
 
@@ -66,7 +65,7 @@ def read_subject(opened: Checkpoint, request: Request, sha256: str = "") -> tupl
     family = family_of(opened, reader)
     convolutions = tuple((kernel, stride) for _, kernel, stride in family.convolutions(reader))
     multiple = reader.values.get("required_seq_len_multiple", 2) if family.pads else 1
-    return subject, Geometry(convolutions, int(multiple or 1), reader.values.get("_name") in SPLIT_MASKS)
+    return subject, Geometry(convolutions, int(multiple or 1), family.splits_masks)
 
 
 def _file(opened: Checkpoint, sha256: str) -> dict[str, Any]:
