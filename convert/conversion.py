@@ -70,6 +70,7 @@ class Asked:
     keep_final_proj: bool = False
     language: str | None = None
     data_config: Mapping[str, Any] | None = None
+    post_process: str = ""
     ema: bool = False
     arch: str = ""
     normalize: bool | None = None

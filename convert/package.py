@@ -63,6 +63,7 @@ def plan(
     keep_final_proj: bool = False,
     language: str | None = None,
     data_config: str | Path | None = None,
+    post_process: str | None = None,
     ema: bool = False,
     arch: str = "",
     normalize: bool | None = None,
@@ -78,6 +79,7 @@ def plan(
         keep_final_proj: keep the pretraining head of a model whose class has no place for it, in `final_proj.safetensors`.
         language: the one language to take of an MMS checkpoint that has adapters for several, or to translate into.
         data_config: the config.yaml of a speech-to-text task; its dictionary and its sentencepiece model lie beside it.
+        post_process: fairseq's name of how text is made of the symbols, such as `sentencepiece`, in place of the recipe's.
         ema: take the exponential moving average of the weights that the checkpoint holds beside them.
         arch: the architecture that fairseq2 registers by this name, for its files without settings.
         normalize: whether waveforms were normalised, for checkpoints of fairseq2 that lie without their config.yaml.
@@ -88,6 +90,7 @@ def plan(
     """
     asked: dict[str, Any] = {"head": head, "dictionary": dictionary, "training_only": training_only}
     asked |= {"keep_final_proj": keep_final_proj, "language": language, "data_config": data_config}
+    asked["post_process"] = post_process
     opening: dict[str, Any] = {"ema": ema, "arch": arch, "normalize": normalize}
     with opened_for(checkpoint, base, asked, opening) as (opened, request):
         return describe(opened, request)
@@ -116,6 +119,7 @@ def convert(
     keep_final_proj: bool = False,
     language: str | None = None,
     data_config: str | Path | None = None,
+    post_process: str | None = None,
     ema: bool = False,
     arch: str = "",
     normalize: bool | None = None,
@@ -130,7 +134,7 @@ def convert(
     Args:
         checkpoint: a path, a name of the catalogue, an address, or a file on the Hub; see `convert.sources.open_source`.
         out: the directory to make.
-        head, dictionary, base, training_only, keep_final_proj, language, data_config, ema, arch, normalize: as for `plan`.
+        head, dictionary, base, training_only, keep_final_proj, language, data_config, post_process, ema, arch, normalize: as for `plan`.
         dtype: `keep`, `float32`, `float16` or `bfloat16`.
         max_shard_size: the largest safetensors file, in bytes.
         overwrite: whether an existing model directory is replaced, once the new one is proved.
@@ -161,6 +165,7 @@ def convert(
     check_directory(out, replaceable)
     asked: dict[str, Any] = {"head": head, "dictionary": dictionary, "training_only": training_only}
     asked |= {"keep_final_proj": keep_final_proj, "language": language, "data_config": data_config}
+    asked["post_process"] = post_process
     opening: dict[str, Any] = {"ema": ema, "arch": arch, "normalize": normalize}
     with opened_for(checkpoint, base, asked, opening) as (opened, request):
         model = describe(opened, request)

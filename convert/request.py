@@ -21,6 +21,7 @@ def make_request(
     keep_final_proj: bool = False,
     language: str | None = None,
     data_config: str | Path | None = None,
+    post_process: str | None = None,
     ema: bool = False,
     arch: str = "",
     normalize: bool | None = None,
@@ -33,7 +34,16 @@ def make_request(
     data = read_data_config(Path(data_config)) if data_config else None
     symbols = from_file(Path(dictionary)) if dictionary else data.dictionary if data else None
     return Request(
-        head or "", symbols, tuple(training_only), keep_final_proj, language or "", data, ema, arch, normalize
+        head=head or "",
+        dictionary=symbols,
+        training_only=tuple(training_only),
+        keep_final_proj=keep_final_proj,
+        language=language or "",
+        data_config=data,
+        post_process=post_process or "",
+        ema=ema,
+        arch=arch,
+        normalize=normalize,
     )
 
 
@@ -58,6 +68,7 @@ def request_again(
         head=record.asked.head,
         keep_final_proj=record.asked.keep_final_proj,
         language=record.asked.language,
+        post_process=record.asked.post_process,
     )
     if made.dictionary is None and opened.dictionary is None:
         made = replace(made, dictionary=record.dictionary)

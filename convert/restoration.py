@@ -308,6 +308,7 @@ def _loadable(settings: Mapping[str, Any]) -> dict[str, Any]:
         task = {"data": "", **values["task"]}
         _, kind = ARCHITECTURES.get(str(model.get("_name")), (None, Kind("")))
         task["_name"] = kind.task
+        model |= {"_name": kind.restored} if kind.restored else {}
         if "w2v_args" in values["model"]:
             model.setdefault("data", "")
             model.setdefault("normalize", task.get("normalize", False))

@@ -157,6 +157,51 @@ def zipped_again(state: State, model: torch.nn.Module, path: Path) -> None:
             archive.writestr(f"checkpoint/{name}", content[name])
 
 
+def contentvec(state: State, layers: int, speaker_layers: int = 2) -> State:
+    """A checkpoint of ContentVec's trainer: HuBERT, with layers behind it whose norms are made of a speaker's embedding."""
+    torch.manual_seed(9)
+    weights = dict(state["model"])
+    width, inner = weights["encoder.layers.0.fc1.weight"].shape[::-1]
+    for layer in range(layers, layers + speaker_layers):
+        for name in ("k_proj", "v_proj", "q_proj", "out_proj"):
+            weights[f"encoder.layers.{layer}.self_attn.{name}.weight"] = torch.randn(width, width)
+            weights[f"encoder.layers.{layer}.self_attn.{name}.bias"] = torch.randn(width)
+        for name, shape in (("fc1", (inner, width)), ("fc2", (width, inner))):
+            weights[f"encoder.layers.{layer}.{name}.weight"] = torch.randn(shape)
+            weights[f"encoder.layers.{layer}.{name}.bias"] = torch.randn(shape[0])
+        for norm in ("self_attn_layer_norm", "final_layer_norm"):
+            for part in ("weight_ln", "bias_ln"):
+                weights[f"encoder.layers.{layer}.{norm}.{part}.weight"] = torch.randn(width, 16)
+    for part in ("weight_ln", "bias_ln"):
+        weights[f"encoder.cond_layer_norm.{part}.weight"] = torch.randn(width, 16)
+    weights |= {"layer_proj.weight": torch.randn(24, width), "layer_proj.bias": torch.randn(24)}
+    model = state["cfg"]["model"] | CONTENTVEC | {"_name": "contentvec", "encoder_layers_1": speaker_layers}
+    task = state["cfg"]["task"] | {"_name": "contentvec_pretraining", "spk2info": "spk2info.dict", "crop": False}
+    return state | {"model": weights, "cfg": state["cfg"] | {"model": model, "task": task}}
+
+
+# what ContentVec's settings hold beside HuBERT's, and its author's `legacy` files keep
+CONTENTVEC = {"encoder_layers_1": 3, "ctr_layers": [-6], "logit_temp_ctr": 0.1, "num_negatives": 100}
+CONTENTVEC |= {"cross_sample_negatives": 0, "crop_seq_to_multiple": 1}
+
+
+def legacy_contentvec(state: State) -> State:
+    """What ContentVec's author makes of one, so that fairseq alone loads it: the settings stay."""
+    model = state["cfg"]["model"] | CONTENTVEC | {"_name": "hubert"}
+    return state | {"cfg": state["cfg"] | {"model": model}}
+
+
+def around(state: State, name: str, head: dict[str, torch.Tensor], outer: State) -> State:
+    """A model that fairseq built around a pretrained one: the head's tensors, and the settings of a checkpoint like it."""
+    prefix = "w2v_encoder.w2v_model."
+    inside = ("quantizer.", "project_q.", "final_proj.", "label_embs_concat", "target_glu.", "_ema")
+    weights = {prefix + key: value for key, value in state["model"].items() if not key.startswith(inside)}
+    layer_type = state["cfg"]["model"].get("layer_type", "transformer")
+    own = {"_name": name, "w2v_args": state["cfg"] | {"criterion": None}, "layer_type": layer_type}
+    model = outer["cfg"]["model"] | own
+    return outer | {"model": weights | head, "cfg": outer["cfg"] | {"model": model}}
+
+
 # kinds that hold everything
 COMPLETE: dict[str, Callable[[State, torch.nn.Module, Path], None]] = {
     function.__name__: function

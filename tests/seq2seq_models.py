@@ -78,7 +78,7 @@ VARIANTS: dict[str, Seq2Seq] = {
 REFUSED: dict[str, Seq2Seq] = {
     "no_token_positional_embeddings": Seq2Seq("wav2vec2", BASE, DECODER | {"no_token_positional_embeddings": True}),
     "pos_conv_depth": Seq2Seq("wav2vec2", BASE | {"pos_conv_depth": 2}, DECODER),
-    "eval_wer_post_process": Seq2Seq("wav2vec2", BASE, DECODER, task={"eval_wer_post_process": "subword_nmt"}),
+    "eval_wer_post_process": Seq2Seq("wav2vec2", BASE, DECODER, task={"eval_wer_post_process": "byte_pairs"}),
 }
 
 

@@ -56,7 +56,7 @@ OTHER_FILES: dict[str, tuple[bytes, str, str]] = {
     "text": (b"wav2vec_small.pt 950500491\n", "foreign-file", "is a text file"),
     "html": (b"\n<!DOCTYPE html><html><body>404</body></html>", "foreign-file", "is a web page: the download failed"),
     "safetensors": (struct.pack("<Q", 8) + b'{"a": 1}', "truncated", "is a damaged or truncated safetensors file"),
-    "no-tensors": (struct.pack("<Q", 2) + b"{}      ", "foreign-file", "holds an empty dict"),
+    "no-tensors": (struct.pack("<Q", 8) + b"{}      ", "foreign-file", "holds an empty dict"),
     "pickle": (b"\x80\x02}q\x00.", "foreign-file", "is a pickle that torch.save did not write"),
     "tar": (b"storages\0" + bytes(248) + b"ustar" + bytes(250), "foreign-file", "is a tar archive"),
     "zip-head": (b"PK\x03\x04" + bytes(100), "truncated", "is a truncated or damaged zip file"),

@@ -25,6 +25,7 @@ from convert.mapping import infer_layout, map_state_dict, table
 from convert.publishing.card import compose
 from convert.publishing.facts import Stated, gather
 from convert.publishing.files import read
+from convert.publishing.verified import Verified
 from convert.verification import record, verify
 from convert.verification.fairseq_side.arithmetic import lifted
 
@@ -283,7 +284,7 @@ def test_a_recording(tmp_path: Path) -> None:
     done = verify(path, tmp_path / "out", reference=tmp_path / "recording.safetensors", devices=["cpu"], long=False)
     assert done.problems == ()
     card = compose(
-        gather(read(tmp_path / "out"), "me/tiny", verification=done.report, pin="v1", stated=Stated())
+        gather(read(tmp_path / "out"), "me/tiny", verification=Verified.of(done.report), pin="v1", stated=Stated())
     ).decode()
     assert "Wav2Vec2ConformerForCTC.from_pretrained" in card and 'attn_implementation="eager"' in card
     assert "- wav2vec2-conformer" in card

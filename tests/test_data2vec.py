@@ -190,7 +190,7 @@ def test_data2vec_2_is_refused_by_name(kind: str, tmp_path: Path) -> None:
     assert "data2vec 2.0" in str(raised.value)
 
 
-def test_a_classifier_is_refused_and_its_encoder_is_not(tmp_path: Path) -> None:
+def test_a_classifier_and_its_encoder(tmp_path: Path) -> None:
     pretrained = settings_of(VARIANTS["ctc"])["model"]["w2v_args"]
     classifier = classification_models.settings(classification_models.VARIANTS["classification_base"])
     classifier["model"] |= {"w2v_args": pretrained, "normalize": True}
@@ -198,11 +198,7 @@ def test_a_classifier_is_refused_and_its_encoder_is_not(tmp_path: Path) -> None:
     labels = classification_models.dictionary()
     model = Wav2VecClassification.build_model(OmegaConf.create(classifier["model"]), _Task(labels))
     path = write(tmp_path / "m.pt", model, classifier, {"target_dictionary": labels})
-    with pytest.raises(PlanError) as raised:
-        convert.plan(path)
-    assert [(problem.code, problem.key) for problem in raised.value.problems] == [
-        ("unsupported-architecture", "data2vec_audio")
-    ]
+    assert convert.plan(path).target == "Data2VecAudioForSequenceClassification"
     assert convert.plan(path, head="encoder").target == "Data2VecAudioModel"
 
 

@@ -13,6 +13,7 @@ import classification_models
 import conformer_models
 import data2vec_models
 import fairseq_models
+import held_models
 import hubert_models
 import pytest
 import seq2seq_models
@@ -21,8 +22,11 @@ import wavlm_models
 from held_models import COMPLETE, WITHOUT_SETTINGS
 from safetensors.torch import load_file
 from torch_files import read
+from verify_models import short_inputs
 
 import convert
+from convert.errors import ConvertError
+from convert.verification import verify
 
 
 @dataclass(frozen=True)
@@ -151,3 +155,89 @@ def test_everything_is_in_the_file(kind: str, family: str, made: Callable[[str],
     else:
         record = converted(path, tmp_path / "out", like)
     assert "base" not in record
+
+
+def problems_of(path: Path, **options: Any) -> dict[str, str]:
+    with pytest.raises(ConvertError) as raised:
+        convert.plan(path, **options)
+    return {problem.key: problem.detail for problem in raised.value.problems}
+
+
+# --- ContentVec -------------------------------------------------------------------------------------------------------
+
+
+def test_legacy_contentvec(made: Callable[[str], Made], tmp_path: Path) -> None:
+    like, path = made("hubert"), tmp_path / "checkpoint_best_legacy_500.pt"
+    torch.save(held_models.legacy_contentvec(like.state), path)
+    record = converted(path, tmp_path / "out", like)
+    assert {"encoder_layers_1", "ctr_layers", "logit_temp_ctr"} <= record["training_only"].keys()
+    assert verify(path, tmp_path / "out", devices=["cpu"]).problems == ()
+    changed = read(path)
+    changed["cfg"]["model"]["crop_seq_to_multiple"] = 2
+    torch.save(changed, path)
+    assert problems_of(path) == {"crop_seq_to_multiple": "is 2: HubertModel does not crop frames"}
+
+
+def test_contentvec_without_what_hears_the_speaker(made: Callable[[str], Made], tmp_path: Path) -> None:
+    like, path = made("hubert"), tmp_path / "checkpoint_best_500.pt"
+    torch.save(held_models.contentvec(like.state, layers=2), path)
+    assert problems_of(path) == {
+        "encoder_layers_1": "transformers has no class for the layers that hear the speaker; --head encoder leaves them out, "
+        "as its author's own `legacy` files do"
+    }
+    record = converted(path, tmp_path / "out", like, head="encoder")
+    dropped = {drop["key"] for drop in record["drops"] if drop["reason"].startswith("hears the speaker")}
+    assert len(dropped) == 2 * (8 + 4 + 4) + 2 + 2
+    assert verify(path, tmp_path / "out", devices=["cpu"]).problems == ()
+
+    convert.convert(path, tmp_path / "with-head", head="encoder", keep_final_proj=True)
+    convert.restore(tmp_path / "with-head", tmp_path / "back.pt")
+    back = read(tmp_path / "back.pt")
+    assert back["cfg"]["model"]["_name"] == "hubert" and back["cfg"]["task"]["_name"] == "hubert_pretraining"
+    assert back["model"].keys() == like.state["model"].keys()
+    assert all(torch.equal(back["model"][key], value) for key, value in like.state["model"].items())
+
+    changed = read(path)
+    changed["cfg"]["model"] |= {"encoder_layers_1": 3, "layer_norm_first": True}
+    torch.save(changed, path)
+    assert problems_of(path, head="encoder") == {
+        "encoder_layers_1": "is 3, and 2 of the layers have norms made of the speaker",
+        "layer_norm_first": "is True: ContentVec has its last norm behind the layers that hear the speaker, HubertModel "
+        "before them",
+    }
+
+
+# --- what fairseq builds around other encoders ------------------------------------------------------------------------
+
+CLASSES = {
+    "hubert": "HubertForSequenceClassification",
+    "data2vec": "Data2VecAudioForSequenceClassification",
+}
+
+
+@pytest.mark.parametrize("family", CLASSES)
+def test_classifier_on(family: str, made: Callable[[str], Made], tmp_path: Path) -> None:
+    outer, path = made("classifier"), tmp_path / "classifier.pt"
+    head = {key: value for key, value in outer.state["model"].items() if key.startswith("pooling_layer.")}
+    state = held_models.around(made(family).state, "wav2vec_classification", head, outer.state)
+    state["cfg"]["task"] = state["cfg"]["task"] | {"normalize": made(family).state["cfg"]["task"]["normalize"]}
+    torch.save(state, path)
+    done = convert.convert(path, tmp_path / "out")
+    assert done.model.target == CLASSES[family]
+    with short_inputs():
+        checked = verify(path, tmp_path / "out", devices=["cpu"])
+    assert checked.problems == ()
+    convert.restore(tmp_path / "out", tmp_path / "back.pt")
+    back = read(tmp_path / "back.pt")["model"]
+    assert back.keys() == state["model"].keys() and all(torch.equal(back[key], state["model"][key]) for key in back)
+
+
+def test_ctc_around_hubert(made: Callable[[str], Made], tmp_path: Path) -> None:
+    outer, path = made("wav2vec2-ctc"), tmp_path / "ctc.pt"
+    head = {key: value for key, value in outer.state["model"].items() if key.startswith("w2v_encoder.proj.")}
+    state = held_models.around(made("hubert").state, "wav2vec_ctc", head, outer.state)
+    state["cfg"]["task"] = state["cfg"]["task"] | {"normalize": False}
+    torch.save(state, path)
+    assert convert.convert(path, tmp_path / "out").model.target == "HubertForCTC"
+    with short_inputs():
+        assert verify(path, tmp_path / "out", devices=["cpu"]).problems == ()

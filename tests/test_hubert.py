@@ -165,7 +165,7 @@ def test_a_setting_is_carried_or_a_reason(edit: Any, code: str, key: str, tmp_pa
     assert (code, key) in {(problem.code, problem.key) for problem in raised.value.problems}
 
 
-@pytest.mark.parametrize("name", ["multires_hubert", "contentvec", "av_hubert"])
+@pytest.mark.parametrize("name", ["multires_hubert", "av_hubert"])
 def test_what_is_built_on_hubert_is_refused_by_its_name(name: str, tmp_path: Path) -> None:
     path = edited(save("hubert_base", tmp_path / "m.pt"), lambda state: state["cfg"]["model"].update(_name=name))
     with pytest.raises(PlanError, match=rf"architecture '{name}' is not supported \(") as raised:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,15 @@ import pytest
 import torch
 import transformers
 from fairseq.criterions.ctc import CtcCriterion, CtcCriterionConfig
+from fairseq.data import Dictionary
 from fairseq.data.data_utils import post_process
 from fairseq.tasks.audio_finetuning import AudioFinetuningConfig, AudioFinetuningTask
 from fairseq_models import BASE, Variant, dictionary, save
+from verify_models import edit, short_inputs
 
 import convert
+from convert.errors import PlanError
+from convert.verification import verify
 
 LETTERS = tuple("|ETAOIN'")
 # name -> (symbols, labels, the criterion's post_process)
@@ -31,6 +36,22 @@ VOCABULARIES: dict[str, tuple[tuple[str, ...], str, str]] = {
     "phonemes": (("aa", "b", "ch", "sil", "ɜː"), "phn", "letter"),
     "no_post_process": (("aa", "b", "ch"), "ltr", "none"),
     "sentencepiece": (("▁the", "▁c", "at", "s", "▁", "▁a"), "ltr", "sentencepiece"),
+    "letters_of_sentencepiece": (("▁the", "▁c", "at", "s", "▁", "▁a"), "ltr", "letter"),
+    "wordpiece": (("the", "_", "_c", "at", "s_"), "ltr", "wordpiece"),
+    "end_of_word": (("the_EOW", "c", "at_EOW", "s", "_EOW"), "ltr", "_EOW"),
+    "silence": (("the", "<SIL>", "cat", "s"), "ltr", "silence"),
+    "subword_nmt": (("the", "c@@", "at", "s@@", "e"), "ltr", "subword_nmt"),
+    "two_marks": (("the", "c@@", "at", "s@@", "@@"), "ltr", "@@"),
+    "two_marks_and_a_space": (("the", "c@@", "at", "s@@", "e"), "ltr", "@@ "),
+}
+# lines of a dictionary's file in which symbols are listed again -> the criterion's post_process
+AGAIN: dict[str, tuple[tuple[str, ...], str]] = {
+    "letter": (("| 1", "E 1", "T 1", "E 2 #fairseq:overwrite", "A 1", "T 1 #fairseq:overwrite"), "letter"),
+    "three_times": (("| 1", "E 1", "E 2 #fairseq:overwrite", "E 3 #fairseq:overwrite"), "letter"),
+    "the_blank": (("| 1", "E 1", "<s> 1 #fairseq:overwrite", "T 1"), "letter"),
+    "all_special": (("<s> 1 #fairseq:overwrite", "<pad> 1 #fairseq:overwrite", "| 1", "E 1", "T 1"), "letter"),
+    "none": (("a 1", "b 1", "a 1 #fairseq:overwrite", "c 1"), "none"),
+    "private": (("\ue000 1", "b 1", "b 1 #fairseq:overwrite"), "letter"),
 }
 
 
@@ -77,6 +98,71 @@ def test_ids_stay_and_none_is_added(name: str, tmp_path: Path) -> None:
     config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
     assert processor.tokenizer.pad_token_id == config.pad_token_id == 0
     assert config.vocab_size == len(target)
+
+
+@pytest.mark.parametrize("name", AGAIN)
+def test_symbols_that_are_listed_again(name: str, tmp_path: Path) -> None:
+    """A dictionary's file with `#fairseq:overwrite`, inside a checkpoint and given: what fairseq reads is what is written."""
+    lines, decoding = AGAIN[name]
+    (tmp_path / "dict.txt").write_text("\n".join(lines), "utf-8")
+    target = Dictionary.load(str(tmp_path / "dict.txt"))
+    assert len(set(target.symbols)) < len(target)
+    symbols = tuple(f"s{index}" for index in range(len(lines)))
+    path = save(Variant("ctc", BASE, symbols=symbols, criterion={"post_process": decoding}), tmp_path / "m.pt")
+    state = torch.load(path, weights_only=False)
+    torch.save(state | {"task_state": {"target_dictionary": target}}, path)
+    convert.convert(path, tmp_path / "out")
+    torch.save(state | {"task_state": {}}, path)
+    convert.convert(path, tmp_path / "given", dictionary=tmp_path / "dict.txt")
+    for file in (tmp_path / "out").glob("*token*"):
+        assert file.read_bytes() == (tmp_path / "given" / file.name).read_bytes()
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "out")
+    assert len(processor.tokenizer) == len(target)
+    blank = target.index("<s>")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
+    assert processor.tokenizer.pad_token_id == config.pad_token_id == blank
+    choice, texts = random.Random(name), set()
+    ordinary = [index for index, symbol in enumerate(target.symbols) if symbol not in target.symbols[:4]]
+    for _ in range(50):
+        ids = [choice.choice([blank, *ordinary]) for _ in range(40)]
+        expected = fairseq_text(target, ids, "ltr", decoding)
+        texts.add(expected)
+        assert processor.batch_decode(torch.tensor([ids]))[0].strip() == expected
+    assert len(texts) > 20
+    with short_inputs():
+        assert verify(path, tmp_path / "given", devices=["cpu"], long=False, write=False).problems == ()
+
+
+def test_another_way_of_making_text(tmp_path: Path) -> None:
+    symbols = ("▁the", "▁c", "at", "s")
+    path = save(Variant("ctc", BASE, symbols=symbols, criterion={"post_process": "letter"}), tmp_path / "m.pt")
+    convert.convert(path, tmp_path / "as-it-says")
+    convert.convert(path, tmp_path / "asked", post_process="sentencepiece")
+    ids = torch.tensor([[4, 0, 5, 6, 7]])
+    texts = {
+        name: transformers.AutoProcessor.from_pretrained(tmp_path / name).batch_decode(ids)[0]
+        for name in ("as-it-says", "asked")
+    }
+    assert texts == {"as-it-says": "▁the▁cats", "asked": "the cats"}
+    record = json.loads((tmp_path / "asked" / "conversion.json").read_text())
+    assert record["request"]["post_process"] == record["decoding"] == "sentencepiece"
+    with short_inputs():
+        assert verify(path, tmp_path / "asked", devices=["cpu"], long=False).problems == ()
+        edit(tmp_path / "asked" / "conversion.json", request={"head": "", "keep_final_proj": False, "language": ""})
+        wrong = verify(path, tmp_path / "asked", devices=["cpu"], long=False, write=False).problems
+        assert {"spelling", "file"} <= {problem.code for problem in wrong}
+
+
+def test_a_way_of_making_text_that_nobody_knows(tmp_path: Path) -> None:
+    path = save(Variant("ctc", BASE, criterion={"post_process": "byte_pairs"}), tmp_path / "m.pt")
+    with pytest.raises(PlanError) as raised:
+        convert.plan(path)
+    assert [str(problem) for problem in raised.value.problems] == [
+        "criterion.post_process: 'byte_pairs' is not a way of making text that fairseq has: --post-process NAME names one of "
+        "letter, sentencepiece, wordpiece, _EOW, silence, subword_nmt, @@ , @@, none; --head encoder leaves the vocabulary out"
+    ]
+    assert convert.plan(path, post_process="letter").target == "Wav2Vec2ForCTC"
+    assert convert.plan(path, head="encoder").target == "Wav2Vec2Model"
 
 
 @pytest.mark.parametrize("normalize", [True, False])

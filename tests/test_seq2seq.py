@@ -207,6 +207,8 @@ VOCABULARIES: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
     "sentencepiece_unsaid": (("▁the", "▁", "s", "at"), {}, "sentencepiece"),
     "letters_said": (("▁the", "|", "s", "at"), {"eval_wer": True}, "letter"),
     "wordpiece": (("the_", "s_", "at"), {"eval_wer": True, "eval_wer_post_process": "wordpiece"}, ""),
+    "subword_nmt": (("the", "c@@", "at", "s@@"), {"eval_wer": True, "eval_wer_post_process": "subword_nmt"}, ""),
+    "silence": (("the", "<SIL>", "at"), {"eval_wer": True, "eval_wer_post_process": "silence"}, ""),
     "phonemes": (("aa", "b", "ch"), {"labels": "phn"}, "none"),
 }
 

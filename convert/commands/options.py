@@ -38,6 +38,11 @@ def planning(function: F) -> F:
             default=None,
             help="Whether waveforms were normalised, where fairseq2's config.yaml is not beside.",
         ),
+        click.option(
+            "--post-process",
+            metavar="NAME",
+            help="How text is made of the symbols, where the recipe is wrong: letter, sentencepiece, wordpiece, ...",
+        ),
         click.option("--ema", is_flag=True, help="Take the moving average of the weights that stands beside them."),
         click.option(
             "--training-only",

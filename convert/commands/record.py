@@ -37,6 +37,7 @@ from convert.report import library, quoted, size
 @click.option("--normalize/--no-normalize", default=None, help="As for convert.")
 @click.option("--training-only", multiple=True, metavar="SETTING", help="As for convert.")
 @click.option("--data-config", type=click.Path(path_type=Path), help="As for convert.")
+@click.option("--post-process", metavar="NAME", help="As for convert.")
 def command(checkpoint: str, out: Path, **options: Any) -> Outcome:
     """Run fairseq once and keep its answers, to verify later where fairseq is not installed."""
     from convert.verification import record

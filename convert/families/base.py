@@ -148,6 +148,7 @@ class Request:
         keep_final_proj: whether the pretraining head that transformers has no class for is kept in a sidecar.
         language: the one language of several: to take of adapters, or to translate into.
         data_config: the task's config.yaml with what it names, for a speech-to-text model.
+        post_process: fairseq's name of how text is made of symbols, in place of the recipe's.
         ema, arch, normalize: how the checkpoint was opened.
     """
 
@@ -157,6 +158,7 @@ class Request:
     keep_final_proj: bool = False
     language: str = ""
     data_config: DataConfig | None = None
+    post_process: str = ""
     ema: bool = False
     arch: str = ""
     normalize: bool | None = None
@@ -165,6 +167,7 @@ class Request:
     def record(self) -> dict[str, Any]:
         """What `conversion.json` keeps of it, so that the same can be asked for again."""
         made: dict[str, Any] = {"head": self.head, "keep_final_proj": self.keep_final_proj, "language": self.language}
+        made |= {"post_process": self.post_process} if self.post_process else {}
         made |= {"ema": True} if self.ema else {}
         made |= {"arch": self.arch} if self.arch else {}
         made |= {} if self.normalize is None else {"normalize": self.normalize}
@@ -240,6 +243,7 @@ class Kind:
         data_config: whether the task's config.yaml belongs to it.
         task: what today's fairseq calls the task of such a checkpoint.
         label_list: whether that task has a list of labels.
+        restored: fairseq's name of what the way back makes, where that is another.
     """
 
     name: str
@@ -258,6 +262,7 @@ class Kind:
     data_config: bool = False
     task: str = "audio_pretraining"
     label_list: bool = False
+    restored: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

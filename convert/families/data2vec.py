@@ -14,7 +14,7 @@ from typing import Any
 
 from convert.errors import PlanError, Problem
 from convert.families.base import Family, Kind, Part, Restoring, Shapes, Sidecar, Sources
-from convert.families.classification import DROPS as CLASSIFIER
+from convert.families.classification import CLASSIFICATION
 from convert.families.ctc import CTC
 from convert.families.encoder import Layout, assemble, encoder_rules, infer_encoder, kind_of
 from convert.families.encoder_settings import CHOICES, COUNTS, DEFAULTS, FLAGS, READ, SAME, TRAINING_ONLY
@@ -45,7 +45,7 @@ PRETRAINING = Kind(
         Drop(TEACHER, "the running mean of the encoder, which is the teacher in pretraining", optional=True),
     ),
 )
-KINDS = {kind.name: kind for kind in (CTC, Kind("classification", drops=CLASSIFIER), PRETRAINING)}
+KINDS = {kind.name: kind for kind in (CTC, CLASSIFICATION, PRETRAINING)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +174,11 @@ FAMILY = Family(
     table=table,
     describe=describe_encoder,
     model_type="data2vec-audio",
-    classes={"ctc": "Data2VecAudioForCTC", "encoder": "Data2VecAudioModel"},
+    classes={
+        "ctc": "Data2VecAudioForCTC",
+        "classification": "Data2VecAudioForSequenceClassification",
+        "encoder": "Data2VecAudioModel",
+    },
     kinds=KINDS,
     settings=SETTINGS,
     state=_state,

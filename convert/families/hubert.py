@@ -5,10 +5,12 @@ Settings: `fairseq.models.hubert.hubert.HubertConfig`, `hubert_asr.HubertCtcConf
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from convert.families.base import KEPT_HEAD, Family, Kind, Part, Shapes, Sidecar, Sources
+from convert.families.classification import CLASSIFICATION
 from convert.families.ctc import CTC as WAV2VEC_CTC
 from convert.families.encoder import Layout, assemble, encoder_rules, infer_encoder, kind_of
 from convert.families.encoder_settings import CHOICES, COUNTS, DEFAULTS, FLAGS, READ, SAME, TRAINING_ONLY
@@ -31,6 +33,16 @@ PRETRAINING_HEAD = (  # no class of transformers has it; a file beside the model
     Rename("target_glu.0.weight",                                  "target_glu.0.weight",                                          "2label label"),
     Rename("target_glu.0.bias",                                    "target_glu.0.bias",                                            "2label"),
 )
+_SPEAKER = "hears the speaker, as ContentVec's pretraining does; its features come from the layers before"
+SPEAKER_LAYERS = (  # of ContentVec: layers behind the others, whose norms are made of an embedding of the speaker
+    Drop("encoder.layers.{speaker}.self_attn.{qkvo}_proj.{p}",              _SPEAKER, optional=True, relic=True),
+    Drop("encoder.layers.{speaker}.self_attn_layer_norm.{part}_ln.weight",  _SPEAKER, optional=True, relic=True),
+    Drop("encoder.layers.{speaker}.fc1.{p}",                                _SPEAKER, optional=True, relic=True),
+    Drop("encoder.layers.{speaker}.fc2.{p}",                                _SPEAKER, optional=True, relic=True),
+    Drop("encoder.layers.{speaker}.final_layer_norm.{part}_ln.weight",      _SPEAKER, optional=True, relic=True),
+    Drop("encoder.cond_layer_norm.{part}_ln.weight",                        _SPEAKER, optional=True, relic=True),
+    Drop("layer_proj.{p}",                                                  _SPEAKER, optional=True, relic=True),
+)
 # fmt: on
 _NO_CLASS = (
     "only the loss of HuBERT's pretraining uses it, which transformers has no class for; --keep-final-proj keeps it"
@@ -46,17 +58,19 @@ class Own(Part):
         batch_norm: whether the positional convolution has batch norm instead of weight norm.
         clusters, label: the rows of `label_embs_concat`, and its width: `final_dim`.
         final: the rows of `final_proj`: `label`, or with `untie_final_proj` as many for each dictionary.
+        speaker: the indices of ContentVec's layers that hear the speaker.
     """
 
     batch_norm: bool
     clusters: int
     label: int
     final: int
+    speaker: tuple[int, ...] = ()
 
     @property
     def axes(self) -> Mapping[str, tuple[object, ...]]:
-        """The values of the axis that the batch norm's rules name."""
-        return {"statistic": ("mean", "var")}
+        """The values of the axes that the batch norm's rules name, and ContentVec's."""
+        return {"statistic": ("mean", "var"), "speaker": self.speaker, "part": ("weight", "bias")}
 
     @property
     def dims(self) -> Mapping[str, int]:
@@ -74,10 +88,12 @@ CTC = replace(
     task=PRETRAINING.task,
     label_list=True,
 )
-KINDS = {kind.name: kind for kind in (CTC, PRETRAINING)}
+KINDS = {kind.name: kind for kind in (CTC, CLASSIFICATION, PRETRAINING)}
 
-# The pretraining head's, or `dropout_features`, which acts before what nothing reads.
+# The pretraining head's, or `dropout_features`, which acts before what nothing reads; those of ContentVec's pretraining,
+# which its author leaves in files that are plain HuBERT
 _TRAINING_ONLY = {"dropout_features", "label_rate", "logit_temp", "skip_masked", "skip_nomask", "target_glu"}
+_TRAINING_ONLY |= {"ctr_layers", "encoder_layers_1", "logit_temp_ctr", "num_negatives"}
 # fmt: off
 SETTINGS = Settings(
     same=SAME | {"conv_pos_batch_norm": "conv_pos_batch_norm"},
@@ -85,6 +101,7 @@ SETTINGS = Settings(
     limits=(
         Limit("layer_type",     only("transformer"), "HubertModel has transformer layers; Wav2Vec2Conformer leaves out the positional convolution, which HuBERT's conformer has"),
         Limit("pos_conv_depth", at_most_one,         "HubertModel has one positional convolution"),
+        Limit("crop_seq_to_multiple", at_most_one,   "HubertModel does not crop frames"),
     ),
     read=READ | {"final_dim", "untie_final_proj"},
     training_only=TRAINING_ONLY | _TRAINING_ONLY,
@@ -108,15 +125,24 @@ def infer(shapes: Shapes) -> Layout[Own]:
     if batch_norm:
         alike = {key: shape for key, shape in shapes.items() if not key.startswith(norm)}
         alike[f"{norm}weight"] = alike.pop(f"{convolution}weight")
+    speaker = _speaker_layers(shapes)
+    behind = tuple(f"encoder.layers.{layer}." for layer in speaker)
+    alike = {key: shape for key, shape in alike.items() if not key.startswith(behind)} if behind else alike
     clusters, label = [*shapes.get(f"{prefix}label_embs_concat", ()), 0, 0][:2]
     final = [*shapes.get(f"{prefix}final_proj.bias", ()), 0][0]
-    return Layout("hubert", *infer_encoder(alike, KINDS), Own(batch_norm, clusters, label, final))
+    return Layout("hubert", *infer_encoder(alike, KINDS), Own(batch_norm, clusters, label, final, speaker))
+
+
+def _speaker_layers(names: Iterable[str]) -> tuple[int, ...]:
+    pattern = re.compile(r"encoder\.layers\.(\d{1,3})\.self_attn_layer_norm\.weight_ln\.weight")
+    return tuple(sorted(int(found[1]) for key in names if (found := pattern.fullmatch(key))))
 
 
 def table(layout: Layout[Own], head: str = "", edits: Iterable[Edit] = ()) -> Table:
     """Make the table of one HuBERT model; see `convert.mapping.table`."""
     positions = POSITIONS_BATCH_NORM if layout.own.batch_norm else None
-    return assemble(layout, head, edits, [*encoder_rules(layout.encoder, positions), *DROPS], KINDS)
+    rules = [*encoder_rules(layout.encoder, positions), *DROPS, *(SPEAKER_LAYERS if layout.own.speaker else ())]
+    return assemble(layout, head, edits, rules, KINDS)
 
 
 def _head_table(layout: Layout[Own], source: Iterable[str]) -> Table:
@@ -137,6 +163,7 @@ def _state(sources: Sources, layout: Layout[Own]) -> Layout[Own]:
         clusters=seen.clusters,
         label=label,
         final=label * max(1, seen.final // label) if separate else label,
+        speaker=tuple(range(layout.encoder.layers, layout.encoder.layers + len(seen.speaker))),
     )
     return replace(layout, own=own)
 
@@ -152,17 +179,38 @@ def _values(sources: Sources) -> list[Value]:
     return made
 
 
+def _contentvec(sources: Sources) -> list[Value]:
+    """ContentVec without what hears the speaker is HuBERT; with it, there is no class."""
+    reader, count = sources.reader, len(_speaker_layers(sources.checkpoint.tensors))
+    if sources.request.head != "encoder":
+        detail = (
+            "transformers has no class for the layers that hear the speaker; --head encoder leaves them out, as its "
+        )
+        sources.refuse("unsupported-setting", "encoder_layers_1", detail + "author's own `legacy` files do")
+    if reader.get("encoder_layers_1", int, 3) != count and count:  # in some files they were removed
+        detail = f"is {reader.values.get('encoder_layers_1')}, and {count} of the layers have norms made of the speaker"
+        sources.refuse("conflict", "encoder_layers_1", detail)
+    if reader.values.get("layer_norm_first"):
+        detail = (
+            "is True: ContentVec has its last norm behind the layers that hear the speaker, HubertModel before them"
+        )
+        sources.refuse("unsupported-setting", "layer_norm_first", detail)
+    return []
+
+
+CONTENTVEC = replace(PRETRAINING, mark=r"^layer_proj\.", values=_contentvec, restored="hubert")
+
+
 def _sidecars(sources: Sources) -> list[Sidecar]:
     return kept_head(sources, _head_table)
 
 
 FAMILY = Family(
     name="hubert",
-    architectures={"hubert_ctc": CTC, "hubert": PRETRAINING},
-    encoders=(("hubert", "transformer"),),
+    architectures={"hubert_ctc": CTC, "contentvec": CONTENTVEC, "hubert": PRETRAINING},
+    encoders=(("hubert", "transformer"), ("contentvec", "transformer")),
     refused={
         "av_hubert": "AV-HuBERT, which sees video too, and for which transformers has no class",
-        "contentvec": "ContentVec with the layers that hear the speaker; its `legacy` file is a plain HuBERT, which converts",
         "multires_hubert": "HuBERT at several frame rates, for which transformers has no class",
         "multires_hubert_ctc": "HuBERT at several frame rates, for which transformers has no class",
     },
@@ -171,7 +219,11 @@ FAMILY = Family(
     table=table,
     describe=describe_encoder,
     model_type="hubert",
-    classes={"ctc": "HubertForCTC", "encoder": "HubertModel"},
+    classes={
+        "ctc": "HubertForCTC",
+        "classification": "HubertForSequenceClassification",
+        "encoder": "HubertModel",
+    },
     kinds=KINDS,
     settings=SETTINGS,
     state=_state,

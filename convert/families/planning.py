@@ -37,6 +37,7 @@ def describe_encoder(sources: Sources) -> Conversion:
         sources.criterion,
         sources.task,
         sources.problems,
+        sources.request.post_process,
     )
     if head == "ctc":
         config += [Value(key, value, "dictionary") for key, value in processor.ids.items()]

@@ -303,7 +303,7 @@ def _ids() -> list[Value]:
 
 
 def _processor(sources: Sources) -> Processor:
-    made = make_sequence_processor(sources.dictionary, sources.task, sources.problems)
+    made = make_sequence_processor(sources.dictionary, sources.task, sources.problems, sources.request.post_process)
     longest = min(
         MAX_LENGTH, sources.outer.get("max_target_positions", int, SETTINGS.defaults["max_target_positions"]) - 1
     )

@@ -18,12 +18,35 @@ from convert.errors import Problem
 from convert.families.settings import Reader
 
 SUBWORDS = "sentencepiece.bpe.model"  # what transformers' Speech2TextTokenizer calls it
-_DELIMITERS = {
-    "letter": "|",
-    "sentencepiece": "▁",
-    "wordpiece": "_",
-    "none": "",
-}  # post_process -> what becomes a space
+Steps = Sequence[Mapping[str, Any]]  # of a decoder of the `tokenizers` library
+
+
+def _replace(what: str, by: str, kind: str = "String") -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {kind: what}, "content": by}
+
+
+# not `Strip`, which panics where nothing is left to strip, as of silence
+_STRIP = _replace(r"^\s+|\s+$", "", "Regex")
+
+
+def _words(delimiter: str) -> Steps:
+    return ({"type": "Fuse"}, _replace(" ", ""), _replace(delimiter, " "), _STRIP)
+
+
+# a space between two symbols; no symbol starts with this prefix, which would be taken away
+_ONE_BY_ONE = ({"type": "WordPiece", "prefix": "\U0010fffd", "cleanup": False}, {"type": "Fuse"})
+# fairseq's name of a `post_process` -> what it does to the symbols
+POST_PROCESS: dict[str, Steps] = {
+    "letter": _words("|"),
+    "sentencepiece": _words("▁"),
+    "wordpiece": _words("_"),
+    "_EOW": _words("_EOW"),
+    "silence": (*_ONE_BY_ONE, _replace("<SIL>", ""), _replace(" +", " ", "Regex"), _STRIP),
+    "subword_nmt": (*_ONE_BY_ONE, _replace("@@( |$)", "", "Regex"), _replace(r"\s+$", "", "Regex")),
+    "@@ ": (*_ONE_BY_ONE, _replace("@@( |$)", "", "Regex"), _replace(r"\s+$", "", "Regex")),
+    "@@": (*_ONE_BY_ONE, _replace("@@", ""), _replace(r"\s+$", "", "Regex")),
+    "none": _ONE_BY_ONE,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +65,11 @@ class Processor:
 
 
 def make_processor(
-    dictionary: Dictionary | None, criterion: Mapping[str, Any], task: Reader, problems: list[Problem]
+    dictionary: Dictionary | None,
+    criterion: Mapping[str, Any],
+    task: Reader,
+    problems: list[Problem],
+    post_process: str = "",
 ) -> Processor:
     """Make the processor's files.
 
@@ -51,6 +78,7 @@ def make_processor(
         criterion: the criterion's settings: `post_process`.
         task: the task's settings: `sample_rate`, `normalize`, `labels`.
         problems: what cannot be represented is added here.
+        post_process: what the caller asks for in place of the criterion's.
     """
     features = {
         "do_normalize": task.get("normalize", bool),
@@ -66,13 +94,15 @@ def make_processor(
         features["processor_class"] = "Wav2Vec2FeatureExtractor"  # or AutoProcessor looks for a tokenizer, and fails
         return Processor({"preprocessor_config.json": features}, {}, "")
     features["processor_class"] = "Wav2Vec2Processor"
-    repeated = sorted(symbol for symbol, count in Counter(dictionary.symbols).items() if count > 1)
-    if repeated or not set(dictionary.special) >= {"<s>", "<pad>"}:
-        detail = f"symbols stand there twice: {repeated[:5]}" if repeated else "has no <s> and <pad>: no CTC vocabulary"
-        problems.append(Problem("bad-dictionary", "dictionary", detail))
-    vocabulary = vocab(dictionary)
-    decoding = _decoding(criterion, task, problems)
-    names = {symbol: index for symbol, index in vocabulary.items() if index < len(dictionary)}
+    if not set(dictionary.special) >= {"<s>", "<pad>"}:
+        problems.append(Problem("bad-dictionary", "dictionary", "has no <s> and <pad>: no CTC vocabulary"))
+    vocabulary, mark = vocab(dictionary), mark_of(dictionary.symbols)
+    again = [unique(dictionary.symbols)[0], mark] if mark else []  # `Dictionary.string` never writes id 0
+    marks = [text for text in again if text.endswith(mark)]
+    said = post_process_of(criterion, task.values, post_process)
+    if said not in POST_PROCESS:
+        problems.append(_unknown(said, "criterion.post_process"))
+    decoding = "phonemes" if said == "none" else said
     tokenizer: dict[str, Any] = {
         "bos_token": "<s>",
         "clean_up_tokenization_spaces": False,
@@ -83,32 +113,52 @@ def make_processor(
         "unk_token": "<unk>",
     }
     files: dict[str, Any] = {"vocab.json": vocabulary, "preprocessor_config.json": features}
-    if decoding == "phonemes":
+    if decoding == "phonemes" and not mark:
         tokenizer |= {
             "tokenizer_class": "Wav2Vec2PhonemeCTCTokenizer",
             "do_phonemize": False,
             "phonemizer_lang": "en-us",
         }
         tokenizer |= {"phone_delimiter_token": " ", "word_delimiter_token": None}
-    elif decoding == "letter" and is_plain(dictionary):
+    elif decoding == "letter" and is_plain(dictionary) and not mark:
         tokenizer |= {"tokenizer_class": "Wav2Vec2CTCTokenizer", "replace_word_delimiter_char": " "}
-        tokenizer["word_delimiter_token"] = "|" if "|" in names else None
+        tokenizer["word_delimiter_token"] = "|" if "|" in vocabulary else None
     else:
         tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
         special = ("<pad>", *(name for name in ("<s>", "</s>", "<unk>") if name in vocabulary))
-        delimiter = "▁" if decoding == "sentencepiece" else "|"
+        delimiter = "▁" if decoding == "sentencepiece" else "|"  # which nothing reads, without `cleanup`
         collapse = {"type": "CTC", "pad_token": "<pad>", "word_delimiter_token": delimiter, "cleanup": False}
-        files["tokenizer.json"] = _fast(vocabulary, special, _decoder(delimiter, collapse))
+        files["tokenizer.json"] = _fast(vocabulary, special, _decoder(POST_PROCESS.get(said, ()), marks, collapse))
     files["tokenizer_config.json"] = tokenizer
     ids = {
-        "pad_token_id": names.get("<pad>", 0),
-        "bos_token_id": names.get("<s>", 1),
-        "eos_token_id": names.get("</s>", 2),
+        "pad_token_id": vocabulary.get("<pad>", 0),
+        "bos_token_id": vocabulary.get("<s>", 1),
+        "eos_token_id": vocabulary.get("</s>", 2),
     }
     return Processor(files, ids, decoding)
 
 
-def make_sequence_processor(dictionary: Dictionary | None, task: Reader, problems: list[Problem]) -> Processor:
+def post_process_of(criterion: Mapping[str, Any], task: Mapping[str, Any], asked: str = "") -> str:
+    """Name fairseq's `post_process` of a model with a CTC head; the symbols of phone labels stay separated by spaces.
+
+    Args:
+        criterion, task: their settings.
+        asked: what the caller asks for in their place.
+    """
+    if not asked and labels_of(task) in ("phn", "phones"):
+        return "none"
+    return asked or str(criterion.get("post_process") or criterion.get("remove_bpe") or "letter")
+
+
+def _unknown(said: str, where: str) -> Problem:
+    known = ", ".join(POST_PROCESS)
+    detail = f"{said[:60]!r} is not a way of making text that fairseq has: --post-process NAME names one of {known}; "
+    return Problem("unsupported-setting", where, detail + "--head encoder leaves the vocabulary out")
+
+
+def make_sequence_processor(
+    dictionary: Dictionary | None, task: Reader, problems: list[Problem], post_process: str = ""
+) -> Processor:
     """Make the processor's files of a model whose decoder writes the dictionary's symbols: none of them is a blank.
 
     Text is what `Dictionary.string` makes of ids: `<s>` and `</s>` are left out, `<unk>` is written.
@@ -117,35 +167,39 @@ def make_sequence_processor(dictionary: Dictionary | None, task: Reader, problem
         dictionary: the target dictionary.
         task: the task's settings: `eval_wer`, `eval_wer_post_process`, `labels`, and those of `make_processor`.
         problems: what cannot be represented is added here.
+        post_process: what the caller asks for in place of the task's.
     """
     features = make_processor(None, {}, task, problems).files["preprocessor_config.json"]
     if dictionary is None:
         return Processor({"preprocessor_config.json": features}, {}, "")
-    if dictionary.symbols[:4] != SPECIAL or len(set(dictionary.symbols)) != len(dictionary):
-        detail = f"{', '.join(SPECIAL)} must come first, and no symbol twice"
+    if dictionary.symbols[:4] != SPECIAL or any(symbol in SPECIAL for symbol in dictionary.symbols[4:]):
+        detail = f"{', '.join(SPECIAL)} must come first, and nowhere else"
         problems.append(Problem("bad-dictionary", "dictionary", detail))
-    decoding = sequence_decoding(dictionary.symbols, task.values)
-    if decoding not in _DELIMITERS:
-        detail = f"{decoding!r} has no counterpart among transformers' tokenizers; known: {', '.join(_DELIMITERS)}"
-        problems.append(Problem("unsupported-setting", "eval_wer_post_process", detail))
-    names = {symbol: index for index, symbol in enumerate(dictionary.symbols)}
+    decoding = sequence_decoding(dictionary.symbols, task.values, post_process)
+    if decoding not in POST_PROCESS:
+        problems.append(_unknown(decoding, "eval_wer_post_process"))
+    mark = mark_of(dictionary.symbols)
+    names = {name: index for index, name in enumerate(unique(dictionary.symbols))}
+    steps = () if decoding == "none" and not mark else POST_PROCESS.get(decoding, ())
     tokenizer = {"bos_token": "<s>", "clean_up_tokenization_spaces": False, "eos_token": "</s>", "pad_token": "<pad>"}
     tokenizer |= {"processor_class": "Wav2Vec2Processor", "tokenizer_class": "PreTrainedTokenizerFast"}
     files = {
         "preprocessor_config.json": features | {"processor_class": "Wav2Vec2Processor"},
-        "tokenizer.json": _fast(names, SPECIAL[:3], _decoder(_DELIMITERS.get(decoding, ""))),
+        "tokenizer.json": _fast(names, SPECIAL[:3], _decoder(steps, [mark] if mark else [])),
         "tokenizer_config.json": tokenizer,
         "vocab.json": names,
     }
     return Processor(files, {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}, decoding)
 
 
-def sequence_decoding(symbols: Sequence[str], task: Mapping[str, Any]) -> str:
+def sequence_decoding(symbols: Sequence[str], task: Mapping[str, Any], asked: str = "") -> str:
     """Name fairseq's `post_process` of a model with a decoder.
 
     The task has it as `eval_wer_post_process`, which says `letter` where nobody set it, and acts with `eval_wer` only:
-    without, symbols with sentencepiece's mark are not taken for letters.
+    without, symbols with sentencepiece's mark are not taken for letters. `asked` is what the caller asks for in its place.
     """
+    if asked:
+        return asked
     if task.get("labels") in ("phn", "phones"):
         return "none"
     said = str(task.get("eval_wer_post_process") or "letter")
@@ -161,22 +215,32 @@ def vocab(dictionary: Dictionary) -> dict[str, int]:
         >>> vocab(Dictionary(("<s>", "<pad>", "</s>", "<unk>", "|", "E"), (1,) * 6))
         {'<pad>': 0, '<s>': 1, '</s>': 2, '<unk>': 3, '|': 4, 'E': 5}
     """
-    symbols = list(dictionary.symbols)
-    if symbols[:2] == ["<s>", "<pad>"]:
-        symbols[0], symbols[1] = symbols[1], symbols[0]
-    return {symbol: index for index, symbol in enumerate(symbols)}
+    names = unique(dictionary.symbols)
+    if "<s>" in names and "<pad>" in names:
+        blank, padding = names.index("<s>"), names.index("<pad>")
+        names[blank], names[padding] = "<pad>", "<s>"
+    return {name: index for index, name in enumerate(names)}
 
 
-def _decoding(criterion: Mapping[str, Any], task: Reader, problems: list[Problem]) -> str:
-    """fairseq's `post_process`; symbols of phone labels stay separated by spaces."""
-    value = criterion.get("post_process") or criterion.get("remove_bpe") or "letter"
-    if labels_of(task.values) in ("phn", "phones"):
-        return "phonemes"
-    known = {"letter": "letter", "sentencepiece": "sentencepiece", "none": "phonemes"}
-    if not isinstance(value, str) or value not in known:
-        detail = f"{value!r} has no counterpart among transformers' tokenizers; known: {', '.join(known)}"
-        problems.append(Problem("unsupported-setting", "criterion.post_process", detail))
-    return known.get(value, "letter") if isinstance(value, str) else "letter"
+def unique(symbols: Sequence[str]) -> list[str]:
+    """Give every id a name of its own: a dictionary's file may list a symbol again, with `#fairseq:overwrite`.
+
+    To fairseq, the symbol then is its last id, and the others are read as it: they get a mark, which the decoder takes away.
+    """
+    mark, left = mark_of(symbols), Counter(symbols)
+    names = []
+    for symbol in symbols:
+        left[symbol] -= 1
+        names.append(symbol + mark * left[symbol])
+    return names
+
+
+def mark_of(symbols: Sequence[str]) -> str:
+    """Choose the mark of `unique`: a character for private use that no symbol has; nothing where no symbol is repeated."""
+    if len(set(symbols)) == len(symbols):
+        return ""
+    used = {letter for symbol in symbols for letter in symbol}
+    return next(chr(code) for code in range(0xE000, 0x110000) if chr(code) not in used)
 
 
 def labels_of(task: Mapping[str, Any]) -> str:
@@ -195,24 +259,17 @@ def is_plain(dictionary: Dictionary) -> bool:
     return not any(" " in symbol or ("|" in symbol and symbol != "|") for symbol in symbols)
 
 
-def _decoder(delimiter: str, *first: dict[str, Any]) -> dict[str, Any] | None:
-    """The part of a `tokenizers` file that drops spaces, and replaces the delimiter wherever it is.
+def _decoder(steps: Steps, marks: Sequence[str], *first: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The part of a `tokenizers` file that makes text of symbols.
 
     Args:
-        delimiter: what becomes a space; where it is empty, symbols are separated by spaces, and stay so.
+        steps: what `post_process` does; nothing where symbols are separated by spaces, and stay so.
+        marks: what is taken away before; see `unique`.
         first: what is done to the symbols before.
     """
-    if not delimiter:
+    if not steps:
         return None
-    steps = [
-        *first,
-        {"type": "Fuse"},
-        {"type": "Replace", "pattern": {"String": " "}, "content": ""},
-        {"type": "Replace", "pattern": {"String": delimiter}, "content": " "},
-        # not `Strip`, which panics where nothing is left to strip, as of silence
-        {"type": "Replace", "pattern": {"Regex": r"^\s+|\s+$"}, "content": ""},
-    ]
-    return {"type": "Sequence", "decoders": steps}
+    return {"type": "Sequence", "decoders": [*first, *(_replace(mark, "") for mark in marks), *steps]}
 
 
 def _fast(vocabulary: Mapping[str, int], special: Sequence[str], decoder: dict[str, Any] | None) -> dict[str, Any]:

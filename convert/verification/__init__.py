@@ -144,6 +144,7 @@ def record(
     long: bool = True,
     language: str | None = None,
     data_config: str | Path | None = None,
+    post_process: str | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Run fairseq once and keep its answers, to verify later where fairseq is not installed.
@@ -154,8 +155,8 @@ def record(
         audio: recordings to run beside the bundled clip.
         fairseq_python: another interpreter, with torch and fairseq; by default this one.
         dtype: `float16` or `bfloat16`, to answer for weights rounded to it too.
-        head, dictionary, base, training_only, ema, arch, normalize, data_config: as for `convert`, which refuses the same
-            checkpoints.
+        head, dictionary, base, training_only, ema, arch, normalize, data_config, post_process: as for `convert`, which
+            refuses the same checkpoints.
         long: whether 30 seconds of speech are among the inputs.
         language: as for `convert`; by default all languages are among the answers.
         overwrite: whether an existing file is replaced, once the new one is made.
@@ -177,7 +178,7 @@ def record(
     if dtype and dtype not in HALVES:
         raise ConvertError(f"{dtype!r} is neither float16 nor bfloat16", code="usage", key="--dtype")
     asked = {"head": head, "dictionary": dictionary, "training_only": training_only}
-    asked |= {"language": language, "data_config": data_config}
+    asked |= {"language": language, "data_config": data_config, "post_process": post_process}
     with opened_for(checkpoint, base, asked, {"ema": ema, "arch": arch, "normalize": normalize}) as (opened, request):
         return make_recording(
             opened,

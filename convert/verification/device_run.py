@@ -8,12 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from convert.audio import Waveform
 from convert.conversion import Record
 from convert.directory import ModelDirectory
 from convert.errors import Problem
 from convert.verification import controls, endtoend, vocabulary
 from convert.verification.compare import SCORES, Answer, Difference, distances
-from convert.verification.inputs import Cut, Probe, Waveform
+from convert.verification.inputs import Cut, Probe
 from convert.verification.judge import Judged, batch_of, judge
 from convert.verification.reference import Live, Reference, Subject, tensor
 from convert.verification.report import Findings, curves_of, finite, run_of
@@ -178,7 +179,8 @@ def _padding(work: Work, target: Target, followed: Judged, device: str) -> dict[
             outputs.append(values)
 
     counts = [target.run(waveforms, given, visit) for given in (lengths, target.samples(followed.frames))]
-    utterances = [torch.split(values, count) for values, count in zip(outputs, counts, strict=True)]
+    pairs = zip(outputs, counts, strict=True)  # what was pooled over the frames has one row for each utterance
+    utterances = [torch.split(values, count if len(values) == sum(count) else 1) for values, count in pairs]
     apart = [float((a[: len(b)] - b[: len(a)]).abs().max()) for a, b in zip(*utterances, strict=True)]
     return {
         "device": device,

@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from convert.audio import Waveform
 from convert.errors import Problem
 from convert.verification.compare import GENERATED, Stage, Verdict, compare
 from convert.verification.fairseq_side.tokens import PAD, language_of
-from convert.verification.inputs import EPSILON, Cut, Waveform, cut
+from convert.verification.inputs import EPSILON, Cut, cut
 from convert.verification.reference import Reference, Subject
 from convert.verification.target import SpeechToTextTarget, Target
 

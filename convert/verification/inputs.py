@@ -6,8 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from convert.audio import SUFFIXES, bad_audio, read_audio
-from convert.audio import Waveform as Waveform
+from convert.audio import SUFFIXES, Waveform, bad_audio, read_audio
 
 SPEECH = "speech"  # the clip that ships: probe.wav
 QUIET = -50.0  # dBFS

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from convert.audio import Waveform
 from convert.verification.compare import (
     CODES,
     GENERATED,
@@ -22,7 +23,7 @@ from convert.verification.compare import (
     with_floors,
     worst_of,
 )
-from convert.verification.inputs import Probe, Waveform
+from convert.verification.inputs import Probe
 from convert.verification.noise import UNIT, another_order
 from convert.verification.reference import Reference, tensor
 from convert.verification.target import Target

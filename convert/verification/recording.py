@@ -18,12 +18,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from convert.audio import Waveform
 from convert.errors import ConvertError
 from convert.verification.compare import Answer, Stage
 from convert.verification.fairseq_side import tensorfile
 from convert.verification.fairseq_side.machine import bits
 from convert.verification.fairseq_side.numerics import NAMES, environment
-from convert.verification.inputs import Cut, Probe, Waveform, cut
+from convert.verification.inputs import Cut, Probe, cut
 from convert.verification.reference import Description, Subject, run_interpreter, waves_of
 
 SCHEMA = 1

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from convert.audio import Waveform
 from convert.errors import ConvertError
 from convert.files import create, scratch_directory
 from convert.loading import quiet
@@ -17,7 +18,7 @@ from convert.verification import fairseq_side
 from convert.verification.compare import Answer, Stage, distances
 from convert.verification.fairseq_side import opening, tensorfile
 from convert.verification.fairseq_side.importing import CannotBuildError
-from convert.verification.inputs import Cut, Probe, Waveform, cut, normalised
+from convert.verification.inputs import Cut, Probe, cut, normalised
 
 if TYPE_CHECKING:
     import torch

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from convert.audio import Waveform
 from convert.checkpoint import Checkpoint
 from convert.directory import ModelDirectory
 from convert.errors import ConvertError, MismatchError, Problem
@@ -18,7 +19,7 @@ from convert.sources import dictionary_beside, open_source
 from convert.verification import controls, expected
 from convert.verification.device_run import LONG, Work, on_device
 from convert.verification.devices import choose, describe, steady
-from convert.verification.inputs import QUIET, SPEECH, Cut, Geometry, Probe, Waveform, collect, in_languages, probes
+from convert.verification.inputs import QUIET, SPEECH, Cut, Geometry, Probe, collect, in_languages, probes
 from convert.verification.recording import Recorded, answers
 from convert.verification.reference import Description, Live, Reference, Subject
 from convert.verification.report import Findings, Verification, write

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from convert.checkpoint import Checkpoint
@@ -14,11 +14,12 @@ from convert.families.encoder_settings import encoder_settings
 from convert.families.settings import Reader
 from convert.families.speech_to_text import ARCHITECTURES as SPEECH_TO_TEXT
 from convert.families.speech_to_text import LANGUAGE
-from convert.families.tokenizers import labels_of, sequence_decoding
+from convert.families.tokenizers import post_process_of, sequence_decoding
 from convert.verification.handed import handed
 from convert.verification.inputs import Geometry
 from convert.verification.reference import Subject
 
+BLANK = "<s>"  # the name of CTC's blank
 HALVES = ("float16", "bfloat16")
 
 
@@ -53,8 +54,10 @@ def read_subject(opened: Checkpoint, request: Request, sha256: str = "") -> tupl
         handed=handed(opened, plan.fairseq, settings, plan.training_only),
         symbols=symbols,
         special=tuple(index for index, symbol in enumerate(symbols) if symbol in special),
-        blank=-1 if decoder else 0,
-        post_process=sequence_decoding(symbols, settings["task"]) if decoder else _post_process(settings),
+        blank=-1 if decoder else _last(symbols, BLANK),
+        post_process=sequence_decoding(symbols, settings["task"], request.post_process)
+        if decoder
+        else post_process_of(settings["criterion"], settings["task"], request.post_process),
         rate=int(settings["task"].get("sample_rate") or 16000),
         normalize=bool(settings["task"].get("normalize", False)),
         language=spoken.name if spoken else "",
@@ -97,12 +100,9 @@ def generating(configuration: Mapping[str, Any]) -> dict[str, Any]:
     return {"beam": int(configuration.get("num_beams", 1)), "length_penalty": penalty}
 
 
-def _post_process(settings: Mapping[str, Any]) -> str:
-    """fairseq's `post_process`; the symbols of phone labels stay apart, as `convert.families.tokenizers` keeps them."""
-    if labels_of(settings["task"]) in ("phn", "phones"):
-        return "none"
-    criterion = settings["criterion"]
-    return str(criterion.get("post_process") or criterion.get("remove_bpe") or "letter")
+def _last(symbols: Sequence[str], symbol: str) -> int:
+    """To fairseq, a symbol that is listed again is the last of its ids."""
+    return max((index for index, one in enumerate(symbols) if one == symbol), default=0)
 
 
 def half_type(directory: Any) -> tuple[str, str]:

@@ -488,5 +488,7 @@ TARGETS: dict[str, type[Target]] = {
     "Wav2Vec2ConformerForCTC": ConformerTarget,
     "Wav2Vec2ConformerForPreTraining": ConformerTarget,
     "Wav2Vec2ConformerModel": ConformerTarget,
+    "Data2VecAudioForSequenceClassification": ClassificationTarget,
+    "HubertForSequenceClassification": ClassificationTarget,
     "Wav2Vec2ForSequenceClassification": ClassificationTarget,
 }

@@ -81,7 +81,8 @@ class CtcReference(AdaptedReference):
         from fairseq.data import data_utils
 
         words, blank = self.words(), self.blank
-        ids: Any = torch.as_tensor([blank if i in (words.pad(), words.eos()) else i for i in path])
+        unwritten = ("<pad>", "</s>")
+        ids: Any = torch.as_tensor([blank if words.symbols[i] in unwritten else i for i in path])
         tokens = ids.unique_consecutive()
         return str(data_utils.post_process(words.string(tokens[tokens != blank]), self.request["post_process"]))
 

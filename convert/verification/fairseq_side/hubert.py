@@ -62,7 +62,7 @@ def patched(patches: list[str]) -> Any:
 class HubertReference(HeadlessReference):
     """HuBERT, alone or inside of another model."""
 
-    head = ("final_proj.", "label_embs_concat", "target_glu.")
+    head: tuple[str, ...] = ("final_proj.", "label_embs_concat", "target_glu.")
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -82,15 +82,22 @@ class HubertReference(HeadlessReference):
         self.info["patches"].append("HuBERT's features handed to Wav2VecEncoder by name: it takes no tuple")
 
 
+class ContentVecReference(HubertReference):
+    """ContentVec without the layers that hear the speaker: HuBERT."""
+
+    def fill(self, weights: Any) -> None:
+        """Load what HuBERT has too."""
+        layers = {name.split(".")[2] for name in weights if name.startswith("encoder.layers.")}
+        behind = tuple("encoder.layers.%s." % i for i in layers if int(i) >= len(self.w2v.encoder.layers))
+        self.head = (*self.head, *behind, "encoder.cond_layer_norm.", "layer_proj.")
+        super().fill(weights)
+
+
+_MODEL = ("fairseq.models.hubert.hubert", "HubertConfig", "HubertModel")
+_TASK = ("hubert_pretraining", {"label_rate": 50.0})
 ENCODERS = {
-    "hubert": Encoder(
-        "fairseq.models.hubert.hubert",
-        "HubertConfig",
-        "HubertModel",
-        HubertReference,
-        "hubert_pretraining",
-        {"label_rate": 50.0},
-    )
+    "hubert": Encoder(*_MODEL, HubertReference, *_TASK),
+    "contentvec": Encoder(*_MODEL, ContentVecReference, *_TASK),
 }
 ARCHITECTURES = {
     "hubert_ctc": (build_hubert_ctc, CtcReference),
