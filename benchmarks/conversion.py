@@ -1,7 +1,7 @@
 """Time and memory of whole commands on a 317M-parameter checkpoint, as ratios against a peer in the same run.
 
 Every round runs each command once, in turn, as a process of its own, on a warm cache, with the disk settled before it;
-printed are medians over the rounds. Usage: `python benchmarks/conversion.py [--rounds N] [--directory DIR]` (needs 10 GB).
+printed are medians over the rounds. Usage: `python benchmarks/conversion.py [--rounds N] [--directory DIR] [--small]` (needs 10 GB).
 """
 
 from __future__ import annotations
@@ -44,16 +44,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--directory", type=Path, help="where to work; by default a temporary directory")
+    parser.add_argument("--small", action="store_true", help="a model of two layers, to see that this runs")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=asked.directory) as name:
         work = Path(name)
-        report(measure(work, asked.rounds), work)
+        report(measure(work, asked.rounds, asked.small), work)
 
 
-def measure(work: Path, rounds: int) -> dict[str, list[tuple[float, int]]]:
+def measure(work: Path, rounds: int, small: bool) -> dict[str, list[tuple[float, int]]]:
     """Run every command `rounds` times, alternating."""
     plain, adam, legacy = (work / f"{kind}.pt" for kind in ("plain", "adam", "legacy"))
-    maker = [sys.executable, str(Path(__file__).with_name("large.py"))]
+    maker = [sys.executable, str(Path(__file__).with_name("large.py")), *(["--small"] if small else [])]
     for path, flags in ((plain, []), (adam, ["--adam"]), (legacy, ["--legacy"])):
         subprocess.run([*maker, str(path), *flags], check=True)
     letters, out, copy = plain.with_suffix(".dict.txt"), work / "out", work / "copy"

@@ -1,7 +1,8 @@
-"""Make a checkpoint with the shape of wav2vec2-large LV-60k fine-tuned on letters: 24 layers, 317M parameters, random.
+"""Make a checkpoint with the shape of wav2vec2-large LV-60k fine-tuned on letters: 24 layers, 317M parameters, as initialised.
 
 As released in 2020: `args` a flat Namespace with the pretrained model's `w2v_args` inside, optionally with Adam's state
-beside the model, in the zip or in the legacy container. Usage: `python benchmarks/large.py FILE.pt [--adam] [--legacy]`.
+beside the model, in the zip or in the legacy container. Usage: `python benchmarks/large.py FILE.pt [--adam] [--legacy]
+[--small]`.
 """
 
 from __future__ import annotations
@@ -13,40 +14,15 @@ from pathlib import Path
 
 import torch
 
-from convert.families.base import Part
-from convert.families.ctc import Symbols
-from convert.families.encoder import Encoder, Layout
-from convert.mapping import table
-
 LETTERS = list("|ETAONIHSRDLUMWCFGYPBVK'XJQZ")
-CONVOLUTIONS = "[(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512,2,2)] + [(512,2,2)]"
-LARGE = Layout(
-    family="wav2vec2",
-    kind="ctc",
-    prefix="w2v_encoder.w2v_model.",
-    encoder=Encoder(
-        convolutions=((512, 10), *((512, 3),) * 4, (512, 2), (512, 2)),
-        group_norm=False,
-        conv_bias=True,
-        projection=True,
-        weight_norm=True,
-        hidden=1024,
-        ffn=4096,
-        layers=24,
-        conv_pos=128,
-        pos_group=64,
-    ),
-    head=Symbols(len(LETTERS) + 4),
-    own=Part(),
-)
+LARGE, SMALL = (24, 1024), (2, 64)  # layers, width
+KERNELS = (10, 3, 3, 3, 3, 2, 2)
+POSITIONS, GROUPS = 128, 16
 ENCODER = {
     "arch": "wav2vec2",
     "task": "audio_pretraining",
     "criterion": "wav2vec",
     "extractor_mode": "layer_norm",
-    "encoder_layers": 24,
-    "encoder_embed_dim": 1024,
-    "encoder_ffn_embed_dim": 4096,
     "encoder_attention_heads": 16,
     "activation_fn": "gelu",
     "dropout": 0.0,
@@ -57,7 +33,6 @@ ENCODER = {
     "dropout_features": 0.0,
     "final_dim": 768,
     "layer_norm_first": True,
-    "conv_feature_layers": CONVOLUTIONS,
     "conv_bias": True,
     "logit_temp": 0.1,
     "quantize_targets": True,
@@ -73,8 +48,8 @@ ENCODER = {
     "mask_channel_length": 64,
     "mask_channel_prob": 0.0,
     "num_negatives": 100,
-    "conv_pos": 128,
-    "conv_pos_groups": 16,
+    "conv_pos": POSITIONS,
+    "conv_pos_groups": GROUPS,
     "latent_temp": "(2.0, 0.1, 0.999995)",
     "normalize": True,
     "sample_rate": 16000,
@@ -100,17 +75,61 @@ FINE_TUNED = {
 }
 
 
-def state_dict(layout: Layout = LARGE, seed: int = 0) -> OrderedDict[str, torch.Tensor]:
-    """Make random weights of a layout, float32."""
+def shapes(layers: int, width: int) -> OrderedDict[str, tuple[int, ...]]:
+    """List fairseq's tensors of a CTC model with layer norm, in the order of its modules."""
+    encoder, channels = "w2v_encoder.w2v_model.", width // 2
+    found: OrderedDict[str, tuple[int, ...]] = OrderedDict()
+
+    def add(name: str, *shape: int) -> None:
+        found[f"{name}.weight"], found[f"{name}.bias"] = shape, shape[:1]
+
+    found[f"{encoder}mask_emb"] = (width,)
+    for index, kernel in enumerate(KERNELS):
+        add(f"{encoder}feature_extractor.conv_layers.{index}.0", channels, channels if index else 1, kernel)
+        add(f"{encoder}feature_extractor.conv_layers.{index}.2.1", channels)
+    add(f"{encoder}post_extract_proj", width, channels)
+    found[f"{encoder}encoder.pos_conv.0.bias"] = (width,)
+    found[f"{encoder}encoder.pos_conv.0.weight_g"] = (1, 1, POSITIONS)
+    found[f"{encoder}encoder.pos_conv.0.weight_v"] = (width, width // GROUPS, POSITIONS)
+    for index in range(layers):
+        layer = f"{encoder}encoder.layers.{index}."
+        for part in ("k", "v", "q", "out"):
+            add(f"{layer}self_attn.{part}_proj", width, width)
+        add(f"{layer}self_attn_layer_norm", width)
+        add(f"{layer}fc1", 4 * width, width)
+        add(f"{layer}fc2", width, 4 * width)
+        add(f"{layer}final_layer_norm", width)
+    add(f"{encoder}encoder.layer_norm", width)
+    add(f"{encoder}layer_norm", channels)
+    add("w2v_encoder.proj", len(LETTERS) + 4, width)
+    return found
+
+
+def state_dict(size: tuple[int, int] = LARGE, seed: int = 0) -> OrderedDict[str, torch.Tensor]:
+    """Make weights about as fairseq initialises them, float32: norms of ones and zeros, no biases."""
     generator = torch.Generator().manual_seed(seed)
-    specs = table(layout).source
-    return OrderedDict((key, torch.randn(spec.shape, generator=generator) * 0.02) for key, spec in specs.items())
+    made: OrderedDict[str, torch.Tensor] = OrderedDict()
+    for name, shape in shapes(*size).items():
+        spread = 0.5 / (shape[1] * shape[2]) ** 0.5 if len(shape) == 3 else 0.02
+        if name.endswith("bias"):
+            made[name] = torch.zeros(shape)
+        elif len(shape) == 1 and name.endswith("weight"):
+            made[name] = torch.ones(shape)
+        elif name.endswith("weight_g"):
+            made[name] = torch.full(shape, 2.0)
+        else:
+            made[name] = torch.randn(shape, generator=generator) * spread
+    return made
 
 
-def save(path: Path, *, adam: bool = False, legacy: bool = False, layout: Layout = LARGE) -> Path:
+def save(path: Path, *, adam: bool = False, legacy: bool = False, size: tuple[int, int] = LARGE) -> Path:
     """Write a checkpoint in the layout of 2020."""
-    model = state_dict(layout)
-    encoder = ENCODER | {"encoder_layers": layout.encoder.layers}
+    layers, width = size
+    model = state_dict(size)
+    strides = [(5 if index == 0 else 2) for index in range(len(KERNELS))]
+    convolutions = [(width // 2, kernel, stride) for kernel, stride in zip(KERNELS, strides, strict=True)]
+    encoder = ENCODER | {"encoder_layers": layers, "encoder_embed_dim": width, "encoder_ffn_embed_dim": 4 * width}
+    encoder |= {"conv_feature_layers": str(convolutions)}
     state = {
         "args": Namespace(**FINE_TUNED, w2v_args=Namespace(**encoder)),
         "model": model,
@@ -135,6 +154,7 @@ if __name__ == "__main__":
     parser.add_argument("file", type=Path)
     parser.add_argument("--adam", action="store_true")
     parser.add_argument("--legacy", action="store_true")
+    parser.add_argument("--small", action="store_true", help="two layers of 64 channels")
     asked = parser.parse_args()
-    save(asked.file, adam=asked.adam, legacy=asked.legacy)
+    save(asked.file, adam=asked.adam, legacy=asked.legacy, size=SMALL if asked.small else LARGE)
     dictionary(asked.file.with_suffix(".dict.txt"))

@@ -2,8 +2,8 @@
 
 The bare process does the least that any comparison must do: it imports fairseq and transformers, loads both models, and
 runs both once on the same inputs, comparing nothing. `verify` is a whole command with all its proofs: every byte, every
-stage, eight deliberate mistakes, floors in float64. Every round runs each once, in turn, as a process of its own; printed
-are medians. Usage: `python benchmarks/verify.py [--rounds N] [--directory DIR]` (needs 3 GB of disk, fairseq, and memory
+stage, the controls, floors and noise in float64. Every round runs each once, in turn, as a process of its own; printed
+are medians. Usage: `python benchmarks/verify.py [--rounds N] [--directory DIR] [--small]` (needs 3 GB of disk, fairseq, and memory
 for both models and one of them in float64).
 """
 
@@ -23,25 +23,26 @@ BARE = """
 import json, sys, time
 from pathlib import Path
 import torch
-from convert.checkpoint import open_checkpoint
-from convert.request import make_request
+from convert.directory import ModelDirectory
+from convert.request import request_again
+from convert.sources import open_source
 from convert.verification.inputs import SPEECH, bundled, probes
 from convert.verification.reference import Live, tensor
 from convert.verification.subject import read_subject
 from convert.verification.target import load
 checkpoint, model, letters = map(Path, sys.argv[1:4])
-with open_checkpoint(checkpoint) as opened:
-    subject, geometry = read_subject(opened, make_request(dictionary=letters))
-clips = {SPEECH: bundled()}
-reference, target = Live(subject, clips, "cpu"), load(model, "cpu")
-started = time.perf_counter()
-with torch.no_grad():
-    for probe in probes(geometry, clips, rate=subject.rate):
-        batch, lengths = tensor(clips, probe, subject.normalize)
-        reference.inner.run(batch, lengths, probe.multiple)
-        mask = None if lengths is None else (torch.arange(batch.shape[1])[None] < torch.tensor(lengths)[:, None]).long()
-        target.model(batch, attention_mask=mask)
-Path(sys.argv[4]).write_text(json.dumps(time.perf_counter() - started))
+with open_source(checkpoint, dictionary=letters) as opened:
+    subject, geometry = read_subject(opened, request_again(ModelDirectory(model), opened, dictionary=letters))
+    clips = {SPEECH: bundled()}
+    reference, target = Live(subject, clips, "cpu"), load(model, "cpu")
+    started = time.perf_counter()
+    with torch.no_grad():
+        for probe in probes(geometry, clips, rate=subject.rate):
+            batch, lengths = tensor(clips, probe, subject.normalize)
+            reference.inner.run(batch, lengths, probe.multiple)
+            mask = None if lengths is None else (torch.arange(batch.shape[1])[None] < torch.tensor(lengths)[:, None]).long()
+            target.model(batch, attention_mask=mask)
+    Path(sys.argv[4]).write_text(json.dumps(time.perf_counter() - started))
 """
 
 
@@ -50,11 +51,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--directory", type=Path, help="where to work; by default a temporary directory")
+    parser.add_argument("--small", action="store_true", help="a model of two layers, to see that this runs")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=asked.directory) as name:
         work = Path(name)
         checkpoint, model = work / "large.pt", work / "model"
-        subprocess.run([sys.executable, str(Path(__file__).with_name("large.py")), str(checkpoint)], check=True)
+        maker = [sys.executable, str(Path(__file__).with_name("large.py")), str(checkpoint)]
+        subprocess.run([*maker, *(["--small"] if asked.small else [])], check=True)
         letters = checkpoint.with_suffix(".dict.txt")
         tool = [sys.executable, "-m", "convert"]
         subprocess.run([*tool, "convert", str(checkpoint), str(model), "--dict", str(letters), "-q"], check=True)

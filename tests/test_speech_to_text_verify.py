@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 from speech_to_text_models import save
 from test_mutations import check, in_weights, perturbed, reported, rolled, settings, swapped, transposed
-from verify_models import few_inputs, one_reference, short_inputs
+from verify_models import edit, few_inputs, one_reference, short_inputs
 
 from convert.errors import ConvertError
 from convert.package import convert
@@ -51,6 +53,31 @@ def test_the_same_model_is_found_to_be_the_same(pair: tuple[Path, Path]) -> None
     texts = [(one["verdict"], one["fairseq_text"] == one["hf_text"]) for one in done.report["end_to_end"]]
     assert texts and set(texts) == {("identical", True)}
     assert "filter banks" in done.report["skipped"]
+
+
+def test_the_recipes_beam(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """fairseq's generator and transformers with the beam that the checkpoint states; another beam is found."""
+    assert json.loads((pair[1] / "generation_config.json").read_text())["num_beams"] == 5
+    rows = {one["input"]: one for one in verify(*pair, devices=["cpu"], write=False).report["end_to_end"]}
+    assert [name for name in rows if "beam" in name] == ["speech, beam 5", "speech at -50 dBFS, beam 5"]
+    assert all(one["verdict"] in ("identical", "explained") and one["fairseq_text"] for one in rows.values())
+    copy = Path(shutil.copytree(pair[1], tmp_path / "copy"))
+    edit(copy / "generation_config.json", num_beams=1, early_stopping=False)
+    found = {(one.code, one.key) for one in verify(pair[0], copy, devices=["cpu"], write=False).problems}
+    assert ("end-to-end", "speech, beam 5") in found
+
+
+def test_a_free_end_at_the_greatest_length_is_named(tmp_path: Path) -> None:
+    """transformers takes the end that it forces for certain, and may prefer a text that fairseq's score puts second."""
+    checkpoint, _, _ = save("untied", tmp_path)
+    model = convert(checkpoint, tmp_path / "out", data_config=tmp_path / "config.yaml").path
+    done = verify(checkpoint, model, devices=["cpu"], write=False)
+    assert done.problems == ()
+    (row,) = (one for one in done.report["end_to_end"] if one["input"] == "speech, beam 5")
+    assert row["verdict"] == "explained" and row["fairseq_text"] != row["hf_text"]
+    said = r"transformers takes the end at the greatest length for certain: by that its text scores (\S+), fairseq's (\S+);"
+    ours, theirs = re.match(said, row["why"]).groups()
+    assert float(ours) >= float(theirs)
 
 
 def test_a_recording_stands_for_fairseq(pair: tuple[Path, Path], tmp_path: Path) -> None:

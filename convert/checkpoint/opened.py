@@ -19,7 +19,7 @@ from convert.checkpoint.finding import FAIRSEQ2, State, fairseq_names, states
 from convert.checkpoint.layouts import open_container
 from convert.checkpoint.pickled import is_harmful
 from convert.checkpoint.refusals import ambiguous, no_model, no_settings
-from convert.checkpoint.settings import read_settings
+from convert.checkpoint.settings import read_generation, read_settings
 from convert.checkpoint.stacks import is_unstacked, stacked, unstack
 from convert.checkpoint.unpickle import StoredTensor, Stub
 from convert.errors import CheckpointError
@@ -100,6 +100,7 @@ class Checkpoint:
         notes: what else there is to say of it.
         origin: where the file was fetched from, if it was.
         tokenizer: the sentencepiece model that belongs to a checkpoint of fairseq2, as it is; empty without one.
+        generation: how fairseq generates unless it is told otherwise, such as `beam`; empty where the file does not say.
     """
 
     path: Path
@@ -122,6 +123,7 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     origin: Origin | None = None
     tokenizer: bytes = b""
+    generation: Mapping[str, Any] = field(default_factory=dict)
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -373,6 +375,7 @@ def _open(seen: Survey, ema: bool) -> Checkpoint:
         container=container,
         layout=seen.layout,
         settings=seen.settings or {},
+        generation=read_generation(top),
         dictionary=_dictionary(top, room),
         tensors=tensors,
         others=tuple(key for key, value in inside.items() if not isinstance(value, StoredTensor)),

@@ -63,6 +63,15 @@ def read_settings(top: Mapping[Any, Any], name: str) -> tuple[str, dict[str, Any
     return None
 
 
+def read_generation(top: Mapping[Any, Any]) -> dict[str, Any]:
+    """Read how fairseq generates unless it is told otherwise: the section `generation`; empty where there is none."""
+    with contextlib.suppress(TooLargeError, RecursionError):
+        plain = plain_data(top.get("cfg"))
+        section = plain.get("generation") if isinstance(plain, dict) else None
+        return section if isinstance(section, dict) else {}
+    return {}
+
+
 def _is_fairseqs(plain: Any, model: Mapping[str, Any]) -> bool:
     """Say whether settings are those of a model of fairseq's: another program's `args` lie beside a state_dict, too."""
     named = isinstance(model.get("_name"), str) and ("task" in plain or "criterion" in plain)

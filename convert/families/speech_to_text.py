@@ -479,6 +479,18 @@ def _tokenizer(languages: list[str]) -> dict[str, Any]:
     }
 
 
+def _beam(sources: Sources) -> dict[str, Any]:
+    """The beam that the checkpoint's own section `generation` states, which ends as soon as it has as many texts."""
+    stated = sources.checkpoint.generation
+    beam, penalty = stated.get("beam", 1), 0.0 if stated.get("unnormalized") else stated.get("lenpen", 1.0)
+    if not isinstance(beam, int) or not 0 < beam <= MAX_LENGTH or not isinstance(penalty, (int, float)):
+        sources.refuse("bad-setting", "generation", f"beam {beam!r}, lenpen {penalty!r}: a number of each expected")
+        return {}
+    if beam == 1:
+        return {}
+    return {"num_beams": beam, "early_stopping": True} | ({} if penalty == 1 else {"length_penalty": float(penalty)})
+
+
 def _generation(sources: Sources, data: Reader, dictionary: Dictionary, languages: list[str]) -> dict[str, Any]:
     """What `SequenceGenerator` does beside choosing the best: with it, `generate()` gives the same tokens."""
     longest = min(MAX_LENGTH, sources.reader.get("max_target_positions", int) - 1)
@@ -492,6 +504,7 @@ def _generation(sources: Sources, data: Reader, dictionary: Dictionary, language
         "pad_token_id": 1,
         "suppress_tokens": [1],  # never <pad>
     }
+    made |= _beam(sources)
     if data.get("prepend_tgt_lang_tag", bool, False):
         language = sources.request.language or data.get("hub", dict, {}).get("tgt_lang")
         tag = f"<lang:{language}>" if language else languages[0] if len(languages) == 1 else ""

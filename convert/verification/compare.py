@@ -37,10 +37,17 @@ class Stage:
 
 @dataclass(slots=True)
 class Answer:
-    """What one side computed for one input: the valid frames of each utterance, and the stages in order."""
+    """What one side computed for one input.
+
+    Args:
+        frames: the valid frames of each utterance.
+        stages: the stages in order.
+        beams: what a decoder wrote with the recipe's beam, tokens and text, for each utterance; empty where it was not asked.
+    """
 
     frames: list[int]
     stages: dict[str, Stage] = field(default_factory=dict)
+    beams: list[tuple[list[int], str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from convert.audio import Waveform
 from convert.errors import Problem
 from convert.verification.compare import GENERATED, Stage, Verdict, compare
-from convert.verification.fairseq_side.tokens import language_of
+from convert.verification.fairseq_side.tokens import PAD, language_of
 from convert.verification.inputs import EPSILON, Cut, cut
 from convert.verification.reference import Reference, Subject
 from convert.verification.target import SpeechToTextTarget, Target
+
+if TYPE_CHECKING:
+    import torch
 
 # transformers' Wav2Vec2FeatureExtractor.zero_mean_unit_var_norm adds another constant to the variance than fairseq
 THEIR_EPSILON = 1e-7
@@ -198,8 +201,8 @@ def generate(
     name: str,
     piece: Cut,
     subject: Subject,
-) -> EndToEnd:
-    """Let both sides write what they hear in one waveform, with a beam of one, from the same features.
+) -> list[EndToEnd]:
+    """Let both sides write what they hear in one waveform, from the same features: with a beam of one, and with the recipe's.
 
     Args:
         reference, target: the models.
@@ -213,31 +216,80 @@ def generate(
     import torch
 
     raw = cut(dict(clips), piece)
+    waveform, language = torch.from_numpy(raw), language_of(subject.symbols)
     _, answer, theirs = reference.end_to_end(piece)
     values: dict[str, torch.Tensor] = {}
-    target.run(torch.from_numpy(raw)[None], None, lambda stage, value: values.update({stage: value}))
+    target.run(waveform[None], None, lambda stage, value: values.update({stage: value}))
     difference = compare(target.output, answer.stages[target.output], values[target.output])
-    try:
-        ours = spell(target.generate(torch.from_numpy(raw), language_of(subject.symbols)))
-        why = "" if ours == theirs else f"transformers writes {ours[:40]!r}, fairseq {theirs[:40]!r}"
-    except (IndexError, RuntimeError, ValueError) as error:  # what wrong settings of generation end in
-        ours, why = "", f"transformers cannot generate ({type(error).__name__}: {error})"
-    failed = bool(why)
-    if not why and not difference.equal:
-        why = "the two sides round differently here"
     spread = float(np.std(raw, dtype=np.float64))
-    return EndToEnd(
-        input=name,
-        device=target.device,
-        verdict="different" if failed else "identical" if difference.equal else "explained",
-        fairseq_std=spread,
-        hf_std=spread,
-        max_abs_difference=difference.greatest if difference.greatest < float("inf") else None,
-        stage=target.output,
-        same_path=None,  # what is the same is said of the texts
-        fairseq_text=theirs,
-        hf_text=ours,
-        why=why,
+
+    def made(name: str, theirs: str, beam: bool) -> EndToEnd:
+        try:
+            tokens = target.generate(waveform, language, beam=beam)
+            ours, why = spell(tokens), ""
+        except (IndexError, RuntimeError, ValueError) as error:  # what wrong settings of generation end in
+            tokens, ours, why = [], "", f"transformers cannot generate ({type(error).__name__}: {error})"
+        failed = bool(why)
+        if beam and not failed and _written(tokens) != answer.beams[0][0]:
+            why = _by_forced_tokens(target, waveform, _written(tokens), answer.beams[0][0], language, subject)
+            failed = not why
+        if (failed and not why) or (not why and ours != theirs):
+            failed, why = True, f"transformers writes {ours[:40]!r}, fairseq {theirs[:40]!r}"
+        if not why and not difference.equal:
+            why = "the two sides round differently here"
+        return EndToEnd(
+            input=name,
+            device=target.device,
+            verdict="different" if failed else "explained" if why else "identical",
+            fairseq_std=spread,
+            hf_std=spread,
+            max_abs_difference=difference.greatest if difference.greatest < float("inf") else None,
+            stage=target.output,
+            same_path=None,  # what is the same is said of the texts
+            fairseq_text=theirs,
+            hf_text=ours,
+            why=why,
+        )
+
+    found = [made(name, theirs, beam=False)]
+    if answer.beams:
+        found.append(made(f"{name}, beam {subject.beam}", answer.beams[0][1], beam=True))
+    return found
+
+
+def _written(tokens: list[int]) -> list[int]:
+    """The tokens without the one that transformers starts with, and without padding."""
+    return [token for token in tokens[1:] if token != PAD]
+
+
+def _by_forced_tokens(
+    target: SpeechToTextTarget,
+    waveform: torch.Tensor,
+    ours: list[int],
+    theirs: list[int],
+    language: int | None,
+    subject: Subject,
+) -> str:
+    """Say how transformers came to prefer another text, if by nothing but what it forces; otherwise nothing.
+
+    transformers takes a token that it forces for certain: the end of a text that has the greatest length, and the symbol of a
+    language. fairseq counts their probability. Each side has to prefer its own text by its own count.
+    """
+    longest = target.model.generation_config.max_length - 1
+
+    def scores(tokens: list[int]) -> tuple[float, float]:
+        each = target.log_probabilities(waveform, tokens)
+        forced = (each[0] if language is not None else 0.0) + (each[-1] if len(tokens) == longest else 0.0)
+        length = len(tokens) ** subject.length_penalty
+        return sum(each) / length, (sum(each) - forced) / length
+
+    (our_true, our_free), (their_true, their_free) = scores(ours), scores(theirs)
+    if not (their_true >= our_true and our_free >= their_free):
+        return ""
+    forced = "the end at the greatest length" + ("" if language is None else " and the language's symbol")
+    return (
+        f"transformers takes {forced} for certain: by that its text scores {our_free:.3f}, fairseq's {their_free:.3f}; by "
+        f"probability {our_true:.3f}, fairseq's {their_true:.3f}"
     )
 
 

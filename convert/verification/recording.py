@@ -195,7 +195,7 @@ class Recorded:
             chosen = stage["name"] in ("codes", "generated", "generated.second")
             values = values.long() if chosen else values.to(NAMES[kind])
             stages[stage["name"]] = Stage(tuple(stage["shape"]), values, stage["step"], stage["sha256"])
-        return Answer(run["frames"], stages)
+        return Answer(run["frames"], stages, run.get("beams") or [])
 
     def run(self, probe: Probe, name: str) -> Answer:
         """Look an answer up."""

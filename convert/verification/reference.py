@@ -42,6 +42,8 @@ class Subject:
         language: what a model with adapters speaks, if it has a name.
         languages: all that the model directory speaks, where there are several: their symbols, and their index among the
             stacked adapters.
+        beam: how many texts a decoder follows, where the checkpoint says so; 1 where it does not.
+        length_penalty: the power of its length that the score of a text is divided by.
     """
 
     name: str
@@ -56,6 +58,8 @@ class Subject:
     normalize: bool
     language: str = ""
     languages: Mapping[str, tuple[tuple[str, ...], int]] = field(default_factory=dict)
+    beam: int = 1
+    length_penalty: float = 1.0
 
     def speaking(self, language: str) -> Subject:
         """Return the same with another language."""
@@ -72,6 +76,8 @@ class Subject:
             "rate": self.rate,
             "language": self.language,
             "languages": {name: row for name, (_, row) in self.languages.items()},
+            "beam": self.beam,
+            "length_penalty": self.length_penalty,
         }
 
 
@@ -198,7 +204,8 @@ class Live:
             self.inner.speak("")
             signal = self.inner.normalise(cut(self.clips, piece), self.subject.rate)
             frames, stages = self.inner.run(signal[None])
-        answer = Answer(frames, {key: Stage(tuple(value.shape), value) for key, value in stages.items()})
+            beams = self.inner.beams()
+        answer = Answer(frames, {key: Stage(tuple(value.shape), value) for key, value in stages.items()}, beams)
         paths = self.inner.paths(stages, frames)
         return signal.cpu().numpy(), answer, self.inner.transcribe(paths[0].tolist()) if len(paths) else ""
 

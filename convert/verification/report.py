@@ -217,7 +217,8 @@ def _spoken(one: Mapping[str, Any]) -> str:
     if one["same_path"] is not None:
         line += f"{one['same_path']:.1%} of {'tokens' if one['stage'] == SCORES else 'frames'}, "
     if one["hf_text"] is not None:
-        line += "same text" if one["fairseq_text"] == one["hf_text"] else "OTHER TEXT"
+        other = f"OTHER TEXT: {one['why']}" if one["stage"] == SCORES and one["why"] else "OTHER TEXT"
+        line += "same text" if one["fairseq_text"] == one["hf_text"] else other
     return line.rstrip()
 
 

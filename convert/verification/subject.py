@@ -89,8 +89,15 @@ def _speech_to_text(opened: Checkpoint, plan: Conversion, file: Mapping[str, Any
         post_process="sentencepiece",
         rate=16000,
         normalize=False,
+        **generating(plan.processor.files["generation_config.json"]),
     )
     return subject, Geometry(((400, 160), *((1, 2) for _ in kernels)), 1)
+
+
+def generating(configuration: Mapping[str, Any]) -> dict[str, Any]:
+    """Say which beam a plan's generation_config.json has, which is the checkpoint's own."""
+    penalty = float(configuration.get("length_penalty", 1.0))
+    return {"beam": int(configuration.get("num_beams", 1)), "length_penalty": penalty}
 
 
 def _last(symbols: Sequence[str], symbol: str) -> int:

@@ -424,25 +424,49 @@ class SpeechToTextTarget(Target):
             self.visit = None
         return self.frames
 
-    def generate(self, waveform: torch.Tensor, language: int | None) -> list[int]:
-        """Generate the tokens of a waveform as the directory says, with a beam of one and transformers' own attention.
+    def generate(self, waveform: torch.Tensor, language: int | None, *, beam: bool = False) -> list[int]:
+        """Generate the tokens of a waveform as the directory says, with transformers' own attention.
 
         Args:
             waveform: (samples,).
             language: the symbol to start with, where texts start with that of a language.
+            beam: whether with the directory's beam, or with a beam of one.
+        """
+        forced: dict[str, Any] = {} if language is None else {"forced_bos_token_id": language}
+        options: dict[str, Any] = forced if beam else {"num_beams": 1, "early_stopping": False, **forced}
+        with self._eager(waveform) as source:
+            made: list[int] = self.model.generate(source, **options)[0].tolist()
+        return made
+
+    def log_probabilities(self, waveform: torch.Tensor, tokens: list[int]) -> list[float]:
+        """Compute the logarithm of the probability of each token, given those before it.
+
+        Args:
+            waveform: (samples,).
+            tokens: as they are generated, without the one that generation starts with.
         """
         import torch
 
+        given = torch.tensor([[self.model.generation_config.decoder_start_token_id, *tokens[:-1]]], device=self.device)
+        with self._eager(waveform) as source:
+            logits = self.model(source, decoder_input_ids=given, use_cache=False).logits[0]
+        chosen = torch.tensor(tokens, device=self.device)[:, None]
+        found: list[float] = logits.double().log_softmax(-1).gather(-1, chosen)[:, 0].tolist()
+        return found
+
+    @contextlib.contextmanager
+    def _eager(self, waveform: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Turn to transformers' own attention, and make a waveform's features."""
+        import torch
+
         source, _ = features(waveform[None], None, self.model.config.input_feat_per_channel)
-        forced = {} if language is None else {"forced_bos_token_id": language}
         kind, known = next(self.model.parameters()).dtype, self.model.config._attn_implementation
         self.model.config._attn_implementation = "eager"
         try:
             with torch.no_grad():
-                made: list[int] = self.model.generate(source.to(self.device, kind), num_beams=1, **forced)[0].tolist()
+                yield source.to(self.device, kind)
         finally:
             self.model.config._attn_implementation = known
-        return made
 
     @contextlib.contextmanager
     def arithmetic(self, name: str) -> Iterator[None]:

@@ -72,6 +72,8 @@ def _answer(reference: Any, wanted: Any, arrays: Any, tensors: Any, prefix: str)
         tensors[prefix + name] = value.reshape(-1)[::step].float().cpu().numpy()
         tensors[prefix + name + ".float64"] = exact[name].reshape(-1)[::step].double().cpu().numpy()
     answer: dict[str, Any] = {"frames": frames, "stages": kept}
+    beams = reference.beams() if wanted["raw"] else []
+    answer.update({"beams": beams} if beams else {})
     texts = [reference.transcribe(path.tolist()) for path in reference.paths(stages, frames)]
     return dict(answer, texts=texts) if texts else answer
 

@@ -205,6 +205,10 @@ class Reference:
         """The id of CTC's blank; -1 where there is none."""
         return int(self.request["blank"])
 
+    def beams(self) -> list[Any]:
+        """What a decoder writes with the recipe's beam, tokens and text, for each utterance of the last run; most have none."""
+        return []
+
     def spell(self, language: str = "") -> str:
         """Transcribe a path that holds every symbol of the dictionary that is not special, in order, twice."""
         self.speak(language)

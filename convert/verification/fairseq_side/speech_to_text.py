@@ -71,17 +71,26 @@ class SpeechToTextReference(Reference):
 
     def paths(self, stages: Any, frames: list[int]) -> Any:
         """The tokens that fairseq generates with a beam of one, for each utterance of the last run."""
+        return self._generate(1, 1.0)
+
+    def beams(self) -> list[Any]:
+        """What it generates with the recipe's beam: tokens and text, for each utterance of the last run."""
+        beam = self.request["beam"]
+        found = self._generate(beam, self.request["length_penalty"]) if beam > 1 else []
+        return [[tokens.tolist(), self.transcribe(tokens.tolist())] for tokens in found]
+
+    def _generate(self, beam: int, penalty: float) -> Any:
         from fairseq.sequence_generator import SequenceGenerator
 
-        generator = SequenceGenerator([self.model], self.words(), beam_size=1, max_len_a=0, max_len_b=200, min_len=1)
+        limits = dict(max_len_a=0, max_len_b=200, min_len=1)
+        generator = SequenceGenerator([self.model], self.words(), beam_size=beam, len_penalty=penalty, **limits)
         language = language_of(self.request["symbols"])
         prefix = None if language is None else torch.tensor([[language]], device=self.device)
         found = []
         for source, count in zip(*self.heard):
             net_input = {"src_tokens": source[None, :count].to(self.device), "src_lengths": count[None].to(self.device)}
-            found.append(
-                generator.generate([self.model], {"net_input": net_input}, prefix_tokens=prefix)[0][0]["tokens"]
-            )
+            hypotheses = generator.generate([self.model], {"net_input": net_input}, prefix_tokens=prefix)[0]
+            found.append(hypotheses[0]["tokens"])
         self.seen = {}
         return found
 
