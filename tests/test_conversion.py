@@ -7,7 +7,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -228,4 +228,13 @@ def test_other_words_of_another_version_are_noted(compared: tuple[ModelDirectory
 def test_an_origin_that_nobody_knows_is_refused(compared: tuple[ModelDirectory, expected.Expected]) -> None:
     forged = changed(compared[0], lambda values: values["source"].update(catalogue="wav2vec2-base-960h"))
     (problem,) = expected.compare_records(forged, compared[1])[0]
-    assert str(problem) == 'conversion.json: source.catalogue is "wav2vec2-base-960h", expected nothing'
+    detail = (
+        "source.catalogue is 'wav2vec2-base-960h', and this file was not fetched there: name that as the checkpoint"
+    )
+    assert str(problem) == f"conversion.json: {detail}"
+    directory, meant = compared
+    fetched = replace(
+        meant, record=meant.record | {"source": meant.record["source"] | {"address": "https://a.org/b.pt"}}
+    )
+    wrong, noted = expected.compare_records(directory, fetched)  # converted from a file, verified from an address
+    assert wrong == [] and "conversion.json: source.address" in noted

@@ -105,7 +105,7 @@ def compare_records(
         found_files: the SHA-256 of its files, where they are known.
 
     Returns:
-        What is wrong, and what differs for a reason that is not a fault: a checkpoint under another name, the words of
+        What is wrong, and what differs for a reason that is not a fault: a checkpoint under another name, a place that it was not fetched from then, the words of
         another version of this tool, and what earlier versions did not write and is empty. Nothing else may differ.
     """
     found, meant, differing = dict(directory.record.values), dict(expected.record), {}
@@ -125,8 +125,19 @@ def compare_records(
         differing[f"conversion.json: {key}"] = "is not there; it would be empty"
         del meant[key]
     if found.get("source") != meant["source"]:
-        differing["conversion.json: source.name"] = "the checkpoint had another name"
+        if (found.get("source") or {}).get("name") != meant["source"]["name"]:
+            differing[f"{RECORD}: source.name"] = "the checkpoint had another name"
         found["source"] = _but(found.get("source"), name=meant["source"]["name"])
+        meant["source"] = dict(meant["source"])
+        for key in ("address", "catalogue"):
+            stated, known = (found["source"] or {}).get(key), meant["source"].get(key)
+            if known is not None and stated is None:
+                differing[f"{RECORD}: source.{key}"] = "was converted from a file here, which says less"
+                del meant["source"][key]
+            elif stated is not None and known is None:
+                detail = f"source.{key} is {stated!r}, and this file was not fetched there: name that as the checkpoint"
+                problems.append(Problem("file", RECORD, detail))
+                found["source"] = {other: value for other, value in found["source"].items() if other != key}
     for key in sorted({*meant, *found}):  # key by key, so that what is equal is compared at once
         ours, theirs = ({key: side[key]} if key in side else {} for side in (meant, found))
         if json_text(ours) != json_text(theirs):
