@@ -265,8 +265,8 @@ def blob_of(store: Store, key: str, value: dict) -> Blob:
     return Blob(None, value["oid"], value["size"])
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 20.0) -> None:
-    """Wait until something is true."""
+def wait_for(condition: Callable[[], object], seconds: float = 600.0) -> None:
+    """Wait until something is true; the limit only ends a test that would hang."""
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:

@@ -323,7 +323,7 @@ def test_another_interpreter_ends_with_the_command(
         stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as process:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while not told.exists():
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
