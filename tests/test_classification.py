@@ -125,7 +125,7 @@ def test_what_fairseq_assumes_where_the_settings_are_silent_is_refused(name: str
     [
         (lambda s: s["cfg"]["model"].update(latent_embed_dim=25), "shape", "pooling_layer.linear.weight"),
         (lambda s: s["cfg"]["model"].update(latent_embed_dim=None), "shape", "pooling_layer.linear.weight"),
-        (lambda s: s["cfg"]["model"]["w2v_args"]["model"].update(_name="hubert"), "unsupported-architecture", "hubert"),
+        (lambda s: s["cfg"]["model"]["w2v_args"]["model"].update(_name="data2vec_multi"), "unsupported-architecture", "data2vec_multi"),
         (lambda s: s["cfg"]["model"].update(new_pooling=3), "unknown-setting", "new_pooling"),
         (lambda s: s["model"].update({"pooling_layer.weights": torch.ones(3)}), "unmapped-source", "pooling_layer.weights"),
         (lambda s: s["model"].pop("pooling_layer.projection.bias"), "dead-rule", "pooling_layer.projection.bias"),
