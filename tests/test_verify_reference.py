@@ -279,7 +279,7 @@ def test_a_recording_is_replaced_only_when_asked(base: tuple[Path, Path], tmp_pa
     assert (caught.value.code, caught.value.status, out.read_bytes()) == ("exists", 2, b"mine")
     record(base[0], out, long=False, overwrite=True)
     assert Recorded(out).probes()
-    with pytest.raises(ConvertError, match="is no directory") as caught:
+    with pytest.raises(ConvertError, match="is not a directory") as caught:
         record(base[0], tmp_path / "none" / "reference.safetensors")
     assert caught.value.code == "no-parent"
     assert [entry.name for entry in tmp_path.iterdir()] == [out.name]
