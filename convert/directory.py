@@ -46,7 +46,7 @@ class ModelDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         if not path.is_dir():
-            raise self._error("is no directory", "name the directory that `fairseq-to-hf convert` made")
+            raise self._error("is not a directory", "name the directory that `fairseq-to-hf convert` made")
         self.config: dict[str, Any] = self.json("config.json")
         self.tensors = self._tensors()
 

@@ -67,7 +67,7 @@ def from_pickle(value: Any, name: str) -> Dictionary | None:
     symbols, counts = state.get("symbols"), state.get("count")
     if not isinstance(symbols, list) or not all(isinstance(symbol, str) for symbol in symbols):
         raise _corrupted(name, "its symbols are no list of texts")
-    numbers = isinstance(counts, list) and all(isinstance(n, int) and -(2**63) <= n < 2**63 for n in counts)
+    numbers = isinstance(counts, list) and all(type(n) is int and -(2**63) <= n < 2**63 for n in counts)
     if not isinstance(counts, list) or not numbers or len(counts) != len(symbols):
         counts = [1] * len(symbols)
     words = [state.get(f"{word}_word") for word in ("bos", "pad", "eos", "unk") if f"{word}_index" in state]
