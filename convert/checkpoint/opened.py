@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.checkpoint import fairseq2
+from convert.checkpoint.constructors import shared
 from convert.checkpoint.container import Container, tensors_in
 from convert.checkpoint.dictionary import Dictionary, from_pickle, from_symbols, is_dictionary
 from convert.checkpoint.fairseq2_architectures import ASR
@@ -358,6 +359,8 @@ def _open(seen: Survey, ema: bool) -> Checkpoint:
     tensors = _tensors(inside, room)
     if not tensors:
         raise CheckpointError(f"{name}: its model holds no tensor", code="no-tensors", key=name)
+    own = state.where.partition(".")[0]
+    parts = {_printable(key): _bytes_in(container, value) for key, value in top.items() if key != own}
     groups = _groups(top, room)
     found = [*tensors.values(), *(tensor for group in groups.values() for tensor in group.tensors.values())]
     total = sum(math.prod(tensor.shape) * container.dtype(tensor)[1] for tensor in found)
@@ -368,8 +371,6 @@ def _open(seen: Survey, ema: bool) -> Checkpoint:
             key=name,
             hint="get the checkpoint from its author again: no trainer writes such views",
         )
-    own = state.where.partition(".")[0]
-    parts = {_printable(key): _bytes_in(container, value) for key, value in top.items() if key != own}
     return Checkpoint(
         path=seen.path,
         container=container,
@@ -512,7 +513,7 @@ def _tensors(model: dict[Any, Any], room: _Room) -> dict[str, StoredTensor]:
 
 def _row(tensor: StoredTensor, index: int) -> StoredTensor:
     offset = tensor.offset + index * tensor.stride[0]
-    return replace(tensor, offset=offset, shape=tensor.shape[1:], stride=tensor.stride[1:])
+    return StoredTensor(tensor.storage, offset, shared(tensor.shape[1:]), shared(tensor.stride[1:]))
 
 
 def _groups(top: Mapping[Any, Any], room: _Room) -> dict[str, Group]:
@@ -521,7 +522,8 @@ def _groups(top: Mapping[Any, Any], room: _Room) -> dict[str, Group]:
     if not isinstance(found, dict):
         return {}
     groups = {}
-    for language, part in found.items():
+    for language in list(found):
+        part = found.pop(language)  # 300,000 tensors in MMS: they are not kept twice
         model = part.get("model") if isinstance(part, dict) else None
         strange = not isinstance(language, str) or not re.fullmatch(r"[\w-]{1,80}", language, re.ASCII)
         if strange or not isinstance(model, dict) or not all(map(_is_tensor, model.items())):
