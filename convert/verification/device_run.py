@@ -176,7 +176,7 @@ def _padding(work: Work, target: Target, followed: Judged, device: str) -> dict[
 
     def visit(stage: str, values: torch.Tensor) -> None:
         if stage == target.output:
-            outputs.append(values)
+            outputs.append(values.clone())
 
     counts = [target.run(waveforms, given, visit) for given in (lengths, target.samples(followed.frames))]
     pairs = zip(outputs, counts, strict=True)  # what was pooled over the frames has one row for each utterance

@@ -13,7 +13,8 @@ from convert.errors import ConvertError
 from convert.verification.attention import NAME, register
 from convert.verification.compare import GENERATED
 from convert.verification.fairseq_side.features import features
-from convert.verification.fairseq_side.numerics import NAMES, aligned, crop
+from convert.verification.fairseq_side.lending import Lending
+from convert.verification.fairseq_side.numerics import NAMES, crop
 from convert.verification.fairseq_side.tokens import PAD, forced_tokens, generated_length
 from convert.verification.inputs import Geometry
 
@@ -52,11 +53,21 @@ def load(model_dir: Path, device: str) -> Target:
         message = f"{model_dir.name}: transformers {transformers.__version__} has no class {name!r}"
         raise ConvertError(message, code="load", key=model_dir.name, status=1, hint="pip install -U transformers")
     key = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
-    options = {key: torch.float32, "attn_implementation": attention_of(config.model_type), "config": config}
-    model = loading.load_model(getattr(transformers, name), model_dir, status=1, **options)
+    options = {"attn_implementation": attention_of(config.model_type), "config": config}
+    stored = getattr(config, key, None)
+    half = stored if stored in (torch.float16, torch.bfloat16) else torch.float32  # as stored, so that it stays mapped
+    model = loading.load_model(getattr(transformers, name), model_dir, status=1, **{key: half}, **options)
+    if half != torch.float32 and _computed(model):
+        model = loading.load_model(getattr(transformers, name), model_dir, status=1, **{key: torch.float32}, **options)
     target = TARGETS.get(name, Target)(model, device)
     target.spoken = target.native = language_of(model_dir)
     return target
+
+
+def _computed(model: Any) -> bool:
+    """Whether a model has numbers of its own making, which half a type would round."""
+    stored = model.state_dict()
+    return any(name not in stored and buffer.is_floating_point() for name, buffer in model.named_buffers())
 
 
 def language_of(model_dir: Path) -> str:
@@ -77,15 +88,13 @@ class Target:
     """
 
     def __init__(self, model: Any, device: str) -> None:
-        self.model = model.to(device).eval()
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.lending = Lending(self.model)
         self.device = device
         self.visit: Visit | None = None
         self.frames: list[int] = []
         self.spoken = self.native = ""  # the language that is loaded, and the one that the weights speak
         self.stages: list[str] = []  # what it is compared at, in no order
-        for parameter in self.model.parameters():
-            parameter.requires_grad_(False)
-            parameter.data = aligned(parameter.data)
         self._hook()
 
     part = ""  # what stands before the encoder's values in the configuration
@@ -150,18 +159,17 @@ class Target:
                 self.visit("codes", value.reshape(*value.shape[:-1], groups, -1).argmax(-1))
 
         module.register_forward_hook(hook)
+        self.lending.layer(module)
         self.stages += [name] if name not in self.stages else []
 
     @contextlib.contextmanager
     def arithmetic(self, name: str) -> Iterator[None]:
-        """Compute in another floating point type; back to float32 is exact, as half types hold rounded weights only."""
-        import torch
-
-        self.model.to(NAMES[name])
+        """Compute in another floating point type."""
+        before, self.lending.kind = self.lending.kind, NAMES[name]
         try:
             yield
         finally:
-            self.model.to(torch.float32)
+            self.lending.kind = before
 
     def run(self, waveforms: torch.Tensor, lengths: list[int] | None, visit: Visit) -> list[int]:
         """Compute every stage, and show each to `visit` as it comes.
@@ -177,8 +185,7 @@ class Target:
         """
         import torch
 
-        kind = next(self.model.parameters()).dtype
-        source = waveforms.to(self.device).to(kind)
+        source = waveforms.to(self.device).to(self.lending.kind)
         mask = None
         counts = [source.shape[1]] * len(source) if lengths is None else lengths
         if lengths is not None:
@@ -186,7 +193,7 @@ class Target:
         self.frames = [int(n) for n in self.base._get_feat_extract_output_lengths(torch.tensor(counts))]
         self.visit = visit
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self.lending.lent():
                 self.compute(source, mask)
         finally:
             self.visit = None
@@ -250,7 +257,9 @@ class Target:
                     setattr(module, name, twin.get_buffer(name))
         if hasattr(self.model, "generation_config"):
             other.generation_config = self.model.generation_config
-        return type(self)(other, self.device)
+        made = type(self)(other, self.device)
+        made.lending.kind = self.lending.kind
+        return made
 
 
 class ConformerTarget(Target):
@@ -275,22 +284,16 @@ class ConformerTarget(Target):
         other.model.set_attn_implementation("sdpa")
         return other
 
-    @contextlib.contextmanager
-    def arithmetic(self, name: str) -> Iterator[None]:
-        """As for every target; a table of positions is no weight: what a half type did to it must not stay."""
+    def compute(self, source: torch.Tensor, mask: torch.Tensor | None) -> None:
+        """As for every target; a table kept from the last input may be of other frequencies, or of another type."""
         positions = self.base.encoder.embed_positions
+        positions.cached_sequence_length = None
         kept = getattr(positions, "pe", None)
         try:
-            with super().arithmetic(name):
-                yield
+            super().compute(source, mask)
         finally:
             if kept is not None:
                 positions.pe = kept
-
-    def compute(self, source: torch.Tensor, mask: torch.Tensor | None) -> None:
-        """As for every target; a table kept from the last input may be of other frequencies, or of another type."""
-        self.base.encoder.embed_positions.cached_sequence_length = None
-        super().compute(source, mask)
 
 
 class ClassificationTarget(Target):
@@ -406,16 +409,16 @@ class SpeechToTextTarget(Target):
         """Compute every stage, as for every target."""
         import torch
 
-        config, kind = self.model.config, next(self.model.parameters()).dtype
+        config = self.model.config
         source, counts = features(waveforms, lengths, config.input_feat_per_channel)
         tokens = forced_tokens(config.vocab_size, config.max_target_positions).to(self.device)
         self.frames = [int(n) for n in self.model._get_feat_extract_output_lengths(counts)]
         mask = None if lengths is None else (torch.arange(source.shape[1])[None] < counts[:, None]).long()
         self.visit = visit
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self.lending.lent():
                 self.model(
-                    source.to(self.device, kind),
+                    source.to(self.device, self.lending.kind),
                     attention_mask=None if mask is None else mask.to(self.device),
                     decoder_input_ids=tokens.expand(len(source), -1),
                     use_cache=False,
@@ -460,25 +463,13 @@ class SpeechToTextTarget(Target):
         import torch
 
         source, _ = features(waveform[None], None, self.model.config.input_feat_per_channel)
-        kind, known = next(self.model.parameters()).dtype, self.model.config._attn_implementation
+        known = self.model.config._attn_implementation
         self.model.config._attn_implementation = "eager"
         try:
-            with torch.no_grad():
-                yield source.to(self.device, kind)
+            with torch.no_grad(), self.lending.lent():
+                yield source.to(self.device, self.lending.kind)
         finally:
             self.model.config._attn_implementation = known
-
-    @contextlib.contextmanager
-    def arithmetic(self, name: str) -> Iterator[None]:
-        """As for every target; the tables of positions are no weights: what a half type did to them must not stay."""
-        tables = [self.base.encoder.embed_positions, self.base.decoder.embed_positions]
-        kept = [table.weights.clone() for table in tables]
-        try:
-            with super().arithmetic(name):
-                yield
-        finally:
-            for table, weights in zip(tables, kept, strict=True):
-                table.weights = weights
 
 
 # transformers class -> what runs it, where `Target` does not

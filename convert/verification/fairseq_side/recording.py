@@ -6,6 +6,7 @@ import json
 import sys
 from typing import Any
 
+import numpy
 import torch
 
 from .importing import CannotBuildError
@@ -69,8 +70,8 @@ def _answer(reference: Any, wanted: Any, arrays: Any, tensors: Any, prefix: str)
         chosen = name == "codes" or name.startswith("generated")
         floor = None if chosen else distance(value[same], exact[name][same])
         kept.append({"name": name, "shape": list(value.shape), "sha256": digest(value), "step": step, "floor": floor})
-        tensors[prefix + name] = value.reshape(-1)[::step].float().cpu().numpy()
-        tensors[prefix + name + ".float64"] = exact[name].reshape(-1)[::step].double().cpu().numpy()
+        tensors[prefix + name] = numpy.array(value.reshape(-1)[::step].float().cpu())
+        tensors[prefix + name + ".float64"] = numpy.array(exact[name].reshape(-1)[::step].double().cpu())
     answer: dict[str, Any] = {"frames": frames, "stages": kept}
     beams = reference.beams() if wanted["raw"] else []
     answer.update({"beams": beams} if beams else {})

@@ -117,7 +117,7 @@ class Seq2SeqReference(Reference):
     def hear(self, waveform: Any, rate: int) -> str:
         """Transcribe a waveform with fairseq's generator and a beam of one."""
         source = self.normalise(waveform, rate)[None].to(self.device)
-        with torch.no_grad():
+        with torch.no_grad(), self.lending.lent():
             self._generate(source, None)
         path = self.seen["generated"][0].tolist()
         self.seen = {}
