@@ -58,7 +58,9 @@ class SpeechToTextReference(Reference):
         self.heard, self.seen = (source, counts), {}
         with torch.no_grad(), self.lending.lent():
             self.model(
-                source.to(self.device, self.lending.kind), counts.to(self.device), tokens.expand(len(source), -1).to(self.device)
+                source.to(self.device, self.lending.kind),
+                counts.to(self.device),
+                tokens.expand(len(source), -1).to(self.device),
             )
         frames = self.model.encoder.subsample.get_out_seq_lens_tensor(counts).tolist()
         stages = {name: crop(name, value, frames) for name, value in self.seen.items()}
