@@ -159,7 +159,7 @@ class Target:
                 self.visit("codes", value.reshape(*value.shape[:-1], groups, -1).argmax(-1))
 
         module.register_forward_hook(hook)
-        self.lending.layer(module)
+        self.lending.watch(module, name)
         self.stages += [name] if name not in self.stages else []
 
     @contextlib.contextmanager

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from typing import Any
 
 import torch
 
 from .numerics import ALIGNMENT
+
+LAYERS = ("conv.", "pos_conv", "layer.", "decoder.layer.")  # stages whose tensors nothing but themselves looks at
 
 
 class Lending:
@@ -31,9 +34,9 @@ class Lending:
         self._spare: dict[Any, list[Any]] = {}
         self._running = False
 
-    def layer(self, module: Any) -> None:
-        """Let a module have its tensors only while it runs, but for those of layers within it, and those that others share."""
-        if id(module) not in self._layers:
+    def watch(self, module: Any, name: str) -> None:
+        """Let the module of a stage, if it is a layer, have its tensors only while it runs, but for those that others share."""
+        if name.startswith(LAYERS) and id(module) not in self._layers:
             self._layers[id(module)] = module
             module.register_forward_pre_hook(lambda *_: self._lend(module))
             module.register_forward_hook(lambda *_: self._take_back(module))
@@ -53,6 +56,7 @@ class Lending:
                 self._take_back(layer)
             self._running = False
             self._parts, self._spare = {}, {}
+            release()
 
     def made(self, kept: Any, module: Any = None) -> Any:
         """The numbers of a tensor in the type of the computation; the tensor itself, where it is so already."""
@@ -67,10 +71,8 @@ class Lending:
         return made.copy_(kept.to(self.rounded) if rounds else kept)
 
     def _divided(self) -> dict[int, list[Any]]:
-        """Divide the tensors among the innermost layers; what several share belongs to the model."""
-        inner: dict[int, int] = {}
-        for layer in sorted(self._layers.values(), key=lambda layer: -sum(1 for _ in layer.modules())):
-            inner.update((id(module), id(layer)) for module in layer.modules())
+        """Divide the tensors among the layers; what several share belongs to the model."""
+        inner = {id(module): id(layer) for layer in self._layers.values() for module in layer.modules()}
         places: dict[int, list[Any]] = {}
         for module in self.model.modules():
             for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
@@ -99,6 +101,12 @@ class Lending:
         for owners, kept, made in self._lent.pop(id(layer), ()):
             _hold(owners, kept)
             self._spare.setdefault((made.shape, made.dtype, made.device), []).append(made)
+
+
+def release() -> None:
+    """Give freed memory back to the system: glibc keeps what lies below the last block in use."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library, or another system
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _held(module: Any, name: str) -> Any:

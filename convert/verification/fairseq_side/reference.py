@@ -132,7 +132,7 @@ class Reference:
             self._see(name, shape(output[0] if isinstance(output, tuple) else output))
 
         module.register_forward_hook(hook)
-        self.lending.layer(module)
+        self.lending.watch(module, name)
 
     def _see(self, name: str, value: Any) -> None:
         """Keep what a stage computed first."""

@@ -86,7 +86,8 @@ class Seq2SeqReference(Reference):
         encoded = self.model.encoder(source=source, padding_mask=padding)
         tokens = forced_tokens(len(self.request["symbols"]), decoder.max_target_positions).to(self.device)
         self.seen["decoder.logits"] = decoder(tokens.expand(len(source), -1), encoder_out=encoded)[0]
-        self._generate(source, padding)
+        if self.lending.kind != torch.float64:  # measures rounding, and tokens have none
+            self._generate(source, padding)
         return encoded["padding_mask"]
 
     def _generate(self, source: Any, padding: Any) -> None:
