@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent / "convert"
 # From the bottom up: a room imports its own modules and those of earlier rows only.
 ORDER = (
     {"errors", "report"},
-    {"interrupts", "rules", "typed"},
+    {"interrupts", "reading", "rules", "typed"},
     {"audio", "loading", "network", "workspace"},
     {"files"},
     {"checkpoint", "fetching"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -91,18 +92,11 @@ def from_file(path: Path) -> Dictionary:
         return of_pieces(read_model(read_bytes(path, "sentencepiece model", partial(_bad, path))), path)
     symbols, counts, seen = list(SPECIAL), [1] * len(SPECIAL), set(SPECIAL)
     try:
-        if path.exists() and not path.is_file():  # reading from a pipe or a device may never end
-            raise CheckpointError(f"{path.name} is no file", code="bad-dictionary", key=path.name, hint=_HINT)
-        lines = path.read_text("utf-8").split("\n")
-    except OSError as error:
-        raise CheckpointError(
-            f"{path.name} cannot be read: {error.strerror or error}", code="bad-dictionary", key=path.name, hint=_HINT
-        ) from None
+        # line ends as Python reads a text file's
+        text = io.TextIOWrapper(io.BytesIO(read_bytes(path, "dictionary", partial(_bad, path))), "utf-8").read()
     except UnicodeDecodeError:
-        raise CheckpointError(
-            f"{path.name} is not a text file in UTF-8", code="bad-dictionary", key=path.name, hint=_HINT
-        ) from None
-    for number, line in enumerate(lines, 1):
+        raise _bad(path, "is not a text file in UTF-8") from None
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.rstrip():
             continue
         token, _, count = line.rstrip().rpartition(" ")
