@@ -15,7 +15,7 @@ _LARGEST = {"YAML file": 200_000, "sentencepiece model": 20_000_000, "dictionary
 Complaint = Callable[[str], Exception]  # makes an error of what is wrong with the file
 
 
-def read_bytes(path: Path, kind: str, bad: Complaint) -> bytes:
+def read_beside(path: Path, kind: str, bad: Complaint) -> bytes:
     """Read a file.
 
     Args:
@@ -51,7 +51,7 @@ def read_yaml(path: Path, bad: Complaint) -> list[Any]:
                 raise yaml.YAMLError("merge keys (<<) are not read")
 
     try:
-        text = read_bytes(path, "YAML file", bad).decode("utf-8")
+        text = read_beside(path, "YAML file", bad).decode("utf-8")
         return [plain_data(document) for document in yaml.load_all(text, Loader)]
     except (TooLargeError, RecursionError):
         raise bad("is deeper or larger than any that a training writes") from None

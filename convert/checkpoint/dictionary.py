@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from convert.checkpoint.beside import read_bytes
+from convert.checkpoint.beside import read_beside
 from convert.checkpoint.sentencepiece import CONTROL, SentencePieceModel, read_model
-from convert.checkpoint.unpickle import Stub
+from convert.checkpoint.stored import Stub
 from convert.errors import CheckpointError
 
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
@@ -89,11 +89,11 @@ def from_file(path: Path) -> Dictionary:
         CheckpointError: `bad-dictionary`, with the line's number.
     """
     if path.suffix == ".model":
-        return of_pieces(read_model(read_bytes(path, "sentencepiece model", partial(_bad, path))), path)
+        return of_pieces(read_model(read_beside(path, "sentencepiece model", partial(_bad, path))), path)
     symbols, counts, seen = list(SPECIAL), [1] * len(SPECIAL), set(SPECIAL)
     try:
         # line ends as Python reads a text file's
-        text = io.TextIOWrapper(io.BytesIO(read_bytes(path, "dictionary", partial(_bad, path))), "utf-8").read()
+        text = io.TextIOWrapper(io.BytesIO(read_beside(path, "dictionary", partial(_bad, path))), "utf-8").read()
     except UnicodeDecodeError:
         raise _bad(path, "is not a text file in UTF-8") from None
     for number, line in enumerate(text.split("\n"), 1):

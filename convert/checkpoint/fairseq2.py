@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from convert.checkpoint.beside import read_bytes, read_yaml
+from convert.checkpoint.beside import read_beside, read_yaml
 from convert.checkpoint.container import Container
 from convert.checkpoint.dictionary import Dictionary, of_pieces
 from convert.checkpoint.fairseq2_architectures import ARCHITECTURES, ASR, NORMALISED, PRETRAINED
 from convert.checkpoint.sentencepiece import NORMAL, SentencePieceModel, read_model
-from convert.checkpoint.unpickle import JoinedTensor, Storage, StoredTensor
+from convert.checkpoint.stored import JoinedTensor, Storage, StoredTensor
 from convert.errors import CheckpointError
 from convert.reading import open_file
 
@@ -451,7 +451,7 @@ def read_tokenizer(path: Path) -> tuple[Dictionary, dict[str, Any], bytes]:
     Raises:
         CheckpointError: `bad-dictionary`: it is not a sentencepiece model.
     """
-    data = read_bytes(
+    data = read_beside(
         path, "sentencepiece model", lambda what: _bad(path, f"{path.name} {what}", "bad-dictionary", _DICT)
     )
     model = read_model(data)
