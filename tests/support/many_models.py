@@ -7,6 +7,7 @@ constants of symbols that training hardly saw, and every weight of a blank that 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,30 @@ FAMILIES: dict[str, tuple[Any, ...]] = {
     "classification": (classification_models, "classification_base", "classification_large"),
     "seq2seq": (seq2seq_models, "learned", "large", "hubert"),
 }
-SPEECH_TO_TEXT = ("tied", "to_many")
+# one of each family, and of each norm where a family has both
+FEW = (
+    "wav2vec2-ctc_base",
+    "wav2vec2-ctc_large",
+    "wav2vec2-pretrained_base",
+    "hubert-hubert_base",
+    "hubert-hubert_ctc_large",
+    "data2vec-ctc",
+    "conformer-ctc_relative",
+    "conformer-ctc_rotary",
+    "wavlm-wavlm_base",
+    "wavlm-wavlm_large",
+    "mms-several",
+    "classification-classification_base",
+    "classification-classification_large",
+    "seq2seq-learned",
+    "speech_to_text-tied",
+    "fairseq2-ctc_base",
+    "fairseq2-ctc_omnilingual",
+    "head-ctc_base-from_-60_to_20",
+    "head-ctc_base-blank_1",
+    "head-ctc_large-blank_20",
+    "bundled",
+)
 FAIRSEQ2 = ("ctc_base", "ctc_omnilingual", "pretraining_base")
 # of all symbols: from one constant to another
 CONSTANTS = {
@@ -57,44 +81,55 @@ def constant_head(variant: str, low: float, high: float) -> torch.nn.Module:
     return model
 
 
-def make_models(work: Path, *families: str) -> list[str]:
-    """Save `checkpoints/NAME` and convert it to `models/NAME`: models of some families, or of all; return the names."""
-    checkpoints, models = work / "checkpoints", work / "models"
-    checkpoints.mkdir(parents=True)
-    models.mkdir()
-    made: list[str] = []
+Making = Callable[[Path], tuple[Path, dict[str, Any]]]  # writes into a folder; what to convert, and with which options
 
-    def add(name: str, source: Path | None = None, **options: Any) -> None:
-        convert(source or checkpoints / name / "model.pt", models / name, **options)
-        made.append(name)
 
-    def place(name: str) -> Path:
-        (checkpoints / name).mkdir()
-        return checkpoints / name / "model.pt"
+def _of(save: Callable[..., Path], variant: Any, **options: Any) -> Making:
+    return lambda folder: (save(variant, folder / "model.pt", **options), {})
 
-    for family, (module, *variants) in FAMILIES.items():
-        for variant in variants if not families or family in families else ():
-            module.save(variant, place(f"{family}-{variant}"))
-            add(f"{family}-{variant}")
-    if not families or "heads" in families:
-        for variant in ("ctc_base", "ctc_large"):
-            for constants, ends in CONSTANTS.items():
-                name = f"head-{variant}-{constants}"
-                fairseq_models.save(variant, place(name), model=constant_head(variant, *ends))
-                add(name)
-            for weight in BLANKS:
-                name = f"head-{variant}-blank_{weight:g}"
-                tuned = {"blank_weight": weight, "blank_mode": "add"}
-                fairseq_models.save(replace(fairseq_models.VARIANTS[variant], fine_tuned=tuned), place(name))
-                add(name)
-    for variant in SPEECH_TO_TEXT if not families or "speech_to_text" in families else ():
-        folder = place(f"speech_to_text-{variant}").parent
+
+def _constant(variant: str, low: float, high: float) -> Making:
+    return lambda folder: _of(fairseq_models.save, variant, model=constant_head(variant, low, high))(folder)
+
+
+def _speech_to_text(variant: str, **options: str) -> Making:
+    def make(folder: Path) -> tuple[Path, dict[str, Any]]:
         speech_to_text_models.save(variant, folder)
-        add(folder.name, data_config=folder / "config.yaml", **({"language": "de"} if variant == "to_many" else {}))
-    for variant in FAIRSEQ2 if not families or "fairseq2" in families else ():
-        run = fairseq2_models.save_run(variant, checkpoints / f"fairseq2-{variant}")
-        add(run.name, run)
-    if not families or "bundled" in families:
-        shutil.copy(BUNDLED, place("bundled"))
-        add("bundled")
-    return made
+        return folder / "model.pt", {"data_config": folder / "config.yaml", **options}
+
+    return make
+
+
+def _fairseq2(variant: str) -> Making:
+    return lambda folder: (fairseq2_models.save_run(variant, folder), {})
+
+
+def _every() -> dict[str, Making]:
+    made = {
+        f"{family}-{variant}": _of(module.save, variant)
+        for family, (module, *variants) in FAMILIES.items()
+        for variant in variants
+    }
+    for variant in ("ctc_base", "ctc_large"):
+        made |= {f"head-{variant}-{name}": _constant(variant, *ends) for name, ends in CONSTANTS.items()}
+        for weight in BLANKS:
+            tuned = {"blank_weight": weight, "blank_mode": "add"}
+            blank = replace(fairseq_models.VARIANTS[variant], fine_tuned=tuned)
+            made[f"head-{variant}-blank_{weight:g}"] = _of(fairseq_models.save, blank)
+    made["speech_to_text-tied"] = _speech_to_text("tied")
+    made["speech_to_text-to_many"] = _speech_to_text("to_many", language="de")
+    made |= {f"fairseq2-{variant}": _fairseq2(variant) for variant in FAIRSEQ2}
+    return made | {"bundled": lambda folder: (Path(shutil.copy(BUNDLED, folder / "model.pt")), {})}
+
+
+MODELS = _every()
+
+
+def make_models(work: Path, *names: str) -> None:
+    """Save `checkpoints/NAME` and convert it to `models/NAME`, for some of `MODELS` or all."""
+    (work / "models").mkdir()
+    for name in names or MODELS:
+        folder = work / "checkpoints" / name
+        folder.mkdir(parents=True)
+        checkpoint, options = MODELS[name](folder)
+        convert(checkpoint, work / "models" / name, **options)
