@@ -17,6 +17,7 @@ import conformer_models
 import data2vec_models
 import fairseq2_models
 import fairseq_models
+import full_size
 import hubert_models
 import mms_models
 import seq2seq_models
@@ -126,10 +127,12 @@ MODELS = _every()
 
 
 def make_models(work: Path, *names: str) -> None:
-    """Save `checkpoints/NAME` and convert it to `models/NAME`, for some of `MODELS` or all."""
+    """Save `checkpoints/NAME` and convert it to `models/NAME`, for some of `MODELS` or all; or for a family and a size, such as `wav2vec2-large`."""
     (work / "models").mkdir()
     for name in names or MODELS:
         folder = work / "checkpoints" / name
         folder.mkdir(parents=True)
-        checkpoint, options = MODELS[name](folder)
+        checkpoint, options = (
+            MODELS[name](folder) if name in MODELS else (full_size.save(name, folder / "model.pt"), {})
+        )
         convert(checkpoint, work / "models" / name, **options)
