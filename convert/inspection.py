@@ -11,7 +11,7 @@ from convert.checkpoint import Checkpoint, is_harmless
 from convert.checkpoint.container import DTYPES
 from convert.checkpoint.opened import Survey, survey
 from convert.checkpoint.refusals import writer
-from convert.checkpoint.unpickle import StoredTensor
+from convert.checkpoint.stored import StoredTensor
 from convert.errors import CheckpointError, ConvertError
 from convert.families import describe
 from convert.request import make_request

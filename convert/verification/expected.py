@@ -16,6 +16,7 @@ from convert.errors import Problem
 from convert.families import describe
 from convert.files import Hashes
 from convert.package import tool_version
+from convert.reading import read_file
 from convert.report import json_bytes
 from convert.request import request_again
 
@@ -81,7 +82,7 @@ def compare_files(directory: ModelDirectory, expected: Mapping[str, Any]) -> lis
         if not path.is_file():
             problems.append(Problem("missing-file", name, "is not in the model directory"))
         elif isinstance(meant, bytes):
-            same = path.read_bytes() == meant
+            same = path.stat().st_size == len(meant) and read_file(path) == meant
             problems += [] if same else [Problem("file", name, "is not the file that the conversion wrote")]
         else:
             problems += differences(name, meant, directory.json(name))
@@ -124,6 +125,9 @@ def compare_records(
     for key in [key for key in meant.keys() - found.keys() if not meant[key]]:
         differing[f"conversion.json: {key}"] = "is not there; it would be empty"
         del meant[key]
+    if meant.get("base") and isinstance(found.get("base"), dict) and found["base"].get("name") != meant["base"]["name"]:
+        differing[f"{RECORD}: base.name"] = "the checkpoint with the settings had another name"
+        found["base"] = _but(found["base"], name=meant["base"]["name"])
     if found.get("source") != meant["source"]:
         if (found.get("source") or {}).get("name") != meant["source"]["name"]:
             differing[f"{RECORD}: source.name"] = "the checkpoint had another name"
