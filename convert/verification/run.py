@@ -93,7 +93,7 @@ def verify(
                         raise
                     findings.problems += error.problems
                 del side
-            surroundings = describe(chosen, attention_of(str(directory.config.get("model_type"))))
+            surroundings = describe(chosen, attention_of((directory.config.get("architectures") or [""])[0]))
         findings.problems += controls.missing(findings.controls)
         findings.skipped |= dict(description.skipped) if description else {}
         known.check()  # what was compared and computed with is what was hashed
