@@ -11,6 +11,7 @@ from convert.checkpoint import Checkpoint
 from convert.checkpoint.data_config import DataConfig
 from convert.checkpoint.dictionary import Dictionary
 from convert.errors import Problem
+from convert.families.damages import Converted, Damage, encoder_damages
 from convert.families.settings import Reader, Settings, Value
 from convert.families.tokenizers import Processor
 from convert.rules import Drop, Edit, Plan, Rename, Table
@@ -244,6 +245,7 @@ class Kind:
         task: what today's fairseq calls the task of such a checkpoint.
         label_list: whether that task has a list of labels.
         restored: fairseq's name of what the way back makes, where that is another.
+        damages: mistakes in its head that a verification must catch, by name; none for a model without this head.
     """
 
     name: str
@@ -263,6 +265,7 @@ class Kind:
     task: str = "audio_pretraining"
     label_list: bool = False
     restored: str = ""
+    damages: Callable[[Converted], Mapping[str, Damage]] = lambda model: {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -333,6 +336,7 @@ class Family:
         trainer: the project whose trainer writes its checkpoints.
         paper: the arXiv number of what describes it, a key of `convert/publishing/papers.json`.
         splits_masks: whether fairseq cuts the mask of a padded batch into as many equal pieces as there are frames.
+        damages: mistakes in a converted model that a verification must catch, by name.
     """
 
     name: str
@@ -363,6 +367,7 @@ class Family:
     trainer: str = "fairseq"
     paper: str = ""
     splits_masks: bool = False
+    damages: Callable[[Converted], Mapping[str, Damage]] = encoder_damages
 
     def knows(self, names: Iterable[str]) -> bool:
         """Say whether a state_dict may be of this family, by its names alone."""

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from convert.families.base import Family, Part, Shapes, Sources
+from convert.families.damages import Change, Configure, Converted, Damages, Exchange, encoder_damages, ones
 from convert.families.encoder import Layout, assemble, encoder_rules, infer_encoder
 from convert.families.encoder_settings import CHOICES, DEFAULTS, SAME
 from convert.families.planning import describe_encoder
@@ -154,6 +155,20 @@ def _values(sources: Sources) -> list[Value]:
     ]
 
 
+def _damages(model: Converted) -> Damages:
+    made = encoder_damages(model, "self_attn.linear_{}", "ffn2", ("pos_bias_u", "inv_freq"))
+    layer = f"{model.prefix}encoder.layers.{model.base.config.num_hidden_layers // 2}."
+    made["a running variance lost"] = Change(f"{layer}conv_module.batch_norm.running_var", ones)
+    made["gelu instead of swish"] = Configure({f"{model.part}hidden_act": "gelu"})
+    frequencies = f"{model.prefix}encoder.embed_positions.inv_freq"
+    if frequencies in model.weights:
+        made["frequencies of the positions reversed"] = Change(frequencies, lambda value: value.copy_(value.flip(0)))
+    else:
+        biases = (f"{layer}self_attn.pos_bias_u", f"{layer}self_attn.pos_bias_v")
+        made["pos_bias_u and pos_bias_v swapped"] = Exchange((biases,))
+    return made
+
+
 FAMILY = Family(
     name="wav2vec2_conformer",
     encoders=(("wav2vec2", "conformer"),),
@@ -173,4 +188,5 @@ FAMILY = Family(
     state=_state,
     values=_values,
     paper=WAV2VEC2.paper,
+    damages=_damages,
 )

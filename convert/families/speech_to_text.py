@@ -18,6 +18,7 @@ from convert.checkpoint.sentencepiece import pieces
 from convert.checkpoint.writer import NewNamespace
 from convert.errors import PlanError, Problem
 from convert.families.base import Conversion, Family, Kind, Restoring, Shapes, Sources
+from convert.families.damages import Absent, Change, Configure, Converted, Damages, blocks, fewer, ones, pair, roll
 from convert.families.encoder import count
 from convert.families.encoder_settings import ACTIVATIONS
 from convert.families.planning import classify, finish, prove, read_dictionary
@@ -526,6 +527,35 @@ def _arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {"args": NewNamespace(model | named), "cfg": None}
 
 
+def _damages(model: Converted) -> Damages:
+    config = model.model.config
+    last, end = config.encoder_layers - 1, config.decoder_layers - 1
+    attention, activation = f"model.decoder.layers.{end}.encoder_attn.", config.activation_function
+    made: Damages = {
+        f"q and k of the cross-attention of decoder layer {end} swapped": pair(
+            f"{attention}q_proj", f"{attention}k_proj"
+        ),
+        "the convolutions' gates exchanged": Change(
+            "model.encoder.conv.conv_layers.0.weight", lambda value: roll(value, by=len(value) // 2)
+        ),
+        "the embeddings moved by one symbol": Change("model.decoder.embed_tokens.weight", roll),
+        "the final norm of the decoder lost": Change("model.decoder.layer_norm.weight", ones),
+        "the other scale of embeddings": Configure({"scale_embedding": not config.scale_embedding}),
+        "the other activation": Configure({"activation_function": "relu" if activation == "gelu" else "gelu"}),
+        f"layers 0 and {last} of the encoder exchanged": blocks(model.weights, "model.encoder.layers.", last)
+        if last
+        else Absent("the encoder has one layer"),
+    }
+    for side in ("encoder", "decoder"):
+        heads = getattr(config, f"{side}_attention_heads")
+        wrong = fewer(heads)
+        changed, absent = Configure({f"{side}_attention_heads": wrong}), f"{wrong} does not divide {config.d_model}"
+        made[f"{wrong} attention heads of the {side} instead of {heads}"] = (
+            Absent(absent) if config.d_model % wrong else changed
+        )
+    return made
+
+
 FAMILY = Family(
     name=NAME,
     architectures=dict.fromkeys(ARCHITECTURES, KIND),
@@ -541,4 +571,5 @@ FAMILY = Family(
         notes=("fairseq also needs the config.yaml of the data, and beside it the files that it names",),
     ),
     paper="2010.05171",
+    damages=_damages,
 )
