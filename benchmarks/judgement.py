@@ -1,7 +1,7 @@
 """How far verification can see in float64, from both ends, on models of every family.
 
 Near: each model is recorded and verified, live and with a recording from another environment, in every environment of
-`tests/environments.py`; printed is how near a correct model came to what is a mistake: at most 0.25 is promised. Far: one
+`tests/support/environments.py`; printed is how near a correct model came to what is a mistake: at most 0.25 is promised. Far: one
 number of one tensor is moved by one unit in float32's last place, many times; printed is which share of these faults stands
 out in the outputs of one input (the byte comparison names every one). Usage: `python benchmarks/judgement.py [--faults N]
 [--small | --large]`: two environments and few faults, to see that it runs; or faults in a model of 317M parameters.
@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests/support"))
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
         if asked.large:
             far(large_model(work), asked.faults)
             return
-        from test_environments import make_models
+        from many_models import make_models
 
         make_models(work)
         near(work, 2 if asked.small else None)

@@ -7,17 +7,18 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import ROOT, Ran
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # on small models, threads cost more than they bring
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-ROOT = Path(__file__).parent.parent
+
+pytest_plugins = ["hub_fixtures", "download_server"]  # fixtures: the Hub, the publisher, a model; a server of downloads
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,16 +32,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     files = set(sorted({item.path for item in items})[number - 1 :: count])
     config.hook.pytest_deselected(items=[item for item in items if item.path not in files])
     items[:] = [item for item in items if item.path in files]
-
-
-@dataclass(frozen=True)
-class Ran:
-    """What a command did: its exit status, its text, and its JSON object."""
-
-    status: int
-    text: str
-    error: str
-    data: dict[str, Any]
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from command_line import HELDOUT
 from fairseq_models import _namespace, save
 from omegaconf import OmegaConf
 from torch_files import before, change_pickle, entries, pickles, read, text
@@ -26,7 +26,6 @@ from convert.package import convert, plan
 from convert.verification import record, verify
 from convert.verification.fairseq_side import opening
 
-HELDOUT = ROOT / "checkpoints" / "heldout" / "heldout.tsv"
 CODE = "__import__('os').system('touch canary')"
 GADGET = b"cos\nsystem\n" + text("touch canary") + b"\x85R"
 

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import base_install
 import pytest
-from hub_fixtures import TOKEN, hub, prove, session_hub  # noqa: F401
+from command_line import BUNDLED, ROOT
+from hub_fixtures import TOKEN, prove
 from hub_server import Hub
 
-ROOT = base_install.ROOT
-SHIPPED = ROOT / "checkpoints/espeak-wav2vec2-ctc.pt"
 ABSENT = (
     "torch",
     "transformers",
@@ -42,7 +41,7 @@ class Base:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
     made = Base(tmp_path_factory.mktemp("base"))
-    status, _, error = made.run("convert", SHIPPED, "model")
+    status, _, error = made.run("convert", BUNDLED, "model")
     assert status == 0, error
     return made
 
@@ -57,9 +56,9 @@ def test_it_is_the_base_install(base: Base) -> None:
     [
         ["--help"],
         ["--version"],
-        ["inspect", SHIPPED],
-        ["plan", SHIPPED],
-        ["convert", SHIPPED, "again", "--overwrite"],
+        ["inspect", BUNDLED],
+        ["plan", BUNDLED],
+        ["convert", BUNDLED, "again", "--overwrite"],
         ["restore", "model", "back.pt", "--overwrite"],
         ["fetch", "--list"],
     ],
@@ -75,10 +74,10 @@ def test_what_needs_no_torch(base: Base, words: list[object]) -> None:
 @pytest.mark.parametrize(
     ("words", "package", "extra"),
     [
-        (["verify", SHIPPED, "model"], "torch", "verify"),
-        (["verify", SHIPPED, "model", "--reference", SHIPPED.with_suffix(".reference.safetensors")], "torch", "verify"),
-        (["verify", SHIPPED, "model", "--plot", "plot.png"], "torch", "verify"),
-        (["record", SHIPPED, "out.safetensors"], "torch", "verify"),
+        (["verify", BUNDLED, "model"], "torch", "verify"),
+        (["verify", BUNDLED, "model", "--reference", BUNDLED.with_suffix(".reference.safetensors")], "torch", "verify"),
+        (["verify", BUNDLED, "model", "--plot", "plot.png"], "torch", "verify"),
+        (["record", BUNDLED, "out.safetensors"], "torch", "verify"),
         (["evaluate", "model", "--manifest", ROOT / "checkpoints/heldout/heldout.tsv"], "torch", "evaluate"),
         (["publish", "model", "me/model", "--unverified"], "torch", "verify"),
     ],
@@ -96,7 +95,7 @@ def test_what_needs_more_says_what(base: Base, words: list[object], package: str
     assert sorted(path.name for path in base.folder.iterdir()) == before
 
 
-def test_a_verified_model_is_published(base: Base, hub: Hub) -> None:  # noqa: F811
+def test_a_verified_model_is_published(base: Base, hub: Hub) -> None:
     folder = Path(shutil.copytree(base.folder / "model", base.folder / "verified"))
     prove(folder)
     place = {

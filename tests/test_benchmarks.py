@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from command_line import ROOT
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = ROOT / "benchmarks"
 
 
 @pytest.mark.slow

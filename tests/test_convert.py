@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,56 +10,27 @@ import fairseq_models
 import pytest
 import torch
 import transformers
+from command_line import ROOT
+from comparing import (
+    EVEN,
+    ODD,
+    config,
+    counterpart_outputs,
+    distance_from_float64,
+    edited,
+    load,
+    outputs,
+    write_dictionary,
+)
 from fairseq_models import REFUSED, VARIANTS, Variant, build, save
 from safetensors.torch import load_file
 
 import convert
 from convert.errors import PlanError
-from convert.verification.fairseq_side.arithmetic import lifted
 
-ROOT = Path(__file__).parent.parent
 # Where the two frameworks do not do the same sums: the norm of a weight-norm-removed convolution is taken anew, and
 # fairseq adds blank_weight to the logit, the converted model has it in its bias.
 ROUNDING = {"ctc_pos_conv_plain", "pretrained_pos_conv_plain", "ctc_blank_add"}
-EVEN, ODD = (4120, 16040), (4160, 16000)  # samples that the feature convolutions make even and odd numbers of frames of
-
-
-def load(directory: Path, target: str = "") -> torch.nn.Module:
-    """Load with plain transformers, strictly: nothing missing, unexpected or mismatched."""
-    name = target or json.loads((directory / "config.json").read_text())["architectures"][0]
-    model, info = getattr(transformers, name).from_pretrained(
-        directory, output_loading_info=True, attn_implementation="sdpa"
-    )
-    assert {key: value for key, value in info.items() if value} == {}
-    return model.eval()
-
-
-@torch.no_grad()
-def outputs(model: torch.nn.Module, wave: torch.Tensor) -> list[torch.Tensor]:
-    """fairseq's outputs: logits, or hidden states, chosen codes and both projections."""
-    if hasattr(model, "w2v_encoder"):
-        return [model.get_logits(model(source=wave, padding_mask=None)).transpose(0, 1)]
-    features = model.extract_features(source=wave, padding_mask=None)
-    hidden, unmasked = features["x"], features["features"]
-    if model.quantizer is None:
-        return [hidden]
-    codes = model.quantizer(unmasked, produce_targets=True)
-    return [hidden, codes["targets"], model.project_q(codes["x"]), model.final_proj(hidden)]
-
-
-@torch.no_grad()
-def twin_outputs(model: torch.nn.Module, wave: torch.Tensor) -> list[torch.Tensor]:
-    """The same of transformers' model."""
-    if isinstance(model, transformers.Wav2Vec2ForCTC):
-        return [model(wave).logits]
-    if isinstance(model, transformers.Wav2Vec2Model):
-        return [model(wave).last_hidden_state]
-    made = model.wav2vec2(wave)
-    quantizer = model.quantizer
-    scores = quantizer.weight_proj(made.extract_features)
-    groups = scores.view(*scores.shape[:2], quantizer.num_groups, -1).argmax(-1)
-    quantized, _ = quantizer(made.extract_features)
-    return [made.last_hidden_state, groups, model.project_q(quantized), model.project_hid(made.last_hidden_state)]
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -76,7 +46,7 @@ def test_every_variant_computes_the_same(name: str, tmp_path: Path) -> None:
     encoder = (reference.w2v_encoder.w2v_model if name.startswith("ctc") else reference).encoder
     for samples in EVEN + ODD:
         wave = torch.randn(1, samples, generator=torch.Generator().manual_seed(samples))
-        ours = twin_outputs(twin, wave)
+        ours = counterpart_outputs(twin, wave)
         assert ours[0].shape[1] % 2 == (samples in ODD)
         encoder.required_seq_len_multiple = 2
         padded, floor = outputs(reference, wave), distance_from_float64(reference, twin, wave)
@@ -88,21 +58,6 @@ def test_every_variant_computes_the_same(name: str, tmp_path: Path) -> None:
             assert all(torch.equal(a, b) for a, b in zip(outputs(reference, wave), ours, strict=True)), samples
 
 
-def distance_from_float64(reference: torch.nn.Module, twin: torch.nn.Module, wave: torch.Tensor) -> float:
-    """A measured floor: how far float32 is from float64 on either side, each side measured against itself.
-
-    Measured against one side's float64, the other's mistakes would be part of what is allowed.
-    """
-    rounded = (outputs(reference, wave), twin_outputs(twin, wave))
-    with lifted(reference.double()):
-        exact = (outputs(reference, wave.double()), twin_outputs(twin.double(), wave.double()))
-    reference.float(), twin.float()  # as they were: float64 holds every float32
-    return sum(
-        max(float((side - best).abs().max()) for side, best in zip(*pair, strict=True) if side.is_floating_point())
-        for pair in zip(rounded, exact, strict=True)
-    )
-
-
 def test_the_comparison_sees_a_mistake(tmp_path: Path) -> None:
     """The control of the test above: q and k of one layer exchanged."""
     reference = build("ctc_base")
@@ -111,7 +66,7 @@ def test_the_comparison_sees_a_mistake(tmp_path: Path) -> None:
     attention = twin.wav2vec2.encoder.layers[1].attention
     attention.q_proj, attention.k_proj = attention.k_proj, attention.q_proj
     wave = torch.randn(1, EVEN[0])
-    theirs, ours = outputs(reference, wave)[0], twin_outputs(twin, wave)[0]
+    theirs, ours = outputs(reference, wave)[0], counterpart_outputs(twin, wave)[0]
     assert not torch.equal(theirs, ours)
     assert float((theirs - ours).abs().max()) > distance_from_float64(reference, twin, wave)
 
@@ -134,16 +89,6 @@ def test_every_layout_and_container_gives_the_same_model(
             assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "plain" / file).read_bytes(), file
 
 
-def config(directory: Path) -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads((directory / "config.json").read_text())
-    return loaded
-
-
-def write_dictionary(path: Path, symbols: tuple[str, ...] = tuple(fairseq_models.LETTERS)) -> Path:
-    path.write_text("".join(f"{symbol} 1\n" for symbol in symbols), "utf-8")
-    return path
-
-
 @pytest.mark.parametrize("name", ["ctc_base", "pretrained_large", "pretrained_base"])
 def test_the_bare_encoder(name: str, tmp_path: Path) -> None:
     reference = build(name)
@@ -156,7 +101,7 @@ def test_the_bare_encoder(name: str, tmp_path: Path) -> None:
     encoder = reference.w2v_encoder.w2v_model if name.startswith("ctc") else reference
     with torch.no_grad():
         expected = encoder.extract_features(source=wave, padding_mask=None)["x"]
-    assert torch.equal(expected, twin_outputs(load(tmp_path / "out"), wave)[0])
+    assert torch.equal(expected, counterpart_outputs(load(tmp_path / "out"), wave)[0])
 
 
 @pytest.mark.parametrize("name", ["target_glu", "quantizer_depth", "quantize_targets"])
@@ -166,7 +111,7 @@ def test_the_encoder_of_what_has_no_twin_as_a_whole(name: str, tmp_path: Path) -
     wave = torch.randn(1, EVEN[0])
     with torch.no_grad():
         expected = reference.extract_features(source=wave, padding_mask=None)["x"]
-    assert torch.equal(expected, twin_outputs(load(tmp_path / "out"), wave)[0])
+    assert torch.equal(expected, counterpart_outputs(load(tmp_path / "out"), wave)[0])
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -185,13 +130,6 @@ def test_all_reasons_at_once(tmp_path: Path) -> None:
         convert.plan(path)
     named = {problem.key for problem in raised.value.problems if problem.code == "unsupported-setting"}
     assert named == {"target_glu", "crop_seq_to_multiple", "quantizer_depth"}
-
-
-def edited(path: Path, edit: Callable[[dict[str, Any]], Any]) -> Path:
-    state = torch.load(path, weights_only=False)
-    edit(state)
-    torch.save(state, path)
-    return path
 
 
 @pytest.mark.parametrize(
@@ -302,7 +240,7 @@ def test_shards(tmp_path: Path) -> None:
     convert.convert(path, tmp_path / "out", max_shard_size=60_000)
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
     wave = torch.randn(1, EVEN[0])
-    assert torch.equal(outputs(model, wave)[0], twin_outputs(load(tmp_path / "out"), wave)[0])
+    assert torch.equal(outputs(model, wave)[0], counterpart_outputs(load(tmp_path / "out"), wave)[0])
     assert convert.compare_weights(path, tmp_path / "out") == []
 
 

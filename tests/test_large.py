@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from command_line import ROOT
+from comparing import counterpart_outputs, load, outputs, write_dictionary
 from fairseq_models import LETTERS, Variant, build, save
-from test_convert import load, outputs, twin_outputs, write_dictionary
 
 import convert
 
@@ -45,6 +45,6 @@ def test_a_released_size(tmp_path: Path) -> None:
     subprocess.run([str(word) for word in line], cwd=ROOT, check=True)
     assert convert.compare_weights(path, tmp_path / "out") == []
     wave = torch.randn(1, 16080, generator=torch.Generator().manual_seed(0))
-    ours = twin_outputs(load(tmp_path / "out"), wave)
+    ours = counterpart_outputs(load(tmp_path / "out"), wave)
     assert ours[0].shape[1] % 2 == 0
     assert torch.equal(outputs(reference, wave)[0], ours[0])

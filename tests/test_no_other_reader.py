@@ -6,7 +6,7 @@ import ast
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from command_line import ROOT
 
 PRODUCT = sorted((ROOT / "convert").rglob("*.py"))
 # packages that unpickle, or run what they read

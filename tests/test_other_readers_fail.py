@@ -15,12 +15,11 @@ import fairseq.utils
 import numpy
 import pytest
 import torch
-from conftest import ROOT
+from command_line import HELDOUT
 from evaluate_fixtures import run
 from every_kind import KINDS
 from verify_models import few_inputs, short_inputs
 
-HELDOUT = ROOT / "checkpoints" / "heldout" / "heldout.tsv"
 OPENING = (
     (torch, "load"),
     (torch.jit, "load"),

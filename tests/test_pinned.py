@@ -257,6 +257,7 @@ def _write(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(PINNED.parent / "support"))
     if sys.argv[1:] == ["--renew"]:
         _renew()
     elif len(sys.argv) == 3 and sys.argv[1] == "--into":

@@ -13,8 +13,8 @@ import hubert_models
 import mms_models
 import pytest
 import speech_to_text_models
+from command_line import ROOT
 
-ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"^```(sh|python)\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE | re.DOTALL)
 # What the tests are themselves, or what would fetch packages; `make demo` has a test of its own.
 NOT_HERE = ("make ", "pip install")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from fairseq import checkpoint_utils
+from comparing import fairseq_loads
 from fairseq.data import Dictionary
 from fairseq_models import VARIANTS, build, save
 from safetensors.torch import load_file, save_file
@@ -18,11 +18,6 @@ import convert
 from convert.errors import ConvertError, PlanError
 
 torch.serialization.add_safe_globals([Dictionary])  # fairseq's loader leaves torch.load at its default, weights only
-
-
-def fairseq_loads(path: Path) -> tuple[torch.nn.Module, Any]:
-    (model,), _, task = checkpoint_utils.load_model_ensemble_and_task([str(path)])
-    return model.eval(), task
 
 
 def tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -1,6 +1,5 @@
 """A checkpoint by its name in the catalogue, by its address, on the Hub, and all those of a folder."""
 
-# ruff: noqa: F811 - fixtures that are imported come again as arguments
 from __future__ import annotations
 
 import hashlib
@@ -10,15 +9,14 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import download_server
 import fairseq_models
 import hub_fixtures
 import pytest
-import test_fetch
-from conftest import Ran
-from hub_fixtures import hub, session_hub  # noqa: F401 - fixtures
+from command_line import Ran
+from download_server import Server
 from hub_server import Hub
 from hub_store import Blob
-from test_fetch import Server, server  # noqa: F401 - a fixture
 
 import convert
 from convert import fetching, sources
@@ -50,8 +48,8 @@ def source_of(model: Path) -> dict[str, object]:
 
 
 def test_a_name_of_the_catalogue(server: Server, old: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(test_fetch, "DICTIONARY", LETTERS)
-    monkeypatch.setattr(fetching, "catalogue", lambda: {"tiny": test_fetch.entry(server, dictionary="/dict.txt")})
+    monkeypatch.setattr(download_server, "DICTIONARY", LETTERS)
+    monkeypatch.setattr(fetching, "catalogue", lambda: {"tiny": download_server.entry(server, dictionary="/dict.txt")})
     server.content = old
     done = convert.convert("tiny", "model")
     assert done.model.dictionary is not None and done.model.dictionary.symbols[4:] == tuple(fairseq_models.LETTERS)

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from command_line import ROOT
 
-ROOT = Path(__file__).parent.parent / "convert"
+PRODUCT = ROOT / "convert"
 # From the bottom up: a room imports its own modules and those of earlier rows only.
 ORDER = (
     {"errors", "report"},
@@ -31,11 +32,11 @@ ORDER = (
 )
 LEVELS = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 PLAIN = ("rules", "families", "mapping")  # rooms that need the standard library only
-FILES = sorted(path for path in ROOT.rglob("*.py") if "fairseq_side" not in path.parts)
+FILES = sorted(path for path in PRODUCT.rglob("*.py") if "fairseq_side" not in path.parts)
 
 
 def room_of(path: Path) -> str:
-    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+    return path.relative_to(PRODUCT).parts[0].removesuffix(".py")
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
@@ -73,7 +74,7 @@ def wrong(path: Path, text: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PRODUCT)))
 def test_nothing_imports_upwards(path: Path) -> None:
     assert wrong(path, path.read_text("utf-8")) == []
 
@@ -89,4 +90,4 @@ def test_nothing_imports_upwards(path: Path) -> None:
     ],
 )
 def test_the_check_sees_it(file: str, line: str) -> None:
-    assert len(wrong(ROOT / file, line)) == 1
+    assert len(wrong(PRODUCT / file, line)) == 1
