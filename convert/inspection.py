@@ -13,7 +13,7 @@ from convert.checkpoint.opened import Survey, survey
 from convert.checkpoint.refusals import writer
 from convert.checkpoint.unpickle import StoredTensor
 from convert.errors import CheckpointError, ConvertError
-from convert.families import describe
+from convert.families import architecture_of, describe
 from convert.request import make_request
 from convert.sources import dictionary_beside, locate, open_source
 
@@ -47,7 +47,7 @@ def inspect(source: str | Path) -> dict[str, Any]:
             "outside": list(opened.outside),
             "averages": list(opened.averages),
             "layout": opened.layout,
-            "architecture": model.get("_name"),
+            "architecture": architecture_of(opened),
             "task": task.get("_name"),
             "parameters": sum(math.prod(spec.shape) for spec in inventory.values()),
             "dtypes": sorted({spec.dtype for spec in inventory.values()}),

@@ -73,7 +73,7 @@ def plan(
     Args:
         checkpoint: a path, a name of the catalogue, an address, or a file on the Hub; see `convert.sources.open_source`.
         head: `encoder` for the model without its head; by default what the checkpoint is.
-        dictionary: a `dict.*.txt`, for checkpoints that carry none, or the `.model` of fairseq2's tokenizer.
+        dictionary: a `dict.*.txt`, for checkpoints that carry none, or the tokenizer's `.model`.
         base: the pretrained checkpoint, for one that does not carry its settings, or not those that it was fine-tuned from.
         training_only: settings unknown to this version that act while training only.
         keep_final_proj: keep the pretraining head of a model whose class has no place for it, in `final_proj.safetensors`.
@@ -81,8 +81,8 @@ def plan(
         data_config: the config.yaml of a speech-to-text task; its dictionary and its sentencepiece model lie beside it.
         post_process: fairseq's name of how text is made of the symbols, such as `sentencepiece`, in place of the recipe's.
         ema: take the exponential moving average of the weights that the checkpoint holds beside them.
-        arch: the architecture that fairseq2 registers by this name, for its files without settings.
-        normalize: whether waveforms were normalised, for checkpoints of fairseq2 that lie without their config.yaml.
+        arch: the registered name of the architecture, for a checkpoint that lies without its model.yaml.
+        normalize: whether waveforms were normalised, for a checkpoint that lies without its config.yaml.
 
     Raises:
         CheckpointError: the file cannot be read.

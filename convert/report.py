@@ -198,10 +198,10 @@ def parse_json(content: bytes, name: str) -> Any:
 
 
 def library(version: str) -> str:
-    """Name the library that a reference was, by what a report keeps of it: fairseq's version alone, or fairseq2's with its name.
+    """Name the library that a reference was, by what a report keeps of it: fairseq's version alone, or another's with its name.
 
     Example:
-        >>> library("0.12.2"), library("fairseq2 0.8.1")
-        ('fairseq 0.12.2', 'fairseq2 0.8.1')
+        >>> library("0.12.2")
+        'fairseq 0.12.2'
     """
     return version if version.startswith("fairseq") else f"fairseq {version}"

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 import click
 
+from convert.families import HEADS
+
 F = TypeVar("F", bound=Callable[..., Any])
 # a path, a name of the catalogue, https://... or hf://USER/REPO/FILE.pt
 source = click.argument("checkpoint", metavar="SOURCE")
@@ -18,25 +20,25 @@ def planning(function: F) -> F:
     options = [
         click.option(
             "--head",
-            type=click.Choice(["ctc", "pretraining", "classification", "seq2seq", "encoder"]),
+            type=click.Choice(HEADS),
             help="Default: what the checkpoint is; `encoder` leaves its head out.",
         ),
-        click.option("--dict", "dictionary", metavar="FILE", help="dict.*.txt, or fairseq2's tokenizer .model."),
+        click.option("--dict", "dictionary", metavar="FILE", help="dict.*.txt, or the tokenizer's .model."),
         click.option(
             "--base",
             metavar="SOURCE",
-            help="Pretrained checkpoint (of fairseq2: model.yaml), where the settings are only there.",
+            help="Pretrained checkpoint, or model.yaml, where the settings are only there.",
         ),
         click.option(
             "--arch",
             default="",
             metavar="NAME",
-            help="fairseq2's name of the architecture, where no model.yaml is beside.",
+            help="Registered name of the architecture, where a checkpoint should have a model.yaml and has none.",
         ),
         click.option(
             "--normalize/--no-normalize",
             default=None,
-            help="Whether waveforms were normalised, where fairseq2's config.yaml is not beside.",
+            help="Whether waveforms were normalised, where a checkpoint should have a config.yaml and has none.",
         ),
         click.option(
             "--post-process",

@@ -19,7 +19,7 @@ from convert.families.base import Conversion, Language, Part, Shapes, Sidecar, S
 from convert.families.ctc import HEAD as CTC_HEAD
 from convert.families.ctc import Symbols
 from convert.families.encoder import Layout, assemble, encoder_rules, infer_encoder
-from convert.families.planning import describe_encoder, unknown_language
+from convert.families.planning import choose, describe_encoder
 from convert.families.settings import Limit, Reader, Value, only
 from convert.families.tokenizers import Processor, is_plain, vocab
 from convert.rules import Drop, Edit, Fill, Rename, Rule, Table, TensorSpec, Zeros, add_prefix, plan
@@ -43,7 +43,6 @@ NO_ADAPTER = (
 )
 # fmt: on
 _OTHER = "belongs to another language"
-DEFAULT = "eng"  # what `Wav2Vec2ForCTC` says that a model with adapters speaks where nobody asks for another language
 OWN = "own_adapter.safetensors"
 _NAME = re.compile(r"[\w-]{1,80}", re.ASCII)
 
@@ -206,21 +205,10 @@ def languages_of(checkpoint: Checkpoint, settings: Mapping[str, Any], problems: 
     return {name: Language(name, "", row, checkpoint.dictionary) for row, name in enumerate(names)}
 
 
-def choose(found: Mapping[str, Language], wanted: str, file: str) -> Language:
-    """Choose the language that the weights speak: the one that is asked for, English, or the first of the file.
-
-    Raises:
-        PlanError: `unknown-language`, with the list of those that there are.
-    """
-    if wanted and wanted not in found:
-        raise unknown_language(file, wanted, found)
-    return found.get(wanted or DEFAULT) or next(iter(found.values()))
-
-
 def describe(sources: Sources) -> Conversion:
     """Decide everything about the conversion of a model with adapters, in all languages that it has.
 
-    Where there are several, and none is asked for, the weights are in `DEFAULT` or the first, and a sidecar holds each.
+    Where there are several, and none is asked for, the weights are in English or the first, and a sidecar holds each.
 
     Raises:
         PlanError: every problem of settings, vocabularies, names and shapes at once.

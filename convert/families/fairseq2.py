@@ -538,5 +538,5 @@ FAMILY = Family(
     convolutions=_convolutions,
     restores=False,
     pads=False,
-    trainer="fairseq2",
+    trainer="facebookresearch/fairseq2",
 )

@@ -9,7 +9,7 @@ from typing import Any
 
 from convert.checkpoint.dictionary import Dictionary
 from convert.errors import PlanError, Problem
-from convert.families.base import KEPT_HEAD, Conversion, Sidecar, Sources
+from convert.families.base import KEPT_HEAD, Conversion, Language, Sidecar, Sources
 from convert.families.encoder import PREFIXES, Encoder, Layout
 from convert.families.encoder_settings import FINE_TUNING, encoder_config
 from convert.families.settings import Settings, Value
@@ -17,6 +17,7 @@ from convert.families.tokenizers import Processor, make_processor
 from convert.rules import Edit, Plan, Table, TensorSpec, plan
 from convert.transfer import not_repeated
 
+DEFAULT = "eng"  # the language of a `Wav2Vec2ForCTC` with adapters, where nobody asks for another
 _MADE = 16_000_000  # bytes that rules may make for a small file
 
 
@@ -237,6 +238,17 @@ def prove(
     if proved is not None:
         sources.problems.extend(not_repeated(checkpoint.container, proved, checkpoint.tensors))
     return proved
+
+
+def choose(found: Mapping[str, Language], wanted: str, file: str) -> Language:
+    """Choose the language of the weights: the one that is asked for, English, or the first of the file.
+
+    Raises:
+        PlanError: `unknown-language`, with the list of those that there are.
+    """
+    if wanted and wanted not in found:
+        raise unknown_language(file, wanted, found)
+    return found.get(wanted or DEFAULT) or next(iter(found.values()))
 
 
 def unknown_language(file: str, wanted: str, known: Iterable[str]) -> PlanError:

@@ -19,9 +19,10 @@ from convert.families.damages import Absent, Change, Configure, Converted, Damag
 from convert.families.encoder import Layout as EncoderLayout
 from convert.families.encoder import count
 from convert.families.encoder_settings import encoder_config
+from convert.families.interface import Interface, encoder_interface
 from convert.families.planning import classify, encoder_layout, finish, prove, read_dictionary
 from convert.families.settings import MISSING, Limit, Settings, Value, off
-from convert.families.tokenizers import Processor, make_processor, make_sequence_processor
+from convert.families.tokenizers import Processor, make_processor, make_sequence_processor, sequence_decoding
 from convert.rules import Drop, Edit, Fill, Rename, Rule, Sinusoids, Table
 
 NAME = "seq2seq"
@@ -381,6 +382,13 @@ def _damages(model: Converted) -> Damages:
     }
 
 
+def _interface(sources: Sources, made: Conversion) -> Interface:
+    """Describe the same as of an encoder; a decoder has no blank."""
+    around = encoder_interface(sources, made)
+    decoding = sequence_decoding(around.symbols, sources.task.values, sources.request.post_process)
+    return replace(around, blank=-1, post_process=decoding)
+
+
 FAMILY = Family(
     name=NAME,
     architectures={"wav2vec_seq2seq": SEQ2SEQ, "hubert_seq2seq": SEQ2SEQ},
@@ -392,5 +400,7 @@ FAMILY = Family(
     model_type="speech-encoder-decoder",
     classes={NAME: CLASS},
     settings=SETTINGS,
+    generates=True,
     damages=_damages,
+    interface=_interface,
 )

@@ -21,6 +21,7 @@ from convert.families.base import Conversion, Family, Kind, Restoring, Shapes, S
 from convert.families.damages import Absent, Change, Configure, Converted, Damages, blocks, fewer, ones, pair, roll
 from convert.families.encoder import count
 from convert.families.encoder_settings import ACTIVATIONS
+from convert.families.interface import Interface
 from convert.families.planning import classify, finish, prove, read_dictionary
 from convert.families.settings import MISSING, Limit, Reader, Settings, Value, off, only
 from convert.families.tokenizers import SUBWORDS, Processor
@@ -527,6 +528,23 @@ def _arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {"args": NewNamespace(model | named), "cfg": None}
 
 
+def _interface(sources: Sources, made: Conversion) -> Interface:
+    """Windows of 25 ms every 10 ms, then convolutions that halve the frames; the beam that the checkpoint states."""
+    symbols = made.dictionary.symbols if made.dictionary else ()
+    generation = made.processor.files["generation_config.json"]
+    return Interface(
+        symbols=symbols,
+        special=tuple(i for i, symbol in enumerate(symbols) if symbol in SPECIAL or LANGUAGE.fullmatch(symbol)),
+        blank=-1,
+        post_process="sentencepiece",
+        rate=16000,
+        normalize=False,
+        convolutions=((400, 160), *((1, 2) for _ in _kernels(sources))),
+        beam=generation.get("num_beams", 1),
+        length_penalty=generation.get("length_penalty", 1.0),
+    )
+
+
 def _damages(model: Converted) -> Damages:
     config = model.model.config
     last, end = config.encoder_layers - 1, config.decoder_layers - 1
@@ -571,5 +589,7 @@ FAMILY = Family(
         notes=("fairseq also needs the config.yaml of the data, and beside it the files that it names",),
     ),
     paper="2010.05171",
+    generates=True,
     damages=_damages,
+    interface=_interface,
 )

@@ -43,7 +43,7 @@ class Positions(Part):
         return {"heads": self.heads, "head": self.head, "buckets": self.buckets}
 
 
-PRETRAINING = Kind("pretraining")
+PRETRAINING = Kind("pretraining", layout="unilm")
 KINDS = {"pretraining": PRETRAINING}
 
 _ALWAYS = "every layer of WavLMModel has gated relative positions"
@@ -116,7 +116,7 @@ FAMILY = Family(
     pads=False,
     state=_state,
     restoring=Restoring(settings=_settings, bare=True),
-    trainer="unilm",
+    trainer="microsoft/unilm",
     paper="2110.13900",
     splits_masks=True,
     damages=_damages,

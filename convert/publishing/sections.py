@@ -36,8 +36,6 @@ _SETTINGS = (
     ("task", "labels"),
     ("criterion", "_name"),
 )
-_PROJECTS = (("facebookresearch", "fairseq"), ("facebookresearch", "fairseq2"), ("microsoft", "unilm"))
-_TRAINERS = {name: f"https://github.com/{owner}/{name}" for owner, name in _PROJECTS}
 
 
 def body(facts: Facts, level: int) -> str:
@@ -95,7 +93,7 @@ def _source(facts: Facts) -> str:
     command = f"fairseq-to-hf convert {quoted(facts.checkpoint)} {facts.repo_id.split('/')[-1]}"
     lines = [
         f"- Checkpoint: {name}{count}, sha256 {code(record.source.sha256)}",
-        f"- Trained with [{facts.trainer}]({_TRAINERS[facts.trainer]}); converted by {facts.tool}: {code(command)}",
+        f"- Trained with [{facts.trainer}](https://github.com/{facts.project}); converted by {facts.tool}: {code(command)}",
     ]
     groups: dict[str, Sequence[Dropped | Filled | Edited]] = {
         "Left out": record.drops,

@@ -25,12 +25,12 @@ import convert
 from convert.errors import ConvertError
 from convert.inspection import inspect
 
-ANOTHER = "name a checkpoint of wav2vec 2.0, HuBERT or another speech model of fairseq's"
+ANOTHER = "name a checkpoint of wav2vec 2.0 or another speech model of fairseq's"
 A_CHECKPOINT = "name a checkpoint, such as checkpoint_best.pt"
 UNPACK = "unpack it, and name the checkpoint inside"
 THE_BASE = (
     "the settings are in the pretrained checkpoint that the model was made from, as fairseq's trainer wrote it, such as "
-    "hubert_base_ls960.pt or xlsr2_300m.pt: --base PRETRAINED.pt"
+    "wav2vec_small.pt or xlsr2_300m.pt: --base PRETRAINED.pt"
 )
 
 
