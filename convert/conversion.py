@@ -31,6 +31,7 @@ Extra = Annotated[str, re.compile(r"[A-Za-z0-9_][\w.-]{0,200}\.safetensors", re.
 Language = Annotated[str, re.compile(r"[\w-]{1,80}", re.ASCII)]
 Row = Annotated[str, re.compile("[0-9]{1,9}")]
 Hexadecimal = Annotated[str, re.compile("([0-9a-f]{2})*")]
+Sha256 = Annotated[str, re.compile("[0-9a-f]{64}")]
 Version = Annotated[str, re.compile(r"[0-9A-Za-z.+-]{1,40}|")]
 
 
@@ -44,13 +45,26 @@ class Tool:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """The checkpoint that the model was made from."""
+    """The checkpoint that the model was made from; `convert.checkpoint.Checkpoint` explains `where` and `prefix`."""
 
     name: str = ""
     size: int = 0
     sha256: str = ""
     container: str = ""
     layout: str = ""
+    where: str = "model"
+    prefix: str = ""
+    address: str = ""
+    catalogue: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """The checkpoint that settings were taken from; see `convert.checkpoint.Base`."""
+
+    name: str
+    sha256: Sha256
+    whole: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +165,7 @@ class Record:
     fills: tuple[Filled, ...]
     settings: Mapping[str, Any]
     tensors: Mapping[str, str]
+    base: Base | None = None
     dictionaries: tuple[Dictionary, ...] = ()
     dictionary: Dictionary | None = None
     edited_rows: Mapping[str, Mapping[Row, Hexadecimal]] = field(default_factory=dict)

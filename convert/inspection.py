@@ -11,7 +11,7 @@ from convert.checkpoint import Checkpoint, is_harmless
 from convert.checkpoint.container import DTYPES
 from convert.checkpoint.opened import Survey, survey
 from convert.checkpoint.refusals import writer
-from convert.checkpoint.unpickle import StoredTensor
+from convert.checkpoint.stored import StoredTensor
 from convert.errors import CheckpointError, ConvertError
 from convert.families import architecture_of, describe
 from convert.request import make_request
@@ -71,7 +71,7 @@ def _conversion(opened: Checkpoint) -> dict[str, Any]:
 
 
 def _refused(error: ConvertError) -> dict[str, Any]:
-    rows = [{"code": one.code, "key": one.key, "detail": one.detail} for one in error.problems]
+    rows = [problem.row for problem in error.problems]
     return {"ok": False, "message": error.message, "problems": rows, "hint": error.hint}
 
 

@@ -151,7 +151,7 @@ def error_text(error: ConvertError) -> str:
 
 def envelope(command: str, ok: bool, problems: Iterable[Problem] = (), **data: Any) -> str:
     """Write the one JSON object of a command; `data` follows the fixed fields."""
-    rows = [{"code": problem.code, "key": problem.key, "detail": problem.detail} for problem in problems]
+    rows = [problem.row for problem in problems]
     head: dict[str, Any] = {"schema": SCHEMA, "command": command, "ok": ok, "problems": rows}
     return _json(head | data)
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from convert.checkpoint.container import Container, Range, corrupted, release
-from convert.checkpoint.unpickle import StoredTensor
+from convert.checkpoint.stored import StoredTensor
 from convert.errors import CheckpointError, ConvertError, MismatchError, PlanError, Problem
 from convert.files import PIECE as CHUNK
 from convert.files import WIDTHS, create, header_bytes

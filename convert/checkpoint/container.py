@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from convert.checkpoint.unpickle import Global, StoredTensor, Stub
+from convert.checkpoint.stored import Global, StoredTensor, Stub
 from convert.errors import CheckpointError
 from convert.files import WIDTHS, sha256_of, stamp
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from convert.checkpoint.beside import read_bytes
 from convert.checkpoint.sentencepiece import CONTROL, SentencePieceModel, read_model
-from convert.checkpoint.unpickle import Stub
+from convert.checkpoint.stored import Stub
 from convert.errors import CheckpointError
 
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")

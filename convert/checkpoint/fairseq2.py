@@ -19,7 +19,7 @@ from convert.checkpoint.container import Container
 from convert.checkpoint.dictionary import Dictionary, of_pieces
 from convert.checkpoint.fairseq2_architectures import ARCHITECTURES, ASR, NORMALISED, PRETRAINED
 from convert.checkpoint.sentencepiece import NORMAL, SentencePieceModel, read_model
-from convert.checkpoint.unpickle import JoinedTensor, Storage, StoredTensor
+from convert.checkpoint.stored import JoinedTensor, Storage, StoredTensor
 from convert.errors import CheckpointError
 
 _SHARD = re.compile(r"sdp_(\d{2,})\.pt")

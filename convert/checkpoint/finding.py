@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from convert.checkpoint.unpickle import StoredTensor, Stub
+from convert.checkpoint.stored import StoredTensor, Stub
 
 FAIRSEQ2 = "encoder_frontend.post_extract_layer_norm.weight"  # a tensor of every encoder of fairseq2's
 # keys that stand before an encoder in the models that fairseq builds around one, the longest first

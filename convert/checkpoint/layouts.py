@@ -8,7 +8,8 @@ from pathlib import Path
 
 from convert.checkpoint.container import DTYPES, Container, Opened, Range, peek, tensors_in, unreadable
 from convert.checkpoint.foreign import directory, file
-from convert.checkpoint.unpickle import Storage, StoredTensor, load
+from convert.checkpoint.stored import Storage, StoredTensor
+from convert.checkpoint.unpickle import load
 from convert.checkpoint.zip_layout import open_zip
 from convert.files import read_header
 

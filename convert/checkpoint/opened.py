@@ -21,7 +21,7 @@ from convert.checkpoint.pickled import is_harmful
 from convert.checkpoint.refusals import ambiguous, no_model, no_settings
 from convert.checkpoint.settings import read_generation, read_settings
 from convert.checkpoint.stacks import is_unstacked, stacked, unstack
-from convert.checkpoint.unpickle import StoredTensor, Stub
+from convert.checkpoint.stored import StoredTensor, Stub
 from convert.errors import CheckpointError
 from convert.rules import TensorSpec
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.checkpoint.finding import State, is_module
-from convert.checkpoint.unpickle import StoredTensor, Stub
+from convert.checkpoint.stored import StoredTensor, Stub
 from convert.errors import CheckpointError
 from convert.report import fold
 

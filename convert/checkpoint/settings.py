@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from convert.checkpoint.unpickle import Global, StoredTensor, Stub
+from convert.checkpoint.stored import Global, StoredTensor, Stub
 from convert.errors import CheckpointError
 
 SECTIONS = ("model", "task", "criterion")

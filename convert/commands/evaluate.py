@@ -43,7 +43,8 @@ FILE_OPTION = click.Path(path_type=Path)
 @click.option(
     "--reference", type=click.Choice(["fairseq"]), help="Transcribe with fairseq too; any difference is a no."
 )
-@click.option("--checkpoint", type=FILE_OPTION, help="The fairseq checkpoint, for --reference.")
+@click.option("--checkpoint", metavar="SOURCE", help="The fairseq checkpoint, for --reference.")
+@click.option("--base", metavar="SOURCE", help="As for convert.")
 @click.option(
     "--lang", "language", metavar="LANG", help="The language to transcribe, of several. [default: the weights']"
 )

@@ -9,10 +9,9 @@ from typing import Any
 
 from convert.directory import ModelDirectory
 from convert.errors import ConvertError
-from convert.families import Request
 from convert.loading import quiet
-from convert.request import request_again
-from convert.sources import open_source
+from convert.request import make_request, request_again
+from convert.sources import dictionary_beside, open_source
 from convert.verification.devices import without_tf32
 
 
@@ -20,17 +19,23 @@ class FairseqReference:
     """A fairseq checkpoint whose model writes text, run by fairseq; close it to know that the file stayed the same.
 
     Args:
-        checkpoint: the `.pt` file.
+        checkpoint: the checkpoint, as for `convert.plan`.
         device: `cpu` or `cuda`.
         directory: the model directory that it was converted to, which knows how, and may keep the dictionary.
         language: the one of several to transcribe; by default the one that the directory's weights are of.
+        base: as for `convert.plan`.
 
     Raises:
         ConvertError: the checkpoint cannot be converted; fairseq is missing, or cannot build the model.
     """
 
     def __init__(
-        self, checkpoint: Path, device: str, directory: ModelDirectory | None = None, language: str = ""
+        self,
+        checkpoint: str | Path,
+        device: str,
+        directory: ModelDirectory | None = None,
+        language: str = "",
+        base: str | Path | None = None,
     ) -> None:
         from convert.verification.fairseq_side.importing import CannotBuildError
         from convert.verification.fairseq_side.opening import open_reference
@@ -39,21 +44,23 @@ class FairseqReference:
 
         with contextlib.ExitStack() as stack:
             opening = directory.record.asked.opening if directory else {}
-            opened = stack.enter_context(open_source(checkpoint, **opening))
+            opened = stack.enter_context(open_source(checkpoint, base=base, **opening))
             stack.enter_context(opened.unchanged())
             opened.check_bytes()
-            request = request_again(directory, opened) if directory else Request()
+            name = opened.path.name
+            beside = dictionary_beside(opened)
+            request = request_again(directory, opened) if directory else make_request(dictionary=beside)
             taken = language or (directory.record.language if directory else "")
             self.subject, _ = read_subject(opened, replace(request, language=taken))
             if not self.subject.symbols:
-                raise ConvertError(f"{checkpoint.name}: has no dictionary to write with", code="no-vocabulary")
+                raise ConvertError(f"{name} has no dictionary, so that its model writes no text", code="no-vocabulary")
             self.digest = self.subject.sha256
             with answering(), quiet():
                 try:
                     self.reference = open_reference(self.subject.request() | {"device": device})
                 except CannotBuildError as error:
                     hint = "install fairseq here, or leave --reference out"
-                    raise ConvertError(f"{checkpoint.name}: {error}", code="fairseq", hint=hint) from error
+                    raise ConvertError(f"{name}: {error}", code="fairseq", hint=hint) from error
             self.version = str(self.reference.info["fairseq"])
             self.close = stack.pop_all().close
 

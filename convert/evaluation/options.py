@@ -28,7 +28,8 @@ class Options:
     text_column: str | None = None
     normalizer: str = "none"
     reference: str | None = None
-    checkpoint: Path | None = None
+    checkpoint: str | Path | None = None
+    base: str | Path | None = None
     language: str = ""
     device: str | None = None
     batch_size: int = 8
@@ -47,12 +48,13 @@ class Options:
         if self.reference not in (None, "fairseq"):
             _refuse(f"unknown reference {self.reference!r}, expected fairseq")
         if (self.reference is None) != (self.checkpoint is None):
-            _refuse("--reference fairseq and --checkpoint FILE need each other")
+            _refuse("--reference fairseq and --checkpoint SOURCE need each other")
+        if self.base is not None and self.checkpoint is None:
+            _refuse("--base needs --checkpoint")
         if self.batch_size < 1:
             _refuse(f"batch size {self.batch_size}, expected at least 1")
-        for path in (self.manifest, self.checkpoint):
-            if path is not None and not path.is_file():
-                raise ConvertError(f"{path.name}: no such file", code="no-file", key=path.name)
+        if self.manifest is not None and not self.manifest.is_file():
+            raise ConvertError(f"{self.manifest.name}: no such file", code="no-file", key=self.manifest.name)
 
     def command(self, revision: str | None) -> str:
         """Write the command line that measures the same, without folders and without what changes no number.

@@ -34,6 +34,7 @@ def evaluate(
     normalizer: str = "none",
     reference: str | None = None,
     checkpoint: str | Path | None = None,
+    base: str | Path | None = None,
     language: str | None = None,
     device: str | None = None,
     batch_size: int = 8,
@@ -58,7 +59,7 @@ def evaluate(
         text_column: the dataset's column of transcripts, where there are several or none of the usual names.
         normalizer: `none` compares texts as they are; `lowercase` lower-cases both sides.
         reference: `fairseq` transcribes the same recordings with fairseq too.
-        checkpoint: the fairseq checkpoint, for `reference`.
+        checkpoint, base: the fairseq checkpoint, for `reference`, and where its settings are; as for `convert.plan`.
         language: the language to transcribe, for a model with an adapter for each of several; by default that of its weights.
         device: `cpu`, `cuda` or `cuda:N`; by default CUDA if it is available.
         batch_size: recordings in one forward pass.
@@ -86,7 +87,8 @@ def evaluate(
         text_column=text_column,
         normalizer=normalizer,
         reference=reference,
-        checkpoint=_path(checkpoint),
+        checkpoint=checkpoint,
+        base=base,
         language=language or "",
         device=device,
         batch_size=batch_size,
@@ -154,8 +156,9 @@ def _fairseq(options: Options, device: str) -> FairseqReference | None:
     if options.checkpoint is None:
         return None
     if not (options.model_dir / "conversion.json").is_file():
-        return FairseqReference(options.checkpoint, device, language=options.language)
-    return FairseqReference(options.checkpoint, device, ModelDirectory(options.model_dir), options.language)
+        return FairseqReference(options.checkpoint, device, language=options.language, base=options.base)
+    directory = ModelDirectory(options.model_dir)
+    return FairseqReference(options.checkpoint, device, directory, options.language, options.base)
 
 
 def _one_by_one(fairseq: FairseqReference) -> Transcribe:

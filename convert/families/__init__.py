@@ -152,7 +152,9 @@ def of_class(name: str, architecture: str = "") -> Family | None:
 def architecture_of(checkpoint: Checkpoint) -> str:
     """Name a checkpoint's architecture; where its settings do not (omegaconf dropped `_name` for a time), by its tensors."""
     named = str(checkpoint.settings["model"].get("_name") or "")
-    named = named or next((name for name, (_, kind) in ARCHITECTURES.items() if kind.layout == checkpoint.layout), "")
+    named = named or next(
+        (name for name, (_, kind) in ARCHITECTURES.items() if kind.layout and kind.layout == checkpoint.layout), ""
+    )
     if named:
         return named
     for family in FAMILIES.values():

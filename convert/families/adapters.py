@@ -43,6 +43,7 @@ NO_ADAPTER = (
 )
 # fmt: on
 _OTHER = "belongs to another language"
+_ALONE = "--lang LANG takes one language alone"
 OWN = "own_adapter.safetensors"
 _NAME = re.compile(r"[\w-]{1,80}", re.ASCII)
 
@@ -222,7 +223,7 @@ def describe(sources: Sources) -> Conversion:
     several = len(found) > 1 and not request.language
     if several and request.head == "encoder":
         problems.append(
-            Problem("no-head", "--head", "the languages of a model are told apart by their heads too; see --lang")
+            Problem("no-head", "--head", "the languages of a model are told apart by their heads too", _ALONE)
         )
     model = None
     view = checkpoint if chosen is None else speaking(checkpoint, chosen)
@@ -232,13 +233,13 @@ def describe(sources: Sources) -> Conversion:
     except PlanError as error:
         if error.code != "refused":
             raise
-        problems += error.problems
+        problems += error.reasons
     sidecars: list[Sidecar] = []
     processor = model.processor if model else None
     if several and chosen is not None:
         if checkpoint.settings["model"].get("blank_weight"):
-            why = "it would be a part of every language's head; --lang takes one language alone"
-            problems.append(Problem("unsupported-setting", "blank_weight", why))
+            why = "it would be a part of every language's head"
+            problems.append(Problem("unsupported-setting", "blank_weight", why, _ALONE))
         sidecars = _sidecars(checkpoint, view, found.values(), problems)
         processor = _processor(processor, found, chosen.name, problems) if processor and processor.ids else None
     if problems or model is None or processor is None or chosen is None:
@@ -246,7 +247,6 @@ def describe(sources: Sources) -> Conversion:
             f"{checkpoint.path.name} cannot be converted completely; nothing was written",
             code="refused",
             problems=problems,
-            hint="" if not several else "--lang LANG takes one language alone",
         )
     return replace(
         model,
@@ -280,7 +280,9 @@ def _sidecars(
         if not one.group:
             inventory = _of_language(inventory, one.row)
         if one.dictionary is None:
-            problems.append(Problem("no-dictionary", f"adapter[{one.name}]", "the checkpoint has no dictionary of it"))
+            problems.append(
+                Problem("no-dictionary", f"adapter[{one.name}]", "the checkpoint has no dictionary of it", _ALONE)
+            )
         file = f"adapter.{one.name}.safetensors"
         made += _sidecar(file, one.group, inventory, layout, one.row, problems)
     if any(one.group for one in found):
@@ -310,7 +312,7 @@ def _sidecar(
     try:
         return [Sidecar(file, plan(_language_table(layout, row), inventory), group)]
     except PlanError as error:
-        problems += [Problem(one.code, f"{file}: {one.key}", one.detail) for one in error.problems]
+        problems += [replace(one, key=f"{file}: {one.key}", hint=one.hint or _ALONE) for one in error.problems]
         return []
 
 
@@ -337,7 +339,7 @@ def _processor(made: Processor, found: Mapping[str, Language], chosen: str, prob
                 "only transformers' Wav2Vec2CTCTokenizer has several languages, and it cannot make text as fairseq does"
             )
         if wrong:
-            problems.append(Problem("languages", f"adapter[{one.name}]", wrong))
+            problems.append(Problem("languages", f"adapter[{one.name}]", wrong, _ALONE))
     files = {**made.files, "vocab.json": vocabularies, "tokenizer_config.json": tokenizer | {"target_lang": chosen}}
     files.pop("tokenizer.json", None)
     return replace(made, files=files)

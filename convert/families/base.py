@@ -217,9 +217,9 @@ class Sources:
         """What was found wrong so far; one list for all readers."""
         return self.reader.problems
 
-    def refuse(self, code: str, key: str, detail: str) -> None:
-        """Add a reason to refuse the conversion."""
-        self.problems.append(Problem(code, key, detail))
+    def refuse(self, code: str, key: str, detail: str, hint: str = "") -> None:
+        """Add a reason to refuse the conversion, with its remedy where there is one."""
+        self.problems.append(Problem(code, key, detail, hint))
 
 
 def _nothing(sources: Sources) -> list[Any]:

@@ -279,9 +279,9 @@ def describe(sources: Sources) -> Conversion:
     training_only = classify(sources, SETTINGS)
     config = _config(sources)
     if request.data_config is None:
-        sources.refuse(
-            "no-data-config", "--data-config", "the checkpoint carries no dictionary, and no sentencepiece model"
-        )
+        detail = "the checkpoint carries no dictionary, and no sentencepiece model"
+        hint = "pass the config.yaml of the model's data, its dictionary and its sentencepiece model beside it: "
+        sources.refuse("no-data-config", "--data-config", detail, hint + "--data-config config.yaml")
     sources.dictionary = read_dictionary(sources, EMBEDDINGS)
     processor = _processor(sources)
     config.append(Value("vocab_size", len(sources.dictionary or ()), "dictionary"))

@@ -207,7 +207,9 @@ def gather(
     """
     record = inventory.record()
     config = _read(Config, inventory, "config.json") or Config()
-    entry = _entry(record.source.sha256, stated.catalogue)
+    # of a checkpoint that was fetched by its name, `verify` has compared the name; unverified, it is a claim of a file
+    fetched = record.source.catalogue if verification else ""
+    entry = _entry(record.source.sha256, stated.catalogue) or _known(fetched)
     class_name = next(iter(config.architectures), "")
     family = of_class(class_name, record.architecture.fairseq)
     numbers = dict.fromkeys([family.paper if family else "", (entry.citation if entry else None) or ""])
@@ -262,6 +264,12 @@ def _entry(sha256: str, name: str | None) -> Entry | None:
         detail = f"the catalogue's {name} has sha256 {known[:12]}…, this model was made from {sha256}"
         raise ConvertError(detail, code="catalogue", key=name, status=1)
     return entries[name]
+
+
+def _known(name: str) -> Entry | None:
+    from convert.fetching import catalogue
+
+    return catalogue().get(name)
 
 
 def _sha256(entry: Entry) -> str | None:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any, TypeGuard
 from urllib.parse import quote
 
-from convert.conversion import Dropped, Edited, Filled
+from convert.conversion import Dropped, Edited, Filled, Source
 from convert.publishing import snippets
 from convert.publishing.facts import Facts, Paper
 from convert.publishing.files import private
@@ -87,14 +87,22 @@ def _what(facts: Facts) -> str:
 
 def _source(facts: Facts) -> str:
     record = facts.record
+    source = record.source
     address = facts.entry.address if facts.entry else None
     name = f"[{address.rsplit('/', 1)[-1]}]({address})" if address else code(facts.checkpoint)
-    count = f", {size(record.source.size)}" if record.source.size else ""
-    command = f"fairseq-to-hf convert {quoted(facts.checkpoint)} {facts.repo_id.split('/')[-1]}"
-    lines = [
-        f"- Checkpoint: {name}{count}, sha256 {code(record.source.sha256)}",
-        f"- Trained with [{facts.trainer}](https://github.com/{facts.project}); converted by {facts.tool}: {code(command)}",
-    ]
+    count = f", {size(source.size)}" if source.size else ""
+    fetched = f", fetched from {code(source.address)}" if source.address and source.address != address else ""
+    lines = [f"- Checkpoint: {name}{count}, sha256 {code(source.sha256)}{fetched}"]
+    lines += _place(source)
+    if record.base:
+        kept = "" if record.base.whole else " of the pretrained model"
+        name = f"{code(record.base.name)}, " if facts.compared("base.name") else ""
+        lines.append(
+            f"- Settings{kept}: from {name}sha256 {code(record.base.sha256)}; the checkpoint has none. "
+            "The geometry was held against the tensors' shapes, which do not show the number of attention heads and the strides"
+        )
+    trainer = f"[{facts.trainer}](https://github.com/{facts.project})"
+    lines.append(f"- Trained with {trainer}; converted by {facts.tool}: {code(_command(facts))}")
     groups: dict[str, Sequence[Dropped | Filled | Edited]] = {
         "Left out": record.drops,
         "Filled in": record.fills,
@@ -106,6 +114,26 @@ def _source(facts: Facts) -> str:
             lines.append(f"- {title}: {names}" + (f": {text(reason)}" if facts.compared(key) else ""))
     settings = [f"| {code(key)} | {code(value)} |" for key, value in _settings(record.settings)]
     return "\n".join(lines + (["", "| fairseq setting | value |", "| --- | --- |", *settings] if settings else []))
+
+
+def _place(source: Source) -> list[str]:
+    """Say where the model is in its file, if that is not where fairseq's trainer puts it."""
+    parts = (
+        [f"in {code(source.where)}" if source.where else "at the top of the file"] if source.where != "model" else []
+    )
+    parts += [f"under the prefix {code(source.prefix)}"] if source.prefix else []
+    return [f"- The model is {', '.join(parts)}"] if parts else []
+
+
+def _command(facts: Facts) -> str:
+    """Write the command line that converts the same."""
+    record = facts.record
+    checkpoint = record.source.catalogue or record.source.address or facts.checkpoint
+    words = ["fairseq-to-hf convert", quoted(checkpoint), facts.repo_id.split("/")[-1]]
+    if record.base:
+        words += ["--base", quoted(record.base.name if facts.compared("base.name") else "BASE")]
+    words += ["--ema"] if record.asked.ema else []
+    return " ".join(words)
 
 
 def _settings(settings: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -124,6 +124,9 @@ def compare_records(
     for key in [key for key in meant.keys() - found.keys() if not meant[key]]:
         differing[f"conversion.json: {key}"] = "is not there; it would be empty"
         del meant[key]
+    if meant.get("base") and isinstance(found.get("base"), dict) and found["base"].get("name") != meant["base"]["name"]:
+        differing[f"{RECORD}: base.name"] = "the checkpoint with the settings had another name"
+        found["base"] = _but(found["base"], name=meant["base"]["name"])
     if found.get("source") != meant["source"]:
         if (found.get("source") or {}).get("name") != meant["source"]["name"]:
             differing[f"{RECORD}: source.name"] = "the checkpoint had another name"

@@ -16,7 +16,7 @@ from typing import Any
 from convert.checkpoint import Checkpoint
 from convert.checkpoint.container import Container
 from convert.checkpoint.stacks import stack
-from convert.checkpoint.unpickle import StoredTensor
+from convert.checkpoint.stored import StoredTensor
 from convert.families.settings import parse_convolutions
 
 _PLAIN = re.compile(r"\w*|[\d.,:e+ -]*", re.ASCII)

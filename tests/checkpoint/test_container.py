@@ -15,7 +15,8 @@ from fairseq_models import save
 from safetensors.torch import load_file
 from torch_files import change_pickle, entries, read, same, text, write_zip
 
-from convert.checkpoint.unpickle import Storage, StoredTensor, load
+from convert.checkpoint.stored import Storage, StoredTensor
+from convert.checkpoint.unpickle import load
 from convert.errors import CheckpointError
 from convert.package import compare_weights, convert
 

@@ -22,7 +22,7 @@ from convert.checkpoint.fairseq2_architectures import ARCHITECTURES, ASR, PRETRA
 from convert.checkpoint.finding import FAIRSEQ2
 from convert.checkpoint.layouts import open_container
 from convert.checkpoint.sentencepiece import read_model
-from convert.checkpoint.unpickle import StoredTensor
+from convert.checkpoint.stored import StoredTensor
 from convert.errors import CheckpointError
 from convert.transfer import read_array
 

@@ -214,9 +214,12 @@ OPTIONS = {
     "split": (("--folder", "f", "--split", "dev"), "--split needs --dataset"),
     "reference": (
         ("--folder", "f", "--reference", "fairseq"),
-        "--reference fairseq and --checkpoint FILE need each other",
+        "--reference fairseq and --checkpoint SOURCE need each other",
     ),
-    "checkpoint": (("--folder", "f", "--checkpoint", "c"), "--reference fairseq and --checkpoint FILE need each other"),
+    "checkpoint": (
+        ("--folder", "f", "--checkpoint", "c"),
+        "--reference fairseq and --checkpoint SOURCE need each other",
+    ),
     "file": (("--manifest", "nowhere.tsv"), "nowhere.tsv: no such file"),
     "batch": (("--folder", "f", "--batch-size", "0"), "batch size 0, expected at least 1"),
 }

@@ -23,7 +23,7 @@ from convert.checkpoint import Checkpoint
 from convert.checkpoint.container import DTYPES
 from convert.checkpoint.dictionary import Dictionary
 from convert.checkpoint.fairseq2_architectures import ARCHITECTURES, ASR
-from convert.checkpoint.unpickle import Storage, StoredTensor
+from convert.checkpoint.stored import Storage, StoredTensor
 from convert.errors import CheckpointError, PlanError
 from convert.families import Request, describe
 from convert.package import compare_weights, convert, plan

@@ -162,6 +162,45 @@ def test_what_was_left_out_filled_in_or_changed_is_named(model):
     assert "the checkpoint's rounded to float16, but for what stands as changed above." in card
 
 
+def test_where_the_model_and_its_settings_come_from(model):
+    conversion = json.loads((model / "conversion.json").read_text())
+    conversion["source"] |= {"where": "state_dict", "prefix": "ssl.model.", "address": "hf://me/models@a1b2/x.ckpt"}
+    conversion["base"] = {"name": "hubert base.pt", "sha256": "ab" * 32, "whole": True}
+    conversion["request"] = {"head": "", "ema": True}
+    write(model / "conversion.json", conversion)
+    card = compose(facts_of(model)).decode()
+    assert (
+        ", fetched from `hf://me/models@a1b2/x.ckpt`\n- The model is in `state_dict`, under the prefix `ssl.model.`\n"
+        in card
+    )
+    shapes = "The geometry was held against the tensors' shapes, which do not show the number of attention heads and the strides"
+    assert f"- Settings: from `hubert base.pt`, sha256 `{'ab' * 32}`; the checkpoint has none. {shapes}\n" in card
+    assert "`fairseq-to-hf convert hf://me/models@a1b2/x.ckpt tiny --base 'hubert base.pt' --ema`" in card
+    conversion["base"]["whole"] = False
+    verification = json.loads((model / "verification.json").read_text())
+    verification["skipped"] = {"conversion.json: base.name": "the checkpoint with the settings had another name"}
+    write(model / "conversion.json", conversion)
+    write(model / "verification.json", verification)
+    card = compose(facts_of(model)).decode()
+    assert f"- Settings of the pretrained model: from sha256 `{'ab' * 32}`; the checkpoint has none. {shapes}\n" in card
+    assert "hubert base.pt" not in card  # nobody compared the name
+
+
+def test_a_name_of_the_catalogue_counts_once_it_was_verified(model):
+    conversion = json.loads((model / "conversion.json").read_text())
+    address = catalogue()[SELF].address
+    conversion["source"] |= {"catalogue": SELF, "address": address}
+    write(model / "conversion.json", conversion)
+    assert facts_of(model).entry == catalogue()[SELF]
+    card = compose(facts_of(model)).decode()
+    assert f"]({address})" in card and "fetched from" not in card
+    assert f"`fairseq-to-hf convert {SELF} tiny`" in card
+    assert facts_of(model, verified=False).entry is None
+    conversion["source"]["catalogue"] = "a-name-of-tomorrow"
+    write(model / "conversion.json", conversion)
+    assert facts_of(model).entry is None
+
+
 def test_a_sample_becomes_the_widget(model):
     (model / "sample.wav").write_bytes(b"RIFF")
     assert metadata(compose(facts_of(model)))["widget"] == [{"src": "sample.wav", "example_title": "Sample"}]

@@ -145,6 +145,8 @@ def test_no_value_of_a_file_becomes_markup(name: str, model: Path) -> None:
     value = json.loads((model / "conversion.json").read_text())
     value["fills"] = [{"key": "projection.weight", "rule": "identity", "reason": "fairseq has none"}]
     value["edits"] = [{"key": "lm_head.bias", "row": 0, "rule": "add", "value": 1.5, "reason": "blank_weight"}]
+    value["source"] |= {"address": "hf://me/a@b/x.pt", "where": "state_dict", "prefix": "ssl.model."}
+    value["base"] = {"name": "base.pt", "sha256": "0" * 64, "whole": True}
     write(model / "conversion.json", value)
     plain = {verified: skeleton(card_of(model, verified)) for verified in (True, False)}
     original = json.loads((model / name).read_text())
