@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from convert.checkpoint.settings import read_generation, read_settings
 from convert.checkpoint.stacks import is_unstacked, stacked, unstack
 from convert.checkpoint.stored import StoredTensor, Stub
 from convert.errors import CheckpointError
+from convert.files import sha256_of
 from convert.rules import TensorSpec
 
 _SLACK = 64_000_000  # bytes that the views of a small file may need beyond the file's size
@@ -310,7 +310,7 @@ def _of_fairseq2(run: fairseq2.Run, parts: Sequence[Checkpoint], options: fairse
         settings=settings,
         dictionary=dictionary,
         tokenizer=tokenizer,
-        base=None if base is None else Base(base.name, hashlib.sha256(base.read_bytes()).hexdigest(), True),
+        base=None if base is None else Base(base.name, sha256_of(base), True),
     )
 
 

@@ -14,6 +14,7 @@ from convert.errors import ConvertError, Problem
 from convert.families import of_class
 from convert.families.damages import Absent, Change, Configure, Damage, Damages, Exchange, Generate, Speak
 from convert.files import header_bytes, scratch_directory, write_file
+from convert.reading import read_file
 from convert.verification.compare import Difference, first_different
 from convert.verification.judge import Judged, compared
 from convert.verification.reference import Subject
@@ -210,7 +211,7 @@ def one_unit(model_dir: Path, name: str, compare_weights: Callable[[Path], list[
     def named(content: bytearray) -> bool:
         with scratch_directory() as copy:
             for file in ("config.json", "conversion.json"):
-                write_file(copy / file, (model_dir / file).read_bytes())
+                write_file(copy / file, read_file(model_dir / file))
             write_file(copy / "model.safetensors", header + content)
             return any((problem.code, problem.key) == ("bytes", name) for problem in compare_weights(copy))
 
