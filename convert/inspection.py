@@ -14,7 +14,7 @@ from convert.checkpoint.refusals import writer
 from convert.checkpoint.stored import StoredTensor
 from convert.errors import CheckpointError, ConvertError
 from convert.families import architecture_of, describe
-from convert.request import make_request
+from convert.request import Options
 from convert.sources import dictionary_beside, locate, open_source
 
 
@@ -64,7 +64,7 @@ def inspect(source: str | Path) -> dict[str, Any]:
 
 def _conversion(opened: Checkpoint) -> dict[str, Any]:
     try:
-        model = describe(opened, make_request(dictionary=dictionary_beside(opened)))
+        model = describe(opened, Options(dictionary=dictionary_beside(opened)).request())
     except ConvertError as error:
         return _refused(error)
     return {"ok": True, "class": model.target, "head": model.head, "notes": list(model.notes)}

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,8 +20,8 @@ from convert.families.tokenizers import SUBWORDS
 from convert.files import check_directory, create, new_directory
 from convert.reading import read_file
 from convert.report import json_bytes
-from convert.request import make_request, request_again
-from convert.sources import dictionary_beside, locate, open_source
+from convert.request import Options, request_again
+from convert.sources import open_source
 from convert.transfer import Transfer, Written, pieces, split
 from convert.workspace import in_the_way, sweep
 
@@ -89,24 +88,21 @@ def plan(
         CheckpointError: the file cannot be read.
         PlanError: it cannot be converted completely; every reason is in `problems`.
     """
-    asked: dict[str, Any] = {"head": head, "dictionary": dictionary, "training_only": training_only}
-    asked |= {"keep_final_proj": keep_final_proj, "language": language, "data_config": data_config}
-    asked["post_process"] = post_process
-    opening: dict[str, Any] = {"ema": ema, "arch": arch, "normalize": normalize}
-    with opened_for(checkpoint, base, asked, opening) as (opened, request):
+    options = Options(
+        head=head,
+        dictionary=dictionary,
+        base=base,
+        training_only=training_only,
+        keep_final_proj=keep_final_proj,
+        language=language,
+        data_config=data_config,
+        post_process=post_process,
+        ema=ema,
+        arch=arch,
+        normalize=normalize,
+    )
+    with options.opened(checkpoint) as (opened, request):
         return describe(opened, request)
-
-
-@contextlib.contextmanager
-def opened_for(
-    checkpoint: str | Path, base: str | Path | None, asked: Mapping[str, Any], opening: Mapping[str, Any]
-) -> Iterator[tuple[Checkpoint, Request]]:
-    """Open a checkpoint, wherever it is, and read the files that are asked for with it."""
-    given = asked["dictionary"]
-    dictionary = None if given is None else locate(given)[0]
-    with open_source(checkpoint, base=base, dictionary=dictionary, **opening) as opened:
-        found = {"dictionary": dictionary or dictionary_beside(opened)}
-        yield opened, make_request(**{**asked, **found, **opening})
 
 
 def convert(
@@ -164,11 +160,20 @@ def convert(
         raise ConvertError(f"a shard of {max_shard_size} bytes is too small", code="usage", key="--max-shard-size")
     replaceable = functools.partial(_replaceable, checkpoint=Path(checkpoint)) if overwrite else None
     check_directory(out, replaceable)
-    asked: dict[str, Any] = {"head": head, "dictionary": dictionary, "training_only": training_only}
-    asked |= {"keep_final_proj": keep_final_proj, "language": language, "data_config": data_config}
-    asked["post_process"] = post_process
-    opening: dict[str, Any] = {"ema": ema, "arch": arch, "normalize": normalize}
-    with opened_for(checkpoint, base, asked, opening) as (opened, request):
+    options = Options(
+        head=head,
+        dictionary=dictionary,
+        base=base,
+        training_only=training_only,
+        keep_final_proj=keep_final_proj,
+        language=language,
+        data_config=data_config,
+        post_process=post_process,
+        ema=ema,
+        arch=arch,
+        normalize=normalize,
+    )
+    with options.opened(checkpoint) as (opened, request):
         model = describe(opened, request)
         with new_directory(out, replaceable) as work:
             files, digest = _write(
