@@ -14,7 +14,7 @@ from typing import Any
 
 from convert.errors import PlanError, Problem
 from convert.families import hubert, wav2vec2
-from convert.families.base import Conversion, Family, Kind, Shapes, Sources
+from convert.families.base import Conversion, Family, Kind, Running, Shapes, Sources
 from convert.families.damages import Absent, Change, Configure, Converted, Damages, Generate, blocks, pair, roll
 from convert.families.encoder import Layout as EncoderLayout
 from convert.families.encoder import count
@@ -403,4 +403,8 @@ FAMILY = Family(
     generates=True,
     damages=_damages,
     interface=_interface,
+    running=Running(
+        attention={"encoder": "sdpa", "decoder": "eager"},  # TrOCR has no other
+        rounds=lambda config: "fairseq's attention multiplies in another order than the decoders of transformers",
+    ),
 )

@@ -17,7 +17,7 @@ from convert.checkpoint.dictionary import SPECIAL, Dictionary
 from convert.checkpoint.sentencepiece import pieces
 from convert.checkpoint.writer import NewNamespace
 from convert.errors import PlanError, Problem
-from convert.families.base import Conversion, Family, Kind, Restoring, Shapes, Sources
+from convert.families.base import Conversion, Family, Kind, Restoring, Running, Shapes, Sources
 from convert.families.damages import Absent, Change, Configure, Converted, Damages, blocks, fewer, ones, pair, roll
 from convert.families.encoder import count
 from convert.families.encoder_settings import ACTIVATIONS
@@ -574,6 +574,12 @@ def _damages(model: Converted) -> Damages:
     return made
 
 
+def _rounds(config: Any) -> str:
+    """Without fairseq's order of sums in attention, the last bits are others."""
+    own = "this transformers takes no other attention than its own, which multiplies in another order"
+    return own if config._attn_implementation == "eager" else ""
+
+
 FAMILY = Family(
     name=NAME,
     architectures=dict.fromkeys(ARCHITECTURES, KIND),
@@ -592,4 +598,5 @@ FAMILY = Family(
     generates=True,
     damages=_damages,
     interface=_interface,
+    running=Running(attention="fairseq", usual="eager", rounds=_rounds),
 )

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from convert.families.base import Family, Kind, Part, Restoring, Shapes, Sources
+from convert.families.base import Family, Kind, Part, Restoring, Running, Shapes, Sources
 from convert.families.damages import Change, Configure, Converted, Damages, encoder_damages
 from convert.families.encoder import LAYERS, Layout, assemble, encoder_rules, infer_encoder
 from convert.families.encoder_settings import CHOICES, COUNTS, DEFAULTS, FLAGS, READ, SAME, TRAINING_ONLY
@@ -120,4 +120,5 @@ FAMILY = Family(
     paper="2110.13900",
     splits_masks=True,
     damages=_damages,
+    running=Running(attention="eager"),
 )
