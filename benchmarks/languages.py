@@ -73,7 +73,11 @@ class Served:
     def __enter__(self) -> str:
         code = f"import sys; sys.path.insert(0, {str(ROOT / 'tests/support')!r}); import languages; languages.serve()"
         self.process = subprocess.Popen(
-            [sys.executable, "-c", code], cwd=Path(__file__).parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", code],
+            cwd=Path(__file__).parent,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         assert self.process.stdout is not None
         return self.process.stdout.readline().strip()

@@ -145,7 +145,10 @@ def languages(count: int, size: tuple[int, int], seed: int = 0) -> dict[str, Any
 
     random = np.random.default_rng(seed)
     numbers = random.standard_normal(1 << 22, np.float32) * np.float32(0.02)
-    names = ["eng", *("".join(name) for name in itertools.product("bcd", string.ascii_lowercase, string.ascii_lowercase))]
+    names = [
+        "eng",
+        *("".join(name) for name in itertools.product("bcd", string.ascii_lowercase, string.ascii_lowercase)),
+    ]
     made = {}
     for name in names[:count]:
         dictionary = Dictionary()

@@ -13,13 +13,14 @@ from fairseq_models import save
 
 from convert.checkpoint import open_checkpoint
 from convert.package import convert
-from convert.request import make_request
+from convert.request import Options
 from convert.verification import inputs, make, run
 from convert.verification.compare import Answer
 from convert.verification.inputs import Cut, Geometry, Probe
 from convert.verification.reference import Live, Subject
 from convert.verification.subject import read_subject
 
+KEPT: dict[str, tuple[str, ...]] = {}  # what `few_inputs` keeps, for other processes
 SAMPLES = 6400  # 0.4 s: 158 frames of the tiny models
 
 
@@ -36,7 +37,7 @@ def converted(
 def subject_of(checkpoint: Path, **asked: Any) -> tuple[Subject, Geometry]:
     """What a reference has to know of a checkpoint, that is asked for as in `convert.plan`."""
     with open_checkpoint(checkpoint) as opened:
-        return read_subject(opened, make_request(**asked))
+        return read_subject(opened, Options(**asked).request())
 
 
 @contextmanager
@@ -54,6 +55,7 @@ def few_inputs(*names: str) -> Iterator[None]:
     """Keep some of the inputs, of verifications and of recordings."""
     every = inputs.probes
     with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(KEPT, "names", names)
         for module in (run, make):
             patch.setattr(module, "probes", lambda *a, **k: [probe for probe in every(*a, **k) if probe.name in names])
         yield
