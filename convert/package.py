@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,8 +19,8 @@ from convert.families import Conversion, Request, describe
 from convert.families.tokenizers import SUBWORDS
 from convert.files import check_directory, create, new_directory
 from convert.report import json_bytes
-from convert.request import make_request, request_again
-from convert.sources import dictionary_beside, locate, open_source
+from convert.request import request_again
+from convert.sources import open_source, opened_for
 from convert.transfer import Transfer, Written, pieces, split
 from convert.workspace import in_the_way, sweep
 
@@ -82,7 +81,7 @@ def plan(
         post_process: fairseq's name of how text is made of the symbols, such as `sentencepiece`, in place of the recipe's.
         ema: take the exponential moving average of the weights that the checkpoint holds beside them.
         arch: the architecture that fairseq2 registers by this name, for its files without settings.
-        normalize: whether waveforms were normalised, for checkpoints of fairseq2 that lie without their config.yaml.
+        normalize: whether waveforms were normalised, where the settings do not say it.
 
     Raises:
         CheckpointError: the file cannot be read.
@@ -94,18 +93,6 @@ def plan(
     opening: dict[str, Any] = {"ema": ema, "arch": arch, "normalize": normalize}
     with opened_for(checkpoint, base, asked, opening) as (opened, request):
         return describe(opened, request)
-
-
-@contextlib.contextmanager
-def opened_for(
-    checkpoint: str | Path, base: str | Path | None, asked: Mapping[str, Any], opening: Mapping[str, Any]
-) -> Iterator[tuple[Checkpoint, Request]]:
-    """Open a checkpoint, wherever it is, and read the files that are asked for with it."""
-    given = asked["dictionary"]
-    dictionary = None if given is None else locate(given)[0]
-    with open_source(checkpoint, base=base, dictionary=dictionary, **opening) as opened:
-        found = {"dictionary": dictionary or dictionary_beside(opened)}
-        yield opened, make_request(**{**asked, **found, **opening})
 
 
 def convert(

@@ -36,7 +36,7 @@ def planning(function: F) -> F:
         click.option(
             "--normalize/--no-normalize",
             default=None,
-            help="Whether waveforms were normalised, where fairseq2's config.yaml is not beside.",
+            help="Whether waveforms were normalised, where the settings do not say it.",
         ),
         click.option(
             "--post-process",

@@ -16,12 +16,14 @@ from dataclasses import replace
 from convert.checkpoint import Checkpoint
 from convert.errors import PlanError
 from convert.families.base import Conversion, Family, Request, Sources
+from convert.families.encoder import ANCHORS as ENCODER
 from convert.families.encoder_settings import encoder_settings, origin_of
 from convert.families.planning import unknown_language
 from convert.families.settings import Reader
 from convert.rules import Drop
 
 __all__ = [
+    "ANCHORS",
     "FAMILIES",
     "Conversion",
     "Family",
@@ -42,6 +44,8 @@ def _found() -> dict[str, Family]:
 
 
 FAMILIES = _found()
+# what shows a model in files of other programs
+ANCHORS = tuple(dict.fromkeys((*ENCODER, *(one for family in FAMILIES.values() for one in family.anchors))))
 # fairseq's name of a model -> (the family that declares it, the kind of checkpoint)
 ARCHITECTURES = {name: (family, kind) for family in FAMILIES.values() for name, kind in family.architectures.items()}
 _REFUSED = {name: reason for family in FAMILIES.values() for name, reason in family.refused.items()}
@@ -81,6 +85,7 @@ def describe(checkpoint: Checkpoint, request: Request) -> Conversion:
     reason = f"does not start with {checkpoint.prefix}, as the model's names do: it belongs to another model"
     # a relic: fairseq's model does not have it, so that the way back leaves it out
     left_out = tuple(Drop(name, reason, relic=True) for name in checkpoint.outside)
+    left_out += tuple(Drop(name, "is not a tensor, and no weight of a model", relic=True) for name in checkpoint.aside)
     return replace(model, left_out=left_out, notes=checkpoint.notes)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from convert.errors import PlanError, Problem
-from convert.families.base import NO_HEAD, Kind, Part, Shapes
+from convert.families.base import NO_HEAD, Kind, Part, Shapes, anchor
 from convert.rules import Drop, Edit, Fill, Identity, NormOf, Rename, Rule, Table, Zeros, add_prefix
 
 # fmt: off
@@ -67,6 +67,8 @@ LAYERS = (
 # kind of checkpoint -> what stands before the encoder's keys; no kind: of an encoder inside a larger model
 PREFIXES = {"ctc": "w2v_encoder.w2v_model.", "classification": "w2v_encoder.w2v_model.", "pretraining": ""}
 PREFIXES |= {"": "encoder.w2v_model."}
+# what shows such an encoder, alone or in a larger model
+ANCHORS = tuple(anchor(CONVOLUTIONS[0], LAYERS[0], prefix) for prefix in dict.fromkeys(PREFIXES.values()))
 Own = TypeVar("Own", bound=Part, covariant=True)
 
 

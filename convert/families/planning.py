@@ -267,6 +267,8 @@ def _hint(problems: Sequence[Problem]) -> str:
         return "pass the config.yaml of the model's data, its dictionary and its sentencepiece model beside it: --data-config config.yaml"
     if codes & {"no-dictionary", "dictionary-size", "dictionary-conflict"}:
         return "pass the dictionary the model was trained with: --dict dict.ltr.txt"
+    if "normalize" in {problem.key for problem in problems if problem.code == "missing-setting"}:
+        return "say whether the waveforms were normalised, as task.normalize of the recipe does: --normalize or --no-normalize"
     if "unknown-setting" in codes:
         return "if a setting acts while training only, say so: --training-only NAME"
     return ""

@@ -17,7 +17,7 @@ from convert.checkpoint.dictionary import SPECIAL, Dictionary
 from convert.checkpoint.sentencepiece import pieces
 from convert.checkpoint.writer import NewNamespace
 from convert.errors import PlanError, Problem
-from convert.families.base import Conversion, Family, Kind, Restoring, Shapes, Sources
+from convert.families.base import Conversion, Family, Kind, Restoring, Shapes, Sources, anchor
 from convert.families.encoder import count
 from convert.families.encoder_settings import ACTIVATIONS
 from convert.families.planning import classify, finish, prove, read_dictionary
@@ -530,6 +530,7 @@ FAMILY = Family(
     name=NAME,
     architectures=dict.fromkeys(ARCHITECTURES, KIND),
     mark=r"^encoder\.subsample\.conv_layers\.",
+    anchors=(anchor(CONVOLUTIONS[0], ENCODER[0]),),
     infer=infer,
     table=table,
     describe=describe,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from convert.errors import ConvertError, MismatchError
 from convert.files import check_file
-from convert.sources import locate
+from convert.sources import locate, opened_for
 
 if TYPE_CHECKING:
     from convert.verification.report import Curve, Verification
@@ -170,7 +170,6 @@ def record(
     Example:
         >>> record("checkpoint_best.pt", "reference.safetensors")  # doctest: +SKIP
     """
-    from convert.package import opened_for
     from convert.verification.make import make_recording
     from convert.verification.subject import HALVES
 

@@ -29,8 +29,8 @@ ANOTHER = "name a checkpoint of wav2vec 2.0, HuBERT or another speech model of f
 A_CHECKPOINT = "name a checkpoint, such as checkpoint_best.pt"
 UNPACK = "unpack it, and name the checkpoint inside"
 THE_BASE = (
-    "the settings are in the pretrained checkpoint that the model was made from, as fairseq's trainer wrote it, such as "
-    "hubert_base_ls960.pt or xlsr2_300m.pt: --base PRETRAINED.pt"
+    "any checkpoint of the same architecture that fairseq's trainer wrote has the settings, such as the pretrained one that "
+    "the model was made from (hubert_base_ls960.pt, xlsr2_300m.pt): --base CHECKPOINT.pt"
 )
 
 
