@@ -37,9 +37,10 @@ lint: $(VENV)/.test ## ruff
 types: $(VENV)/.test ## mypy
 	$(BIN)/mypy
 
-bench: $(VENV)/.test ## speed and memory, as ratios against cp, openssl and the bare forward passes
+bench: $(VENV)/.test ## speed and memory, as ratios against cp, openssl and the bare forward passes; how far verification sees
 	$(BIN)/python benchmarks/conversion.py
 	$(BIN)/python benchmarks/verify.py
+	$(BIN)/python benchmarks/judgement.py --environments 4
 
 recording: $(VENV)/.test ## make fairseq's answers for the bundled checkpoint anew
 	$(BIN)/fairseq-to-hf record $(CHECKPOINT) $(RECORDING) --no-long --overwrite

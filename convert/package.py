@@ -18,6 +18,7 @@ from convert.errors import ConvertError, MismatchError, Problem
 from convert.families import Conversion, Request, describe
 from convert.families.tokenizers import SUBWORDS
 from convert.files import check_directory, create, new_directory
+from convert.reading import read_file
 from convert.report import json_bytes
 from convert.request import request_again
 from convert.sources import open_source, opened_for
@@ -305,7 +306,7 @@ def _file(work: Path, name: str, content: Any) -> Written:
     data = content if isinstance(content, bytes) else json_bytes(content)
     with create(work / name) as file:
         file.write(data)
-    if (work / name).read_bytes() != data:
+    if read_file(work / name) != data:
         raise MismatchError(f"{name} read back differently from what was written", code="read-back", key=name)
     return Written(name, len(data), hashlib.sha256(data).hexdigest())
 

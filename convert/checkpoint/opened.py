@@ -14,9 +14,6 @@ from convert.checkpoint.dictionary import Dictionary
 from convert.checkpoint.stored import StoredTensor
 from convert.rules import TensorSpec
 
-_SLACK = 64_000_000  # bytes that the views of a small file may need beyond the file's size
-_TENSOR, _TENSORS = 64, 1000  # bytes of a file for each tensor in it, of which there may be some more
-
 
 @dataclass(frozen=True, slots=True)
 class Base:

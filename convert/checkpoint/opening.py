@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +30,7 @@ from convert.checkpoint.refusals import ambiguous, no_model, no_settings
 from convert.checkpoint.settings import read_generation, read_settings
 from convert.checkpoint.stored import StoredTensor
 from convert.errors import CheckpointError
+from convert.files import sha256_of
 
 _SLACK = 64_000_000  # bytes that the views of a small file may need beyond the file's size
 _TENSOR, _TENSORS = 64, 1000  # bytes of a file for each tensor in it, of which there may be some more
@@ -176,7 +176,7 @@ def _of_fairseq2(run: fairseq2.Run, parts: Sequence[Checkpoint], options: fairse
         settings=settings,
         dictionary=dictionary,
         tokenizer=tokenizer,
-        base=None if base is None else Base(base.name, hashlib.sha256(base.read_bytes()).hexdigest(), True),
+        base=None if base is None else Base(base.name, sha256_of(base), True),
     )
 
 

@@ -46,7 +46,7 @@ def command(checkpoint: str, out: Path, **options: Any) -> Outcome:
     made = Recorded(record(checkpoint, out, **options))
     inputs = [probe.name for probe in made.probes()]
     lines = [
-        f"{out}: {library(made.about['fairseq'])}, {len(inputs)} inputs, {size(out.stat().st_size)}",
+        f"{out}: {library(made.about.fairseq)}, {len(inputs)} inputs, {size(out.stat().st_size)}",
         f"next: fairseq-to-hf verify {quoted(checkpoint)} MODEL_DIR --reference {quoted(out)}",
     ]
     details = dict(made.description.details)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from convert.errors import ConvertError
 from convert.evaluation.data import Utterance
 from convert.loading import load, load_model, quiet
+from convert.reading import read_file
+from convert.report import parse_json
 from convert.verification.devices import without_tf32
 
 if TYPE_CHECKING:
@@ -39,13 +40,18 @@ def open_recognizer(model_dir: Path, device: str, language: str = "") -> Recogni
     config = model_dir / "config.json"
     if not config.is_file():
         raise ConvertError(f"{model_dir.name}: no config.json in it", code="no-model", key=model_dir.name)
+    says = parse_json(read_file(config), config.name)
+    if not isinstance(says, dict):
+        raise ConvertError(
+            f"{model_dir.name}: its config.json is not a JSON object", code="no-model", key=model_dir.name
+        )
     if not any((model_dir / name).is_file() for name in ("vocab.json", "tokenizer.json")):
         message = f"{model_dir.name}: it has no vocabulary, so it writes no text and has no word error rate"
         hint = "`fairseq-to-hf verify` compares any model with fairseq's"
         raise ConvertError(message, code="no-vocabulary", hint=hint)
     if language:
         _check_language(model_dir, language)
-    generates = GENERATING & set(json.loads(config.read_text("utf-8")).get("architectures") or ())
+    generates = says.get("architectures") in [[name] for name in GENERATING]
     return (Generator if generates else Recognizer)(model_dir, device, language)
 
 

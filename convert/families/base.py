@@ -207,6 +207,7 @@ class Sources:
         outer: the settings of the model as they stand; those of the encoder too, unless it was fine-tuned.
         task: the settings of the task.
         dictionary: the target dictionary, once it was read.
+        hint: the remedy for what was found wrong, where there is one for all of it.
     """
 
     checkpoint: Checkpoint
@@ -219,6 +220,7 @@ class Sources:
     outer: Reader
     task: Reader
     dictionary: Dictionary | None = None
+    hint: str = ""
 
     @property
     def criterion(self) -> Mapping[str, Any]:

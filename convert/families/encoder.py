@@ -202,7 +202,7 @@ def assemble(
             hint="--head encoder" if native == "encoder" else f"--head {native} or --head encoder",
         )
     bare = head == "encoder"
-    dropped = kind.drops or [Drop(rule.source, NO_HEAD, rule.shape) for rule in kind.rules]
+    dropped = kind.drops or [Drop(rule.source, NO_HEAD, rule.shape, optional=True) for rule in kind.rules]
     chosen = add_prefix(rules, source=layout.prefix, target="" if bare else f"{base}.")
     chosen += dropped if bare else kind.rules
     return Table.build(f"{base} {head}", chosen, layout.axes, layout.dims, () if bare else edits)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from convert.conversion import differences
 from convert.errors import Problem
 from convert.files import header_bytes, scratch_directory, write_file
+from convert.reading import read_file
 from convert.verification.compare import Difference, first_different
 from convert.verification.judge import Judged, compared
 from convert.verification.reference import Subject
@@ -390,7 +391,7 @@ def one_unit(model_dir: Path, name: str, compare_weights: Callable[[Path], list[
     def named(content: bytearray) -> bool:
         with scratch_directory() as copy:
             for file in ("config.json", "conversion.json"):
-                write_file(copy / file, (model_dir / file).read_bytes())
+                write_file(copy / file, read_file(model_dir / file))
             write_file(copy / "model.safetensors", header + content)
             return any((problem.code, problem.key) == ("bytes", name) for problem in compare_weights(copy))
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from convert import loading
 from convert.errors import ConvertError
+from convert.reading import read_file
 from convert.verification.attention import NAME, register
 from convert.verification.compare import GENERATED
 from convert.verification.fairseq_side.features import features
@@ -62,7 +63,7 @@ def load(model_dir: Path, device: str) -> Target:
 def language_of(model_dir: Path) -> str:
     """Say which of several languages the weights speak, by the tokenizer's configuration; nothing where it names none."""
     try:
-        found = json.loads((model_dir / "tokenizer_config.json").read_text("utf-8")).get("target_lang")
+        found = json.loads(read_file(model_dir / "tokenizer_config.json")).get("target_lang")
     except (OSError, ValueError, AttributeError):
         return ""
     return str(found or "")

@@ -14,7 +14,7 @@ from classification_models import EMOTIONS, LANGUAGES, LINEAR, REFUSED, VARIANTS
 from comparing import EVEN, ODD, config, edited, load
 from fairseq.checkpoint_utils import load_model_ensemble_and_task
 from fairseq_models import BASE
-from faults import SILENT, check, reported, settings, weight_faults
+from faults import SILENT, reported, settings, weight_faults
 from hub_fixtures import facts_of
 from safetensors.numpy import load_file, save_file
 from verify_models import edit, few_inputs, one_reference, short_inputs
@@ -279,7 +279,7 @@ def test_every_fault_is_reported(tmp_path: Path) -> None:
         }
         faults = weight_faults(pair[1]) | {name: settings("config.json", **{name: wrong[name]}) for name in wrong}
         faults["unnamed"] = settings("config.json", id2label={str(i): f"LABEL_{i}" for i in range(3)})
-        codes = {label: reported(check(pair, fault, tmp_path)) for label, fault in faults.items()}
+        codes = {label: reported(pair, fault, tmp_path) for label, fault in faults.items()}
     of_weights = {label: found for label, found in codes.items() if label not in {*wrong, "unnamed"}}
     assert any("classifier" in label for label in of_weights) and any("projector" in label for label in of_weights)
     assert [label for label, found in of_weights.items() if "bytes" not in found] == []

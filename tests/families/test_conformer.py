@@ -15,7 +15,7 @@ import transformers
 from conformer_models import REFUSED, VARIANTS, build, buildable, save
 from fairseq import checkpoint_utils
 from fairseq.data import Dictionary
-from faults import Fault, check, in_weights, reported, settings
+from faults import Fault, in_weights, reported, settings
 from faults import weight_faults as every_weight_fault
 from verify_models import few_inputs, one_reference, short_inputs
 
@@ -326,7 +326,7 @@ def test_every_fault_in_the_weights_is_reported(pairs: Any, tmp_path: Path) -> N
     faults = weight_faults(pairs["ctc_relative"][1])
     assert len(faults) > 40
     with few_inputs("speech-even", "quiet"), one_reference():
-        codes = {name: reported(check(pairs["ctc_relative"], fault, tmp_path)) for name, fault in faults.items()}
+        codes = {name: reported(pairs["ctc_relative"], fault, tmp_path) for name, fault in faults.items()}
     assert [name for name, found in codes.items() if "bytes" not in found] == []
     unseen = [name for name, found in codes.items() if "different" not in found]
     assert [name for name in unseen if not any(part in name for part in SILENT)] == []
@@ -368,7 +368,7 @@ def test_every_setting_counts_where_it_should(pairs: Any, tmp_path: Path) -> Non
     assert changes.keys() == config.keys() and all(changes[name] != config[name] for name in config)
     with few_inputs("speech-even", "quiet"), one_reference():
         codes = {
-            name: reported(check(pairs["ctc_rotary_base"], settings("config.json", **{name: value}), tmp_path))
+            name: reported(pairs["ctc_rotary_base"], settings("config.json", **{name: value}), tmp_path)
             for name, value in changes.items()
         }
     assert [name for name, found in codes.items() if not found] == []

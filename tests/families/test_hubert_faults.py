@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults import SILENT, check, config_faults, in_weights, reported, settings, weight_faults
+from faults import SILENT, config_faults, in_weights, reported, settings, weight_faults
 from hubert_models import BASE, Variant, save
 from verify_models import converted, few_inputs, one_reference, short_inputs
 
@@ -34,12 +34,12 @@ def test_every_fault_in_the_weights_is_reported(pair: tuple[Path, Path], tmp_pat
     every = {label: fault for label, fault in weight_faults(pair[1]).items() if COUNTER not in label}
     faults = {label: fault for label, fault in every.items() if "perturbed" in label or "pos_conv_embed" in label}
     assert len(faults) > 30
-    codes = {label: reported(check(pair, fault, tmp_path)) for label, fault in faults.items()}
+    codes = {label: reported(pair, fault, tmp_path) for label, fault in faults.items()}
     assert [label for label, found in codes.items() if "bytes" not in found] == []
     unseen = [label for label, found in codes.items() if "different" not in found]
     assert [label for label in unseen if not any(part in label for part in SILENT)] == []
     counted = in_weights(lambda tensors: tensors.update({COUNTER: tensors[COUNTER] + 1}))
-    assert reported(check(pair, counted, tmp_path)) >= {"bytes"}
+    assert reported(pair, counted, tmp_path) >= {"bytes"}
 
 
 def test_every_fault_in_the_kept_head_is_reported(pair: tuple[Path, Path], tmp_path: Path) -> None:
@@ -51,10 +51,10 @@ def test_every_fault_in_the_kept_head_is_reported(pair: tuple[Path, Path], tmp_p
 
         return fault
 
-    assert "bytes" in reported(check(pair, damage(-1), tmp_path))
-    assert "missing-file" in reported(check(pair, lambda model: (model / "final_proj.safetensors").unlink(), tmp_path))
+    assert "bytes" in reported(pair, damage(-1), tmp_path)
+    assert "missing-file" in reported(pair, lambda model: (model / "final_proj.safetensors").unlink(), tmp_path)
     wrong = settings("config.json", classifier_proj_size=256)
-    assert "file" in reported(check(pair, wrong, tmp_path))
+    assert "file" in reported(pair, wrong, tmp_path)
 
 
 def test_every_fault_in_the_configuration_is_reported(pair: tuple[Path, Path], tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_every_fault_in_the_configuration_is_reported(pair: tuple[Path, Path], t
         f"{name} = {value}": settings("config.json", **{name: value})
         for name, value in (("conv_pos_batch_norm", False), ("feat_proj_layer_norm", False))
     }
-    codes = {label: reported(check(pair, fault, tmp_path)) for label, fault in faults.items()}
+    codes = {label: reported(pair, fault, tmp_path) for label, fault in faults.items()}
     wanted = {"different", "load", "missing-keys", "unexpected-keys", "mismatched-keys"}
     assert [label for label, found in codes.items() if not found & wanted] == []  # not by comparing the files alone
     computed = {label.split(" =")[0] for label, found in codes.items() if "different" in found}

@@ -20,6 +20,7 @@ from convert.verification.inputs import Cut, Geometry, Probe
 from convert.verification.reference import Live, Subject
 from convert.verification.subject import read_subject
 
+KEPT: dict[str, tuple[str, ...]] = {}  # what `few_inputs` keeps, for other processes
 SAMPLES = 6400  # 0.4 s: 158 frames of the tiny models
 
 
@@ -54,6 +55,7 @@ def few_inputs(*names: str) -> Iterator[None]:
     """Keep some of the inputs, of verifications and of recordings."""
     every = inputs.probes
     with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(KEPT, "names", names)
         for module in (run, make):
             patch.setattr(module, "probes", lambda *a, **k: [probe for probe in every(*a, **k) if probe.name in names])
         yield
