@@ -343,12 +343,14 @@ def _normalized(opened: Checkpoint, normalize: bool | None) -> Checkpoint:
     """Say in the settings whether waveforms were normalised, where they do not.
 
     Raises:
-        CheckpointError: `usage`: they do.
+        CheckpointError: `usage`: they say otherwise.
     """
     if normalize is None:
         return opened
     option, task = "--normalize" if normalize else "--no-normalize", opened.settings["task"]
     if task.get("normalize") is not None:
+        if bool(task["normalize"]) == normalize:
+            return opened
         said = f"{opened.path.name}: its settings say normalize = {task['normalize']}"
         raise CheckpointError(said, code="usage", key=option, hint=f"leave {option} out")
     note = f"normalize = {normalize}, as {option} says"

@@ -51,7 +51,7 @@ def read_subject(opened: Checkpoint, request: Request, sha256: str = "") -> tupl
     decoder = "decoder.embed_tokens.weight" in opened.tensors
     subject = Subject(
         **_file(opened, sha256),
-        handed=handed(opened, plan.fairseq, settings, plan.training_only),
+        handed=handed(opened, plan.fairseq, settings, plan.training_only, plan.plan.table.drops),
         symbols=symbols,
         special=tuple(index for index, symbol in enumerate(symbols) if symbol in special),
         blank=-1 if decoder else _last(symbols, BLANK),
