@@ -238,7 +238,8 @@ def prove(
         proved = None if made is None or _too_much(sources, made) else plan(made, inventory)
     except PlanError as error:
         sources.problems.extend(error.problems)
-        if layout is not None and _without_head(layout, inventory, table or sources.family.table):
+        missing = all(problem.code == "dead-rule" for problem in sources.problems)
+        if layout is not None and missing and _without_head(layout, inventory, table or sources.family.table):
             sources.hint = "everything but the head is there: --head encoder converts the model without it"
         return None
     if proved is not None:

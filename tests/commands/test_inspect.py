@@ -221,7 +221,8 @@ def test_model_without_settings(
 def test_model_with_everything(kind: str, hubert: tuple[Path, torch.nn.Module], tmp_path: Path) -> None:
     held_models.COMPLETE[kind](read(hubert[0]), hubert[1], tmp_path / "x.pt")
     found = inspect(tmp_path / "x.pt")
-    assert found["conversion"] == {"ok": True, "class": "HubertModel", "head": "encoder", "notes": []}
+    notes = ["settings from `hyper_parameters.upstream.config` in the file"] if kind == "settings_elsewhere" else []
+    assert found["conversion"] == {"ok": True, "class": "HubertModel", "head": "encoder", "notes": notes}
     assert found["architecture"] == "hubert" and len(found["pretraining_dictionaries"]) == 1
 
 
