@@ -13,8 +13,9 @@ from convert.checkpoint.opening import Survey, survey
 from convert.checkpoint.refusals import writer
 from convert.checkpoint.stored import StoredTensor
 from convert.errors import CheckpointError, ConvertError
-from convert.families import ANCHORS, Request, describe
-from convert.sources import locate, opened_for
+from convert.families import ANCHORS, Request, architecture_of, describe
+from convert.request import Options
+from convert.sources import locate
 
 
 def inspect(source: str | Path, **asked: Any) -> dict[str, Any]:
@@ -31,10 +32,8 @@ def inspect(source: str | Path, **asked: Any) -> dict[str, Any]:
     Raises:
         CheckpointError: it is not a file of tensors, with the error that says what it is.
     """
-    opening: dict[str, Any] = {name: asked[name] for name in ("ema", "arch", "normalize") if name in asked}
-    options = {name: value for name, value in asked.items() if name not in (*opening, "base")}
     try:
-        with opened_for(source, asked.get("base"), {"dictionary": None, **options}, opening) as (opened, request):
+        with Options(**asked).opened(source) as (opened, request):
             return _opened(opened) | {"conversion": _conversion(opened, request)}
     except CheckpointError as error:
         return _unusable(source, error)
@@ -52,7 +51,7 @@ def _opened(opened: Checkpoint) -> dict[str, Any]:
         "outside": list(opened.outside),
         "averages": list(opened.averages),
         "layout": opened.layout,
-        "architecture": model.get("_name"),
+        "architecture": architecture_of(opened),
         "task": task.get("_name"),
         "parameters": sum(math.prod(spec.shape) for spec in inventory.values()),
         "dtypes": sorted({spec.dtype for spec in inventory.values()}),
@@ -75,7 +74,7 @@ def _conversion(opened: Checkpoint, request: Request) -> dict[str, Any]:
 
 
 def _refused(error: ConvertError) -> dict[str, Any]:
-    rows = [{"code": one.code, "key": one.key, "detail": one.detail} for one in error.problems]
+    rows = [problem.row for problem in error.problems]
     return {"ok": False, "message": error.message, "problems": rows, "hint": error.hint}
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import re
-from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,7 @@ from urllib.parse import unquote, urlsplit
 
 from convert.checkpoint import Checkpoint, Origin, open_checkpoint
 from convert.errors import ConvertError
-from convert.families import ANCHORS, Request
-from convert.request import make_request
+from convert.families import ANCHORS
 
 DIRECTORY = Path("checkpoints")  # where downloads go
 _HUB = re.compile(r"hf://([\w.-]+/[\w.-]+?)(?:@([^/]+))?/(.+)")
@@ -39,18 +36,6 @@ def open_source(source: str | Path, *, base: str | Path | None = None, **options
     path, origin = locate(source)
     opened = open_checkpoint(path, anchors=ANCHORS, base=None if base is None else locate(base)[0], **options)
     return replace(opened, origin=origin)
-
-
-@contextlib.contextmanager
-def opened_for(
-    checkpoint: str | Path, base: str | Path | None, asked: Mapping[str, Any], opening: Mapping[str, Any]
-) -> Iterator[tuple[Checkpoint, Request]]:
-    """Open a checkpoint, wherever it is, and read the files that are asked for with it."""
-    given = asked["dictionary"]
-    dictionary = None if given is None else locate(given)[0]
-    with open_source(checkpoint, base=base, dictionary=dictionary, **opening) as opened:
-        found = {"dictionary": dictionary or dictionary_beside(opened)}
-        yield opened, make_request(**{**asked, **found, **opening})
 
 
 def dictionary_beside(opened: Checkpoint) -> Path | None:

@@ -54,15 +54,15 @@ class Checkpoint:
     Args:
         path: the file.
         container: the mapped file.
-        layout: how its settings are kept: `cfg` (plain dict), `omegaconf`, `args` (a flat Namespace), `unilm` (WavLM's),
+        layout: how its settings are kept: `cfg` (plain dict), `omegaconf`, `args` (a flat Namespace), `unilm` (of the model alone),
             `s3prl`, or `base` (in another checkpoint).
         settings: the sections `model`, `task` and `criterion` as plain dicts.
         dictionary: the target dictionary of `task_state`, or `None`.
         tensors: where each tensor of the model is, by fairseq's name.
-        others: entries of the model that hold numbers and are not tensors, such as data2vec's `_ema`.
+        others: entries of the model that hold numbers and are not tensors, such as a teacher's dict of them.
         parts: the bytes of the tensors beside the model, by top-level key, such as the optimizer's state.
         groups: the adapters of MMS files by language.
-        dictionaries: those of HuBERT's pretraining, whose symbols are the numbers of clusters.
+        dictionaries: those of a pretraining, whose symbols are the numbers of clusters.
         where: the keys that lead to the state_dict, joined by dots; empty for the top.
         prefix: what stands before fairseq's names in it.
         inner: what stands before the encoder's names in fairseq's: empty for a pretrained model.

@@ -14,7 +14,7 @@ from convert.inspection import inspect
 from convert.report import fold, problem_lines, size
 
 _SHAPE = {"encoder_layers": "layers", "encoder_embed_dim": "wide", "encoder_attention_heads": "heads"}
-_SHAPE |= {"num_encoder_layers": "layers", "model_dim": "wide", "num_encoder_attn_heads": "heads"}  # fairseq2
+_SHAPE |= {"num_encoder_layers": "layers", "model_dim": "wide", "num_encoder_attn_heads": "heads"}
 
 
 @make(
@@ -25,7 +25,7 @@ _SHAPE |= {"num_encoder_layers": "layers", "model_dim": "wide", "num_encoder_att
     "fairseq-to-hf inspect --json checkpoint_best.pt",
 )
 @source
-@planning
+@planning()
 def command(checkpoint: str, **asked: Any) -> Outcome:
     """Say what a file is, what it holds, and whether it can be converted, or what is missing and which option supplies it.
 

@@ -152,7 +152,7 @@ class Reference:
         watch(self.w2v.layer_norm, "feature_norm", same)
         if self.w2v.post_extract_proj is not None:
             watch(self.w2v.post_extract_proj, "projection", same)
-        watch(self.w2v.encoder.pos_conv, "pos_conv", swap_last)  # conformers have one and do not use it
+        watch(self.w2v.encoder.pos_conv, "pos_conv", swap_last)  # not every encoder uses the one that it has
         for index, layer in enumerate(self.w2v.encoder.layers):
             watch(layer, "layer.%d" % index, swap_first)
         watch(self.w2v.encoder, "encoder", same)
