@@ -70,6 +70,9 @@ class Reference:
             torch.nn.Module.load_state_dict(self.model, weights, strict=True)
         if self.device.type != "cpu":  # in memory of its own, once for all
             self.model.float().to(self.device)
+        for tensor in [*self.model.parameters(), *self.model.buffers()]:
+            if tensor.dtype == torch.float64:  # a converted model is loaded as float32
+                tensor.data = tensor.data.float()
         self.model.eval()
         self._filled(weights)
         for parameter in self.model.parameters():
