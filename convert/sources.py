@@ -12,6 +12,7 @@ from urllib.parse import unquote, urlsplit
 
 from convert.checkpoint import Checkpoint, Origin, open_checkpoint
 from convert.errors import ConvertError
+from convert.families import ANCHORS
 
 DIRECTORY = Path("checkpoints")  # where downloads go
 _HUB = re.compile(r"hf://([\w.-]+/[\w.-]+?)(?:@([^/]+))?/(.+)")
@@ -33,7 +34,7 @@ def open_source(source: str | Path, *, base: str | Path | None = None, **options
         CheckpointError: it cannot be read, as for `open_checkpoint`.
     """
     path, origin = locate(source)
-    opened = open_checkpoint(path, base=None if base is None else locate(base)[0], **options)
+    opened = open_checkpoint(path, anchors=ANCHORS, base=None if base is None else locate(base)[0], **options)
     return replace(opened, origin=origin)
 
 
