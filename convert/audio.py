@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 from convert.errors import ConvertError
+from convert.reading import open_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
 Waveform: TypeAlias = "np.ndarray[Any, np.dtype[np.float32]]"
 
 SUFFIXES = (".flac", ".wav")
+LONGEST = 4 * 3600  # seconds
 
 
 def read_audio(file: Path | BinaryIO, rate: int, *, name: str) -> Waveform:
@@ -33,10 +36,17 @@ def read_audio(file: Path | BinaryIO, rate: int, *, name: str) -> Waveform:
     import numpy as np
     import soundfile
 
-    if isinstance(file, Path) and not file.is_file():
-        raise bad_audio(name, "no such file", "name a wav or flac file, or a folder of them")
     try:
-        samples, found = soundfile.read(file, dtype="float32", always_2d=True)
+        with (
+            open_file(file) if isinstance(file, Path) else contextlib.nullcontext(file) as opened,
+            # by its descriptor: libsndfile reads faster so than by Python's methods
+            soundfile.SoundFile(opened.fileno() if isinstance(file, Path) else opened, closefd=False) as sound,
+        ):
+            if sound.frames > LONGEST * sound.samplerate:  # silence is compressed more than a thousandfold
+                raise bad_audio(name, f"is longer than {LONGEST // 3600} hours", "cut it into pieces")
+            samples, found = sound.read(dtype="float32", always_2d=True), sound.samplerate
+    except FileNotFoundError:
+        raise bad_audio(name, "no such file", "name a wav or flac file, or a folder of them") from None
     except (soundfile.SoundFileError, OSError) as error:
         reason = getattr(error, "error_string", error)  # without the path
         raise bad_audio(name, f"cannot be read as audio ({reason})", "name a wav or flac file") from error

@@ -15,7 +15,8 @@ from convert.conversion import NAME as RECORD
 from convert.conversion import Record
 from convert.errors import ConvertError, Problem
 from convert.families.tokenizers import SUBWORDS
-from convert.files import WIDTHS, open_file, read_header
+from convert.files import WIDTHS, read_header
+from convert.reading import open_file, read_file
 from convert.report import parse_json
 from convert.rules import TensorSpec
 from convert.transfer import Piece, tensor_bytes
@@ -54,7 +55,7 @@ class ModelDirectory:
     def record(self) -> Record:
         """What conversion.json says, read once."""
         self._there(RECORD)
-        return Record.of((self.path / RECORD).read_bytes())
+        return Record.of(read_file(self.path / RECORD))
 
     @property
     def data_config(self) -> DataConfig | None:
@@ -63,13 +64,13 @@ class ModelDirectory:
         if values is None or dictionary is None:
             return None
         subwords = self.path / SUBWORDS
-        return DataConfig(values, dictionary, subwords.read_bytes() if subwords.is_file() else b"")
+        return DataConfig(values, dictionary, read_file(subwords) if subwords.is_file() else b"")
 
     def json(self, name: str) -> dict[str, Any]:
         """Read one of its JSON files."""
         self._there(name)
         try:
-            value = parse_json((self.path / name).read_bytes(), name)
+            value = parse_json(read_file(self.path / name), name)
         except ConvertError as error:
             raise self._error(f"holds a damaged {error.message}", _REMEDY) from None
         if not isinstance(value, dict):
@@ -109,7 +110,7 @@ class ModelDirectory:
     def read(self, name: str) -> bytes:
         """Return a tensor's bytes."""
         place = self.tensors[name]
-        with (self.path / place.file).open("rb") as file:
+        with open_file(self.path / place.file) as file:
             file.seek(place.start)
             return file.read(place.count)
 
@@ -146,7 +147,7 @@ class ModelDirectory:
                 problems.append(Problem("shape", piece.spec.name, f"the model has {found}, the checkpoint {expected}"))
             else:
                 if place.file not in maps:
-                    with (self.path / place.file).open("rb") as file:
+                    with open_file(self.path / place.file) as file:
                         maps[place.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
                 problems += self._differences(opened, piece, place, maps[place.file])
         for data in maps.values():

@@ -18,6 +18,7 @@ from typing import Any
 from convert.errors import ConvertError, MismatchError
 from convert.files import PIECE, resumable, resumed_file, sha256_of, write_file
 from convert.network import InterruptedTransfer, ask, declared_size, network, public_address
+from convert.reading import read_file
 from convert.report import json_bytes, parse_json
 
 
@@ -253,7 +254,7 @@ def read_record(sidecar: Path) -> Record | None:
     """
     kinds: dict[str, Any] = {"name": str, "address": str, "size": int, "sha256": str, "etag": (str, type(None))}
     try:
-        fields = parse_json(sidecar.read_bytes(), sidecar.name)
+        fields = parse_json(read_file(sidecar), sidecar.name)
         wrong = [name for name, kind in kinds.items() if not isinstance(fields[name], kind)]
         if not wrong:
             return Record(**{name: fields[name] for name in kinds})

@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, cast
 from convert import workspace
 from convert.errors import ConvertError
 from convert.interrupts import shielded
+from convert.reading import open_file, regular
 from convert.workspace import in_the_way, is_directory
 
 # safetensors dtype -> bytes an element
@@ -33,23 +34,6 @@ Replaceable = Callable[[Path], Collection[str]]
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
-
-
-def open_file(path: Path) -> BinaryIO:
-    """Open a file for reading; a pipe or a device, at which reading might never end, is refused.
-
-    Raises:
-        ConvertError: `not-a-file`.
-        OSError: it is not there, or may not be read.
-    """
-    return os.fdopen(_regular(path, os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)), "rb")
-
-
-def _regular(path: Path, descriptor: int) -> int:
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise ConvertError(f"{path} is not a regular file", code="not-a-file", key=str(path))
-    return descriptor
 
 
 def sha256_of(source: Path | BinaryIO, also: Callable[[memoryview], object] | None = None) -> str:
@@ -386,7 +370,7 @@ def resumable(path: Path) -> list[tuple[Path, int]]:
 def open_log(path: Path) -> BinaryIO:
     """Open a file that grows line by line, for appending and reading; it is made when missing. A link is refused."""
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    return os.fdopen(_regular(path, os.open(path, flags, 0o666)), "a+b", buffering=0)
+    return os.fdopen(regular(path, os.open(path, flags, 0o666)), "a+b", buffering=0)
 
 
 def scratch_file() -> BinaryIO:

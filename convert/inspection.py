@@ -13,8 +13,8 @@ from convert.checkpoint.opened import Survey, survey
 from convert.checkpoint.refusals import writer
 from convert.checkpoint.stored import StoredTensor
 from convert.errors import CheckpointError, ConvertError
-from convert.families import describe
-from convert.request import make_request
+from convert.families import architecture_of, describe
+from convert.request import Options
 from convert.sources import dictionary_beside, locate, open_source
 
 
@@ -47,7 +47,7 @@ def inspect(source: str | Path) -> dict[str, Any]:
             "outside": list(opened.outside),
             "averages": list(opened.averages),
             "layout": opened.layout,
-            "architecture": model.get("_name"),
+            "architecture": architecture_of(opened),
             "task": task.get("_name"),
             "parameters": sum(math.prod(spec.shape) for spec in inventory.values()),
             "dtypes": sorted({spec.dtype for spec in inventory.values()}),
@@ -64,14 +64,14 @@ def inspect(source: str | Path) -> dict[str, Any]:
 
 def _conversion(opened: Checkpoint) -> dict[str, Any]:
     try:
-        model = describe(opened, make_request(dictionary=dictionary_beside(opened)))
+        model = describe(opened, Options(dictionary=dictionary_beside(opened)).request())
     except ConvertError as error:
         return _refused(error)
     return {"ok": True, "class": model.target, "head": model.head, "notes": list(model.notes)}
 
 
 def _refused(error: ConvertError) -> dict[str, Any]:
-    rows = [{"code": one.code, "key": one.key, "detail": one.detail} for one in error.problems]
+    rows = [problem.row for problem in error.problems]
     return {"ok": False, "message": error.message, "problems": rows, "hint": error.hint}
 
 

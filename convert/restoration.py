@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,7 @@ from convert.families.base import NO_HEAD, FromConfig, Kind, Restoring
 from convert.families.encoder_settings import ACTIVATIONS, LAYER_SETTINGS
 from convert.files import PIECE as CHUNK
 from convert.files import WIDTHS, check_file, new_file, sha256_of
+from convert.reading import open_file
 from convert.request import request_again
 from convert.rules import Table, TensorSpec
 
@@ -95,7 +97,7 @@ def restore(model_dir: str | Path, out: str | Path, *, overwrite: bool = False) 
     out = Path(out)
     directory = ModelDirectory(Path(model_dir))
     check_file(out, overwrite)
-    ours = (directory.path / "conversion.json").is_file()
+    ours = os.path.lexists(directory.path / "conversion.json")
     draft = _from_conversion(directory) if ours else _from_config(directory)
     model = draft.new()
     restoring = draft.restoring
@@ -161,7 +163,7 @@ def _compare_settings(opened: Checkpoint, directory: ModelDirectory) -> None:
 
 def _reader(directory: ModelDirectory, place: Place) -> Callable[[], Iterator[bytes]]:
     def read() -> Iterator[bytes]:
-        with (directory.path / place.file).open("rb") as file:
+        with open_file(directory.path / place.file) as file:
             file.seek(place.start)
             for at in range(0, place.count, CHUNK):
                 yield file.read(min(CHUNK, place.count - at))

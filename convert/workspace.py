@@ -22,6 +22,7 @@ from typing import Any
 
 from convert.errors import ConvertError
 from convert.interrupts import shielded
+from convert.reading import read_file
 
 NEW = "new"  # the directory that is being made
 PART = re.compile("[0-9a-f]{16}")  # a file that is made in several runs
@@ -201,7 +202,7 @@ def _retire(old: Path, target: Path, files: dict[str, Any]) -> list[str]:
 def _state(work: Path) -> dict[str, Any]:
     """What the process of a working directory was about to replace; empty before it was. What cannot be read stays."""
     try:
-        state = json.loads((work / _STATE).read_bytes())
+        state = json.loads(read_file(work / _STATE))
     except FileNotFoundError:
         return {}
     except ValueError:

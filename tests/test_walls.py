@@ -14,7 +14,7 @@ PRODUCT = ROOT / "convert"
 # From the bottom up: a room imports its own modules and those of earlier rows only.
 ORDER = (
     {"errors", "report"},
-    {"interrupts", "rules", "typed"},
+    {"interrupts", "reading", "rules", "typed"},
     {"audio", "loading", "network", "workspace"},
     {"files"},
     {"checkpoint", "fetching"},
@@ -22,7 +22,8 @@ ORDER = (
     {"families"},
     {"conversion", "mapping"},
     {"directory", "publishing"},
-    {"request", "sources"},
+    {"sources"},
+    {"request"},
     {"inspection", "package", "restoration"},
     {"verification"},
     {"evaluation"},

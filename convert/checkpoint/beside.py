@@ -7,29 +7,31 @@ from pathlib import Path
 from typing import Any
 
 from convert.checkpoint.settings import TooLargeError, plain_data
+from convert.errors import ConvertError
+from convert.reading import read_file
 
-_LARGEST = {"YAML file": 200_000, "sentencepiece model": 20_000_000}  # bytes; usual ones have 1 kB, and 1 MB
+# in bytes; usual ones have 1 kB, 1 MB and 10 kB, one of a million words 20 MB
+_LARGEST = {"YAML file": 200_000, "sentencepiece model": 20_000_000, "dictionary": 100_000_000}
 Complaint = Callable[[str], Exception]  # makes an error of what is wrong with the file
 
 
-def read_bytes(path: Path, kind: str, bad: Complaint) -> bytes:
+def read_beside(path: Path, kind: str, bad: Complaint) -> bytes:
     """Read a file.
 
     Args:
         path: the file.
-        kind: `YAML file` or `sentencepiece model`.
+        kind: `YAML file`, `sentencepiece model` or `dictionary`.
         bad: makes the error where it cannot be read.
     """
     try:
-        if not path.is_file():  # reading from a pipe or a device may never end
-            raise bad("is not a file" if path.exists() else "is not there")
-        with path.open("rb") as file:
-            data = file.read(_LARGEST[kind] + 1)
+        return read_file(path, _LARGEST[kind])
+    except FileNotFoundError:
+        raise bad("is not there") from None
     except OSError as error:
         raise bad(f"cannot be read: {error.strerror or error}") from None
-    if len(data) > _LARGEST[kind]:
-        raise bad(f"is larger than any {kind}, which have {_LARGEST[kind]} bytes at most")
-    return data
+    except ConvertError as error:
+        what = "is not a file" if error.code == "not-a-file" else f"is larger than any {kind}"
+        raise bad(what) from None
 
 
 def read_yaml(path: Path, bad: Complaint) -> list[Any]:
@@ -49,7 +51,7 @@ def read_yaml(path: Path, bad: Complaint) -> list[Any]:
                 raise yaml.YAMLError("merge keys (<<) are not read")
 
     try:
-        text = read_bytes(path, "YAML file", bad).decode("utf-8")
+        text = read_beside(path, "YAML file", bad).decode("utf-8")
         return [plain_data(document) for document in yaml.load_all(text, Loader)]
     except (TooLargeError, RecursionError):
         raise bad("is deeper or larger than any that a training writes") from None

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from convert.checkpoint.beside import read_bytes, read_yaml
+from convert.checkpoint.beside import read_beside, read_yaml
 from convert.checkpoint.dictionary import Dictionary, from_file
 from convert.checkpoint.sentencepiece import pieces
 from convert.errors import CheckpointError
@@ -67,7 +67,7 @@ def _beside(path: Path, named: Any, setting: str) -> Path:
 
 
 def _subwords(path: Path) -> bytes:
-    data = read_bytes(path, "sentencepiece model", partial(_bad, path))
+    data = read_beside(path, "sentencepiece model", partial(_bad, path))
     if not any(pieces(data)):
         raise CheckpointError(
             f"{path.name} is no sentencepiece model", code="bad-data-config", key=path.name, hint="it ends with .model"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from convert.checkpoint.beside import read_bytes
+from convert.checkpoint.beside import read_beside
 from convert.checkpoint.sentencepiece import CONTROL, SentencePieceModel, read_model
 from convert.checkpoint.stored import Stub
 from convert.errors import CheckpointError
@@ -88,21 +89,14 @@ def from_file(path: Path) -> Dictionary:
         CheckpointError: `bad-dictionary`, with the line's number.
     """
     if path.suffix == ".model":
-        return of_pieces(read_model(read_bytes(path, "sentencepiece model", partial(_bad, path))), path)
+        return of_pieces(read_model(read_beside(path, "sentencepiece model", partial(_bad, path))), path)
     symbols, counts, seen = list(SPECIAL), [1] * len(SPECIAL), set(SPECIAL)
     try:
-        if path.exists() and not path.is_file():  # reading from a pipe or a device may never end
-            raise CheckpointError(f"{path.name} is no file", code="bad-dictionary", key=path.name, hint=_HINT)
-        lines = path.read_text("utf-8").split("\n")
-    except OSError as error:
-        raise CheckpointError(
-            f"{path.name} cannot be read: {error.strerror or error}", code="bad-dictionary", key=path.name, hint=_HINT
-        ) from None
+        # line ends as Python reads a text file's
+        text = io.TextIOWrapper(io.BytesIO(read_beside(path, "dictionary", partial(_bad, path))), "utf-8").read()
     except UnicodeDecodeError:
-        raise CheckpointError(
-            f"{path.name} is not a text file in UTF-8", code="bad-dictionary", key=path.name, hint=_HINT
-        ) from None
-    for number, line in enumerate(lines, 1):
+        raise _bad(path, "is not a text file in UTF-8") from None
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.rstrip():
             continue
         token, _, count = line.rstrip().rpartition(" ")
@@ -156,4 +150,4 @@ def _corrupted(name: str, why: str) -> CheckpointError:
     return CheckpointError(f"{name}: the dictionary inside is damaged: {why}", code="corrupted-dictionary", key=name)
 
 
-_HINT = "pass the dict.*.txt that the model was trained with, or of fairseq2 the tokenizer's .model"
+_HINT = "pass the dict.*.txt that the model was trained with, or its tokenizer's .model"

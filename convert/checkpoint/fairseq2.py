@@ -14,13 +14,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from convert.checkpoint.beside import read_bytes, read_yaml
+from convert.checkpoint.beside import read_beside, read_yaml
 from convert.checkpoint.container import Container
 from convert.checkpoint.dictionary import Dictionary, of_pieces
 from convert.checkpoint.fairseq2_architectures import ARCHITECTURES, ASR, NORMALISED, PRETRAINED
 from convert.checkpoint.sentencepiece import NORMAL, SentencePieceModel, read_model
 from convert.checkpoint.stored import JoinedTensor, Storage, StoredTensor
 from convert.errors import CheckpointError
+from convert.reading import open_file
 
 _SHARD = re.compile(r"sdp_(\d{2,})\.pt")
 _STEP = re.compile(r"step_(\d+)")
@@ -125,7 +126,8 @@ def _score(folder: Path, number: int) -> float | None:
     for file in (folder / "scores" / f"step_{number}.txt", folder / f"step_{number}" / "score.txt"):
         if file.is_file():
             try:
-                return float(file.read_bytes()[:100].split(b"\n")[0])
+                with open_file(file) as opened:
+                    return float(opened.read(100).split(b"\n")[0])
             except ValueError:
                 raise _bad(file, f"{file.name} does not hold a score", "bad-score") from None
     return None
@@ -449,7 +451,7 @@ def read_tokenizer(path: Path) -> tuple[Dictionary, dict[str, Any], bytes]:
     Raises:
         CheckpointError: `bad-dictionary`: it is not a sentencepiece model.
     """
-    data = read_bytes(
+    data = read_beside(
         path, "sentencepiece model", lambda what: _bad(path, f"{path.name} {what}", "bad-dictionary", _DICT)
     )
     model = read_model(data)

@@ -11,7 +11,9 @@ from convert.checkpoint.foreign import directory, file
 from convert.checkpoint.stored import Storage, StoredTensor
 from convert.checkpoint.unpickle import load
 from convert.checkpoint.zip_layout import open_zip
+from convert.errors import ConvertError
 from convert.files import read_header
+from convert.reading import open_file
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.serialization.MAGIC_NUMBER
 _STORAGES = {dtype: storage for storage, dtype in DTYPES.items()}
@@ -31,10 +33,8 @@ def open_container(path: Path) -> Container:
     """
     if path.is_dir():
         raise directory(path)
-    if path.exists() and not path.is_file():  # opening a pipe would wait for a writer, reading a device would not end
-        raise unreadable(path, "is a pipe or a device, not a file", "not-a-file", "name a file")
     try:
-        opened = path.open("rb")
+        opened = open_file(path)
     except OSError as error:
         raise unreadable(
             path,
@@ -42,6 +42,8 @@ def open_container(path: Path) -> Container:
             "missing-file" if isinstance(error, FileNotFoundError) else "unreadable-file",
             "check the name and the permissions of the checkpoint",
         ) from None
+    except ConvertError:
+        raise unreadable(path, "is a pipe or a device, not a file", "not-a-file", "name a file") from None
     try:
         head = opened.read(512)
         if not head:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from convert.checkpoint.settings import read_generation, read_settings
 from convert.checkpoint.stacks import is_unstacked, stacked, unstack
 from convert.checkpoint.stored import StoredTensor, Stub
 from convert.errors import CheckpointError
+from convert.files import sha256_of
 from convert.rules import TensorSpec
 
 _SLACK = 64_000_000  # bytes that the views of a small file may need beyond the file's size
@@ -81,15 +81,15 @@ class Checkpoint:
     Args:
         path: the file.
         container: the mapped file.
-        layout: how its settings are kept: `cfg` (plain dict), `omegaconf`, `args` (a flat Namespace), `unilm` (WavLM's),
+        layout: how its settings are kept: `cfg` (plain dict), `omegaconf`, `args` (a flat Namespace), `unilm` (of the model alone),
             `s3prl`, or `base` (in another checkpoint).
         settings: the sections `model`, `task` and `criterion` as plain dicts.
         dictionary: the target dictionary of `task_state`, or `None`.
         tensors: where each tensor of the model is, by fairseq's name.
-        others: entries of the model that are no tensors, such as data2vec's `_ema`.
+        others: entries of the model that are not tensors, such as a teacher's dict of them.
         parts: the bytes of the tensors beside the model, by top-level key, such as the optimizer's state.
         groups: the adapters of MMS files by language.
-        dictionaries: those of HuBERT's pretraining, whose symbols are the numbers of clusters.
+        dictionaries: those of a pretraining, whose symbols are the numbers of clusters.
         where: the keys that lead to the state_dict, joined by dots; empty for the top.
         prefix: what stands before fairseq's names in it.
         inner: what stands before the encoder's names in fairseq's: empty for a pretrained model.
@@ -310,7 +310,7 @@ def _of_fairseq2(run: fairseq2.Run, parts: Sequence[Checkpoint], options: fairse
         settings=settings,
         dictionary=dictionary,
         tokenizer=tokenizer,
-        base=None if base is None else Base(base.name, hashlib.sha256(base.read_bytes()).hexdigest(), True),
+        base=None if base is None else Base(base.name, sha256_of(base), True),
     )
 
 

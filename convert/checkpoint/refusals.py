@@ -25,7 +25,10 @@ _OTHERS = {
         "wav2vec 1.0 or vq-wav2vec, which transformers has no class for",
         "wav2vec 2.0 is another model",
     ),
-    "modality_encoders.": ("data2vec 2.0, which transformers has no class for", "data2vec audio 1.0 converts"),
+    "modality_encoders.": (
+        "a model with an encoder for each modality, which transformers has no class for",
+        "name the checkpoint of a model that hears only",
+    ),
     "encoder.transformer.layers.": ("torchaudio", "name the fairseq checkpoint that torchaudio imported"),
     ".feed_forward.intermediate_dense.": (
         "transformers",
@@ -66,7 +69,7 @@ def no_settings(path: Path, state: State, prefix: str) -> CheckpointError:
         code="no-settings",
         key=path.name,
         hint="the settings are in the pretrained checkpoint that the model was made from, as fairseq's trainer wrote it, "
-        "such as hubert_base_ls960.pt or xlsr2_300m.pt: --base PRETRAINED.pt",
+        "such as wav2vec_small.pt or xlsr2_300m.pt: --base PRETRAINED.pt",
     )
 
 
@@ -74,7 +77,7 @@ def no_model(path: Path, value: Any, states: Sequence[State]) -> CheckpointError
     """Make the error for a file in which no model is found."""
     top = value if isinstance(value, dict) else {}
     by = f", written by {writer(top)}," if writer(top) else ""
-    hint = "name a checkpoint of wav2vec 2.0, HuBERT or another speech model of fairseq's"
+    hint = "name a checkpoint of wav2vec 2.0 or another speech model of fairseq's"
     if states:
         state = max(states, key=lambda one: len(one.entries))
         names = [str(name) for name, entry in state.entries.items() if isinstance(entry, StoredTensor)]

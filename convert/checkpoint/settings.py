@@ -1,8 +1,8 @@
 """Turn the settings of any fairseq generation into one plain dict: `{"model": ..., "task": ..., "criterion": ...}`.
 
 fairseq has kept them as an `argparse.Namespace` (until 2020, everything flat), as a pickled omegaconf `DictConfig`
-(2.0 and 2.1 layouts, with unresolved `${...}`), and as a plain dict (since May 2021). Microsoft's unilm released WavLM with
-the settings of the model alone.
+(2.0 and 2.1 layouts, with unresolved `${...}`), and as a plain dict (since May 2021). Microsoft's unilm released models
+with the settings of the model alone.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def read_settings(top: Mapping[Any, Any], name: str) -> tuple[str, dict[str, Any
             if top.get(key) is None:
                 continue
             plain = _resolved(plain_data(top[key]))
-            if _is_wavlm(plain):
-                return "unilm", _wavlm(plain)
+            if _is_unilms(plain):
+                return "unilm", _unilm(plain)
             settings = _sections(plain)
             if _is_fairseqs(plain, settings["model"]):
                 return key if key == "args" or not isinstance(top[key], Stub) else "omegaconf", settings
@@ -102,14 +102,14 @@ def _sections(plain: Any) -> dict[str, Any]:
     return settings
 
 
-def _is_wavlm(plain: Any) -> bool:
+def _is_unilms(plain: Any) -> bool:
     return isinstance(plain, dict) and not {"model", "_name", "arch"} & plain.keys() and "gru_rel_pos" in plain
 
 
-def _wavlm(plain: dict[str, Any]) -> dict[str, Any]:
-    """Give the settings of unilm's `WavLMConfig` sections; whether its input is normalised is the model's to say there."""
-    task = {"normalize": plain.get("normalize", False)}  # as WavLMConfig says where a file is silent: WavLM-Base.pt
-    return {"model": {"_name": "wavlm"} | plain, "task": task, "criterion": {}}
+def _unilm(plain: dict[str, Any]) -> dict[str, Any]:
+    """Give unilm's settings sections: they do not name the model, and say themselves whether its input is normalised."""
+    task = {"normalize": plain.get("normalize", False)}  # as unilm's class says where a file is silent
+    return {"model": plain, "task": task, "criterion": {}}
 
 
 def _is_section(value: Any) -> bool:

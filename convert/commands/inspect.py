@@ -14,7 +14,7 @@ from convert.inspection import inspect
 from convert.report import fold, problem_lines, size
 
 _SHAPE = {"encoder_layers": "layers", "encoder_embed_dim": "wide", "encoder_attention_heads": "heads"}
-_SHAPE |= {"num_encoder_layers": "layers", "model_dim": "wide", "num_encoder_attn_heads": "heads"}  # fairseq2
+_SHAPE |= {"num_encoder_layers": "layers", "model_dim": "wide", "num_encoder_attn_heads": "heads"}
 
 
 @make(

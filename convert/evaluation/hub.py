@@ -13,6 +13,7 @@ from convert.errors import ConvertError
 from convert.evaluation.data import Dataset, Item, Source
 from convert.evaluation.options import Options
 from convert.loading import quiet
+from convert.reading import LISTS, check_folder
 
 TEXT_COLUMNS = ("text", "sentence", "transcription", "transcript")
 
@@ -35,7 +36,9 @@ def hub_source(options: Options, rate: int) -> Source:
     name, split, revision = str(options.dataset), options.split or "test", options.revision
     local = Path(name).is_dir()
     shown = Path(name).resolve().name if local else name
-    if not local:
+    if local:
+        check_folder(Path(name))
+    else:
         revision = _commit(name, revision)
     try:
         with quiet():
@@ -89,7 +92,7 @@ def _decode(name: str, content: bytes | None, path: str | None, rate: int) -> Wa
         import fsspec
 
         with fsspec.open(path, "rb") as file:
-            content = file.read()
+            content = file.read(LISTS)  # more than any recording that is taken
     return read_audio(Path(str(path)) if content is None else io.BytesIO(content), rate, name=name)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from convert.audio import SUFFIXES, Waveform, bad_audio, read_audio
 from convert.errors import ConvertError, Problem
 from convert.evaluation.data import Dataset, Item, Source, refuse
+from convert.reading import LISTS, read_file
 
 
 def manifest_source(path: Path, rate: int) -> Source:
@@ -90,7 +91,7 @@ def words_of_letters(line: str) -> str:
 def _lines(path: Path) -> list[str]:
     """Read the lines of a UTF-8 text file; only line feeds end a line, as in fairseq."""
     try:
-        lines = path.read_text("utf-8").split("\n")
+        lines = read_file(path, LISTS).decode().split("\n")
     except UnicodeDecodeError as error:
         raise ConvertError(f"{path.name}: not UTF-8 text: {error}", code="text", key=path.name) from error
     return [line.rstrip("\r") for line in (lines[:-1] if lines[-1] == "" else lines)]

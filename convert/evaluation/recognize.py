@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -10,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from convert.errors import ConvertError
 from convert.evaluation.data import Utterance
+from convert.families import of_class
 from convert.loading import load, load_model, quiet
+from convert.reading import read_file
+from convert.report import parse_json
 from convert.verification.devices import without_tf32
 
 if TYPE_CHECKING:
@@ -22,7 +24,6 @@ WINDOW = 16  # batches that are sorted by length together, and held in memory
 # Padding changes logits by rounding, some units in the last place. A frame whose two best tokens are closer than
 # this many of them is decided by the utterance alone.
 NEAR_TIE = 1024
-GENERATING = {"SpeechEncoderDecoderModel", "Speech2TextForConditionalGeneration"}
 
 
 def open_recognizer(model_dir: Path, device: str, language: str = "") -> Recognizer:
@@ -39,26 +40,31 @@ def open_recognizer(model_dir: Path, device: str, language: str = "") -> Recogni
     config = model_dir / "config.json"
     if not config.is_file():
         raise ConvertError(f"{model_dir.name}: no config.json in it", code="no-model", key=model_dir.name)
+    says = parse_json(read_file(config), config.name)
+    if not isinstance(says, dict):
+        raise ConvertError(
+            f"{model_dir.name}: its config.json is not a JSON object", code="no-model", key=model_dir.name
+        )
     if not any((model_dir / name).is_file() for name in ("vocab.json", "tokenizer.json")):
         message = f"{model_dir.name}: it has no vocabulary, so it writes no text and has no word error rate"
         hint = "`fairseq-to-hf verify` compares any model with fairseq's"
         raise ConvertError(message, code="no-vocabulary", hint=hint)
     if language:
         _check_language(model_dir, language)
-    generates = GENERATING & set(json.loads(config.read_text("utf-8")).get("architectures") or ())
-    return (Generator if generates else Recognizer)(model_dir, device, language)
+    family = None
+    match says.get("architectures"):
+        case [str() as name]:
+            family = of_class(name)
+    return (Generator if family and family.generates else Recognizer)(model_dir, device, language)
 
 
 class Recognizer:
     """A CTC model with its processor, evaluated in float32. The arguments are those of `open_recognizer`."""
 
-    loader = "AutoModelForCTC"
     decoding = "greedy CTC"
 
     def __init__(self, model_dir: Path, device: str, language: str = "") -> None:
-        import transformers
-
-        model = load_model(getattr(transformers, self.loader), model_dir)
+        model = load_model(self._class(model_dir), model_dir)
         if language:
             with quiet():
                 model.load_adapter(language, local_files_only=True)
@@ -70,6 +76,11 @@ class Recognizer:
         layered = getattr(self.model.config, "feat_extract_norm", "") == "layer"
         self.may_pad = layered and bool(self.extractor.return_attention_mask)
         self.alone = 0  # utterances that a near tie sent through the model a second time
+
+    def _class(self, model_dir: Path) -> Any:
+        from transformers import AutoModelForCTC
+
+        return AutoModelForCTC
 
     def _processor(self, model_dir: Path, language: str) -> tuple[Any, Any]:
         from transformers import AutoProcessor
@@ -129,12 +140,17 @@ class Recognizer:
 class Generator(Recognizer):
     """A model that generates token by token; each utterance alone, with a beam of one."""
 
-    loader = "AutoModelForSpeechSeq2Seq"
     decoding = "a beam of one"
 
     def __init__(self, model_dir: Path, device: str, language: str = "") -> None:
         super().__init__(model_dir, device, language)
         self.may_pad = False
+
+    def _class(self, model_dir: Path) -> Any:
+        import transformers
+
+        (name,) = load(transformers.AutoConfig, model_dir).architectures
+        return getattr(transformers, name)
 
     def _processor(self, model_dir: Path, language: str) -> tuple[Any, Any]:
         from transformers import AutoFeatureExtractor, AutoTokenizer

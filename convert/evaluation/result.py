@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,8 @@ from convert.errors import ConvertError, Problem
 from convert.evaluation.data import Dataset
 from convert.evaluation.score import Scores
 from convert.files import write_file
-from convert.report import json_bytes
+from convert.reading import read_file
+from convert.report import json_bytes, parse_json
 
 FILE = "evaluation.json"
 SCHEMA = 1
@@ -117,10 +117,10 @@ def read_results(model_dir: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        found = json.loads(path.read_text("utf-8"))
+        found = parse_json(read_file(path), FILE)
         results: list[dict[str, Any]] = found["results"] if found["schema"] == SCHEMA else []
         identities = [_identity(result) for result in results]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ConvertError, KeyError, TypeError) as error:
         raise ConvertError(f"{FILE}: not an evaluation result", code="result", key=FILE, hint="move it away") from error
     if found["schema"] != SCHEMA or len(set(identities)) != len(identities):
         message = f"{FILE}: schema {found['schema']!r}, expected {SCHEMA} with one entry for each dataset and decoder"

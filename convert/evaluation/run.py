@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -155,7 +156,7 @@ def _fairseq(options: Options, device: str) -> FairseqReference | None:
     """Open the checkpoint as it was converted."""
     if options.checkpoint is None:
         return None
-    if not (options.model_dir / "conversion.json").is_file():
+    if not os.path.lexists(options.model_dir / "conversion.json"):
         return FairseqReference(options.checkpoint, device, language=options.language, base=options.base)
     directory = ModelDirectory(options.model_dir)
     return FairseqReference(options.checkpoint, device, directory, options.language, options.base)

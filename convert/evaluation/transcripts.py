@@ -14,6 +14,7 @@ from pathlib import Path
 from convert.errors import ConvertError
 from convert.evaluation.data import Utterance
 from convert.files import open_log
+from convert.reading import LISTS, read_file
 
 Transcribe = Callable[[Sequence[Utterance]], Sequence[str]]
 
@@ -49,8 +50,7 @@ class Transcripts:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open_log(path)
-            self._file.seek(0)
-            lines = self._file.read().split(b"\n")
+            lines = read_file(path, LISTS).split(b"\n")
         except OSError as error:
             raise ConvertError(
                 f"{path.name}: finished transcripts cannot be kept: {error.strerror}",
@@ -65,7 +65,7 @@ class Transcripts:
             try:
                 record = json.loads(line)
                 key, hypothesis = record["key"], record["hypothesis"]
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 continue
             if isinstance(key, str) and isinstance(hypothesis, str):
                 self._known[key] = hypothesis

@@ -371,7 +371,7 @@ def _layout(sources: Sources) -> Layout[Own] | None:
     try:
         seen = infer({name: spec.shape for name, spec in inventory.items()})
     except PlanError as error:
-        sources.problems.extend(error.problems)
+        sources.problems.extend(error.reasons)
         return None
     layers, hidden, convolutions = (
         reader.get("num_encoder_layers", int),
@@ -431,7 +431,8 @@ def _processor(sources: Sources) -> Processor:
     dictionary = sources.dictionary = sources.checkpoint.dictionary or sources.request.dictionary
     tokenizer = task.values.get("tokenizer")
     if dictionary is None or not isinstance(tokenizer, Mapping):
-        sources.refuse("no-dictionary", "--dict", "no tokenizer (a sentencepiece .model) lies beside the checkpoint")
+        detail = "no tokenizer (a sentencepiece .model) lies beside the checkpoint"
+        sources.refuse("no-dictionary", "--dict", detail, "pass the model's tokenizer: --dict tokenizer.model")
         return Processor({}, {}, "")
     _check_pieces(sources, dictionary, tokenizer)
     vocabulary = vocab(dictionary)
@@ -538,5 +539,5 @@ FAMILY = Family(
     convolutions=_convolutions,
     restores=False,
     pads=False,
-    trainer="fairseq2",
+    trainer="facebookresearch/fairseq2",
 )

@@ -20,6 +20,7 @@ from convert.publishing.hub import (
     waiting_time,
 )
 from convert.publishing.remote import Remote, RemoteFile, head_of, own_pull_request, tree
+from convert.reading import open_file
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -188,7 +189,7 @@ def _send_group(api: HfApi, plan: Plan, remote: Remote, group: Sequence[Any], na
     for addition in group:
         source = addition.path_or_fileobj
         is_bytes = isinstance(source, bytes)
-        addition.path_or_fileobj = io.BytesIO(source) if is_bytes else open(source, "rb")  # noqa: SIM115, PTH123
+        addition.path_or_fileobj = io.BytesIO(source) if is_bytes else open_file(source)
         opened += [] if is_bytes else [addition]
     ask(without_xet, f"upload {names} to {plan.repo_id}", plan.repo_id, repeat=False)
 

@@ -14,6 +14,7 @@ from convert.conversion import NAME as CONVERSION
 from convert.conversion import Record
 from convert.errors import ConvertError, Problem
 from convert.files import sha256_of, stamp
+from convert.reading import read_file
 from convert.report import parse_json
 
 SMALL = 10 << 20  # the Hub stores larger files with LFS, whatever they hold
@@ -166,7 +167,7 @@ def _reason_to_leave_out(name: str, path: Path) -> str:
 def _hash(name: str, path: Path) -> LocalFile:
     size = path.stat().st_size
     if size <= (LARGEST_TEXT if name.endswith(_TEXTS) else SMALL) and not name.endswith(".safetensors"):
-        content = path.read_bytes()
+        content = read_file(path, LARGEST_TEXT)
         sha1 = git_sha1(content) if len(content) <= SMALL else None
         return LocalFile(name, len(content), hashlib.sha256(content).hexdigest(), sha1, path.resolve(), content)
     before = stamp(path.stat())

@@ -24,6 +24,7 @@ T = TypeVar("T")
 ATTEMPTS = 4
 PACE = 1.0  # of our own pauses; the tests go faster
 MOST_PAGES = 5000  # requests for answers, in one run
+LARGEST = 100_000_000  # bytes of one answer, unpacked; a list of files has 1 MB a page
 LONGEST_WAIT = 300.0  # seconds; a quota that asks for more ends the run instead
 _SECRETS = re.compile(r"hf_[A-Za-z0-9]+|(?<=\?)\S+")
 _TALKERS = ("huggingface_hub", "httpx", "httpx2", "httpcore", "httpcore2")

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from convert.errors import ConvertError, Problem
 from convert.files import scratch_directory
 from convert.publishing.files import CARD, LocalFile
-from convert.publishing.hub import ask, hub_utils, text_of
+from convert.publishing.hub import LARGEST, ask, hub_utils, text_of
+from convert.reading import read_file
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -206,7 +207,7 @@ def was_published(api: HfApi, repo_id: str, head: str, card: LocalFile) -> bool:
 def _card(api: HfApi, repo_id: str, head: str) -> bytes:
     def look() -> bytes:
         with scratch_directory() as cache:
-            return Path(api.hf_hub_download(repo_id, CARD, revision=head, cache_dir=cache)).read_bytes()
+            return read_file(Path(api.hf_hub_download(repo_id, CARD, revision=head, cache_dir=cache)), LARGEST)
 
     return ask(look, f"read the card of {repo_id}", repo_id)
 

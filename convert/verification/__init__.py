@@ -39,6 +39,7 @@ def verify(
     languages: Sequence[str] = (),
     write: bool = True,
     progress: Callable[[int, int], None] | None = None,
+    doing: Callable[[str], None] | None = None,
 ) -> Verification:
     """Prove that a model directory is the checkpoint's model: same bytes, same files, same outputs as fairseq's own code.
 
@@ -56,7 +57,8 @@ def verify(
         languages: of a model with several, those to run beside the one that its weights speak; by default all. The bytes of
             all are compared.
         write: whether `verification.json` is written into the directory.
-        progress: called with (steps done, steps in all).
+        progress: called with (steps done, steps in all that are known of so far).
+        doing: called with what is done next.
 
     Returns:
         What was found; `passed` says whether the model was proved to be the same.
@@ -85,6 +87,7 @@ def verify(
         languages=tuple(languages),
         write_report=write,
         progress=progress,
+        doing=doing,
     )
 
 
@@ -146,6 +149,8 @@ def record(
     data_config: str | Path | None = None,
     post_process: str | None = None,
     overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    doing: Callable[[str], None] | None = None,
 ) -> Path:
     """Run fairseq once and keep its answers, to verify later where fairseq is not installed.
 
@@ -160,6 +165,7 @@ def record(
         long: whether 30 seconds of speech are among the inputs.
         language: as for `convert`; by default all languages are among the answers.
         overwrite: whether an existing file is replaced, once the new one is made.
+        progress, doing: as for `verify`.
 
     Returns:
         The file.
@@ -170,16 +176,26 @@ def record(
     Example:
         >>> record("checkpoint_best.pt", "reference.safetensors")  # doctest: +SKIP
     """
-    from convert.package import opened_for
+    from convert.request import Options
     from convert.verification.make import make_recording
     from convert.verification.subject import HALVES
 
     check_file(Path(out), overwrite)
     if dtype and dtype not in HALVES:
         raise ConvertError(f"{dtype!r} is neither float16 nor bfloat16", code="usage", key="--dtype")
-    asked = {"head": head, "dictionary": dictionary, "training_only": training_only}
-    asked |= {"language": language, "data_config": data_config, "post_process": post_process}
-    with opened_for(checkpoint, base, asked, {"ema": ema, "arch": arch, "normalize": normalize}) as (opened, request):
+    options = Options(
+        head=head,
+        dictionary=dictionary,
+        base=base,
+        training_only=training_only,
+        language=language,
+        data_config=data_config,
+        post_process=post_process,
+        ema=ema,
+        arch=arch,
+        normalize=normalize,
+    )
+    with options.opened(checkpoint) as (opened, request):
         return make_recording(
             opened,
             Path(out),
@@ -189,6 +205,8 @@ def record(
             dtype=dtype or "",
             long=long,
             overwrite=overwrite,
+            progress=progress,
+            doing=doing,
         )
 
 

@@ -16,6 +16,7 @@ from convert.errors import Problem
 from convert.families import describe
 from convert.files import Hashes
 from convert.package import tool_version
+from convert.reading import read_file
 from convert.report import json_bytes
 from convert.request import request_again
 
@@ -81,7 +82,7 @@ def compare_files(directory: ModelDirectory, expected: Mapping[str, Any]) -> lis
         if not path.is_file():
             problems.append(Problem("missing-file", name, "is not in the model directory"))
         elif isinstance(meant, bytes):
-            same = path.read_bytes() == meant
+            same = path.stat().st_size == len(meant) and read_file(path) == meant
             problems += [] if same else [Problem("file", name, "is not the file that the conversion wrote")]
         else:
             problems += differences(name, meant, directory.json(name))

@@ -3,31 +3,137 @@
 A recording is a safetensors file that `fairseq_side.tensorfile.write` wrote. Its tensors: `clip.NAME`, the waveforms (16 bit where
 they are exactly that); `run.N.STAGE` and `run.N.STAGE.float64`, the numbers of a stage in the run's arithmetic and in
 float64: all of them for the outputs, every `step`-th for inner stages, which also have their SHA-256. Its metadata entry
-`recording` is JSON: `schema` 1, `fairseq`, `settings`, `ignored_settings`, `patches`, `environment`, `multiple`, `runs`
-(each with its probe, frames, transcripts, stages and their floors), `bits` (digests of the bits that the machine computes;
-those made before have none), and `description`: the checkpoint's name, size and
-SHA-256.
+`recording` is JSON, an `About`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import math
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from convert.audio import Waveform
 from convert.errors import ConvertError
+from convert.files import read_header
+from convert.reading import open_file
+from convert.report import parse_json, size
+from convert.typed import Misfit, read
 from convert.verification.compare import Answer, Stage
 from convert.verification.fairseq_side import tensorfile
 from convert.verification.fairseq_side.machine import bits
 from convert.verification.fairseq_side.numerics import NAMES, environment
-from convert.verification.inputs import Cut, Probe, cut
+from convert.verification.inputs import SPEECH, Cut, Probe, cut
 from convert.verification.reference import Description, Subject, run_interpreter, waves_of
 
 SCHEMA = 1
+LARGEST = 4_000_000_000  # bytes of a recording; it is read whole
+_LONGEST = 20_000_000  # samples of an input
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What is kept of a stage: every `step`-th number, the shape and SHA-256 of all, and the measured floor."""
+
+    name: str
+    shape: tuple[int, ...]
+    sha256: str
+    step: int
+    floor: float | None
+
+    def __post_init__(self) -> None:
+        if self.step < 1 or min(self.shape, default=0) < 0 or not math.isfinite(self.floor or 0.0):
+            raise ValueError("step")
+
+    @property
+    def count(self) -> int:
+        """How many numbers are kept."""
+        return -(-math.prod(self.shape) // self.step)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The answer for one input.
+
+    Args:
+        number: names its tensors.
+        probe: a `Probe`, or of a raw waveform a `Cut`.
+        raw: whether fairseq normalised the waveform.
+        weights, arithmetic: the types that weights were rounded to, if they were, and that was computed in.
+        frames: the valid ones of each utterance.
+        beams: what a decoder wrote, as (tokens, text).
+        texts: the transcripts.
+    """
+
+    number: int
+    probe: Any
+    raw: bool
+    weights: str
+    arithmetic: str
+    frames: tuple[int, ...]
+    stages: tuple[Kept, ...]
+    beams: Any = ()
+    texts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not all(isinstance(beam, list) and list(map(type, beam)) == [list, str] for beam in self.beams or ()):
+            raise ValueError("beams")
+
+    @property
+    def input(self) -> Probe | Cut:
+        """The input."""
+        return read(Cut, self.probe, "probe") if self.raw else read(Probe, self.probe, "probe")
+
+    @property
+    def cuts(self) -> tuple[Cut, ...]:
+        """The waveforms of the input."""
+        return (self.input,) if isinstance(self.input, Cut) else self.input.cuts
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """The checkpoint that a recording is of."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Of:
+    """What a recording is of: the checkpoint, and the language of a model with several."""
+
+    checkpoint: Checkpoint
+    language: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """The JSON of a recording, as `fairseq_side.recording` writes it.
+
+    Args:
+        bits: digests of the bits that the machine computes; old recordings have none.
+        blank: the id of fairseq's own blank; old recordings have none.
+        padded_batches: whether fairseq counts padded frames as newer versions do.
+        spelling, spellings: every symbol of the dictionary, and of each language's, transcribed.
+    """
+
+    schema: int
+    description: Of
+    runs: tuple[Run, ...]
+    fairseq: str
+    settings: Any
+    ignored_settings: Any
+    patches: tuple[str, ...]
+    environment: Mapping[str, Any]
+    padded_batches: bool
+    spelling: str
+    spellings: Mapping[str, str] = field(default_factory=dict)
+    bits: Mapping[str, Any] | None = None
+    blank: int | None = None
 
 
 def ask(
@@ -114,24 +220,50 @@ class Recorded:
 
     def __init__(self, path: Path, kind: str = "recording") -> None:
         try:
-            self.arrays, text = tensorfile.read(str(path))
-            self.about = json.loads(text)
-            if self.about["schema"] != SCHEMA:
-                raise ValueError(f"its schema is {self.about['schema']}, expected {SCHEMA}")
-            self.checkpoint: dict[str, Any] = self.about["description"]["checkpoint"]
-            self.language = str(self.about["description"].get("language", ""))
-            self.runs: list[dict[str, Any]] = self.about["runs"]
+            with open_file(path) as file:
+                if os.fstat(file.fileno()).st_size > LARGEST:
+                    raise ValueError(f"larger than {size(LARGEST)}")
+                read_header(file)
+                file.seek(0)
+                self.arrays, text = tensorfile.parse(file)
+            value = parse_json(text.encode(), "its description")
+            if isinstance(value, dict) and value.get("schema") != SCHEMA:
+                raise ValueError(f"its schema is {value.get('schema')}, expected {SCHEMA}")
+            self.about = read(About, value)
+            self._check(kind)
         except OSError as error:
             raise _bad(path, f"cannot be read: {error.strerror or error}") from None
-        except (ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
+        except (ValueError, KeyError, ConvertError, Misfit) as error:
             raise _bad(path, f"is no recording of fairseq-to-hf, or a damaged one ({error})") from None
+        self.checkpoint = asdict(self.about.description.checkpoint)
+        self.language = self.about.description.language
         keys = ("fairseq", "settings", "ignored_settings", "patches", "environment")
-        details = {key: self.about[key] for key in keys}
-        unlike = _unlike(kind, self.about.get("bits"), details["environment"])
-        skipped = (
-            {} if self.about["padded_batches"] else {"padded-batch": "this fairseq counts padded frames otherwise"}
-        )
+        details = {key: getattr(self.about, key) for key in keys} | {"patches": list(self.about.patches)}
+        unlike = _unlike(kind, self.about.bits, details["environment"])
+        skipped = {} if self.about.padded_batches else {"padded-batch": "this fairseq counts padded frames otherwise"}
         self.description = Description(kind, details, unlike, skipped)
+
+    def _check(self, kind: str) -> None:
+        """Refuse answers without their tensors, and inputs without their clips.
+
+        Raises:
+            ValueError, Misfit: what is wrong.
+        """
+        for run in self.about.runs:
+            if run.arithmetic not in NAMES:
+                raise ValueError(f"unknown arithmetic {run.arithmetic}")
+            for stage in run.stages:
+                for suffix in ("", ".float64"):
+                    name = f"run.{run.number}.{stage.name}{suffix}"
+                    if self.arrays[name].shape != (stage.count,):
+                        raise ValueError(f"{name} has the shape {self.arrays[name].shape}, expected ({stage.count},)")
+            for piece in run.cuts:
+                clip = self.arrays.get(f"clip.{piece.clip}")
+                known = kind != "recording" or (clip is not None and clip.ndim == 1 and clip.size and clip.itemsize < 8)
+                if not known or not 0 < piece.samples <= _LONGEST or not math.isfinite(piece.gain):
+                    raise ValueError(f"an input of {piece.samples} samples of {piece.clip}")
+        if SPEECH not in {piece.clip for piece in self.pieces()} or "quiet" not in {one.name for one in self.probes()}:
+            raise ValueError("without the inputs that every recording has")
 
     @property
     def clips(self) -> dict[str, Waveform]:
@@ -146,12 +278,11 @@ class Recorded:
 
     def probes(self) -> list[Probe]:
         """The inputs it has answers for."""
-        plain = [run["probe"] for run in self.runs if not run["raw"] and not run["weights"]]
-        return [Probe(**probe | {"cuts": tuple(Cut(**piece) for piece in probe["cuts"])}) for probe in plain]
+        return [run.input for run in self.about.runs if isinstance(run.input, Probe) and not run.weights]
 
     def pieces(self) -> list[Cut]:
         """The raw waveforms it has answers for."""
-        return [Cut(**run["probe"]) for run in self.runs if run["raw"] and not run["weights"]]
+        return [run.input for run in self.about.runs if isinstance(run.input, Cut) and not run.weights]
 
     def offered(self, probes: Sequence[Probe], weights: str) -> list[Probe]:
         """Keep the probes it can answer for weights rounded so.
@@ -159,7 +290,7 @@ class Recorded:
         Raises:
             ConvertError: `bad-recording`: it holds no answers for weights of this type.
         """
-        if not any(run["weights"] == weights for run in self.runs if not run["raw"]):
+        if not any(run.weights == weights for run in self.about.runs if not run.raw):
             raise ConvertError(
                 f"the recording holds no answers for weights rounded to {weights}",
                 code="bad-recording",
@@ -177,54 +308,52 @@ class Recorded:
 
     weights = ""
 
-    def _find(self, name: str, arithmetic: str, raw: bool) -> dict[str, Any]:
-        for run in self.runs:
-            if run["raw"] == raw and run["weights"] == self.weights and run["arithmetic"] == arithmetic:
-                wanted = run["probe"] if raw else run["probe"]["name"]
-                if wanted == name:
-                    return run
-        raise ConvertError(f"the recording holds no answer for {name}", code="bad-recording", key=str(name))
+    def _find(self, wanted: str | Cut, arithmetic: str) -> Run:
+        for run in self.about.runs:
+            name = run.input if isinstance(run.input, Cut) else run.input.name
+            if (name, run.weights, run.arithmetic) == (wanted, self.weights, arithmetic):
+                return run
+        raise ConvertError(f"the recording holds no answer for {wanted}", code="bad-recording", key=str(wanted))
 
-    def _answer(self, run: dict[str, Any], suffix: str) -> Answer:
+    def _answer(self, run: Run, suffix: str) -> Answer:
         import torch
 
         stages = {}
-        for stage in run["stages"]:
-            values = torch.from_numpy(self.arrays[f"run.{run['number']}.{stage['name']}{suffix}"])
-            kind = run["arithmetic"] if not suffix else "float64"
-            chosen = stage["name"] in ("codes", "generated", "generated.second")
+        for stage in run.stages:
+            values = torch.from_numpy(self.arrays[f"run.{run.number}.{stage.name}{suffix}"])
+            kind = run.arithmetic if not suffix else "float64"
+            chosen = stage.name in ("codes", "generated", "generated.second")
             values = values.long() if chosen else values.to(NAMES[kind])
-            stages[stage["name"]] = Stage(tuple(stage["shape"]), values, stage["step"], stage["sha256"])
-        return Answer(run["frames"], stages, run.get("beams") or [])
+            stages[stage.name] = Stage(stage.shape, values, stage.step, stage.sha256)
+        return Answer(list(run.frames), stages, run.beams)
 
     def run(self, probe: Probe, name: str) -> Answer:
         """Look an answer up."""
         if name == "float64":
-            return self._answer(self._find(probe.name, self.last, False), ".float64")
+            return self._answer(self._find(probe.name, self.last), ".float64")
         self.last = name
-        return self._answer(self._find(probe.name, name, False), "")
+        return self._answer(self._find(probe.name, name), "")
 
     last = "float32"
 
     @property
     def blank(self) -> int | None:
         """The blank of fairseq's own criterion; recordings made before do not say it."""
-        found: int | None = self.about.get("blank")
-        return found
+        return self.about.blank
 
     def spell(self, language: str = "") -> str:
         """Look up how fairseq spells its dictionary, or that of a language."""
-        return str(self.about["spellings"].get(language, "") if language else self.about["spelling"])
+        return self.about.spellings.get(language, "") if language else self.about.spelling
 
     def floors(self, probe: Probe, name: str, answer: Answer, exact: Answer) -> dict[str, float]:
         """Look the measured floors up."""
-        stages = self._find(probe.name, name, False)["stages"]
-        return {stage["name"]: stage["floor"] for stage in stages if stage["floor"] is not None}
+        stages = self._find(probe.name, name).stages
+        return {stage.name: stage.floor for stage in stages if stage.floor is not None}
 
     def end_to_end(self, piece: Cut) -> tuple[Waveform | None, Answer, str]:
         """Look an answer from the raw waveform up; what fairseq made of the waveform is not kept."""
-        run = self._find(asdict(piece), "float32", True)  # type: ignore[arg-type]
-        return None, self._answer(run, ""), (run.get("texts") or [""])[0]
+        run = self._find(piece, "float32")
+        return None, self._answer(run, ""), (*run.texts, "")[0]
 
 
 def _unlike(kind: str, theirs: Any, there: Mapping[str, Any]) -> str:

@@ -165,7 +165,11 @@ def test_every_language_is_proved_complete(tmp_path: Path) -> None:
         ("shape", f"adapter.hin.safetensors: {layer}0.adapter_layer.W_b[0]"),
         ("unsupported-setting", "blank_weight"),
     }
-    assert caught.value.hint == "--lang LANG takes one language alone"
+    alone, letters = (
+        "--lang LANG takes one language alone",
+        "pass the dictionary the model was trained with: --dict dict.ltr.txt",
+    )
+    assert caught.value.hint == f"{alone}; {letters}"
 
 
 def test_languages_that_one_tokenizer_cannot_have(tmp_path: Path) -> None:

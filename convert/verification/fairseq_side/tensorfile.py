@@ -31,10 +31,15 @@ def write(path: str, arrays: Any, about: str) -> None:
 
 def read(path: str) -> tuple[Any, str]:
     """Read a file that `write` wrote: the arrays by name, and the text."""
-    kinds = {"F32": numpy.float32, "F64": numpy.float64, "I16": numpy.int16}
     with open(path, "rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        data = file.read()
+        return parse(file)
+
+
+def parse(file: Any) -> tuple[Any, str]:
+    """Read an open file that `write` wrote: the arrays by name, and the text."""
+    kinds = {"F32": numpy.float32, "F64": numpy.float64, "I16": numpy.int16}
+    header = json.loads(file.read(int.from_bytes(file.read(8), "little")).decode())
+    data = file.read()
     about = header.pop("__metadata__")["recording"]
     arrays = {}
     for name, entry in header.items():

@@ -61,7 +61,8 @@ class Weights:
 
 def _mapped(path: str, expected: Any) -> Any:
     """Map a file so that what is written to it stays in this process."""
-    with open(path, "rb") as file:
+    # what was put into its place meanwhile may be a pipe, at which opening would wait
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         if stamp(file) != list(expected):
             raise CannotBuildError("%s is not the file that was read: it changed meanwhile" % os.path.basename(path))
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
