@@ -160,11 +160,19 @@ class _SecureHandler(request.HTTPSHandler):
         return self.do_open(_SecureConnection, asked)
 
 
+class _Redirect(request.HTTPRedirectHandler):
+    """Follows a redirect without reading the page that comes with it, which may have no end."""
+
+    def redirect_request(self, asked: request.Request, answer: Any, *rest: Any) -> request.Request | None:
+        answer.read = bytes
+        return super().redirect_request(asked, answer, *rest)
+
+
 @functools.cache
 def _opener() -> request.OpenerDirector:
     made = request.OpenerDirector()
     handlers: list[type[request.BaseHandler]] = [request.ProxyHandler, request.UnknownHandler, _Handler, _SecureHandler]
-    handlers += [request.HTTPDefaultErrorHandler, request.HTTPRedirectHandler, request.HTTPErrorProcessor]
+    handlers += [request.HTTPDefaultErrorHandler, _Redirect, request.HTTPErrorProcessor]
     for handler in handlers:
         made.add_handler(handler())
     return made

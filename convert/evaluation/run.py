@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from convert.directory import ModelDirectory
-from convert.errors import ConvertError
+from convert.errors import ConvertError, needing
 from convert.evaluation.data import Source, Utterance
 from convert.evaluation.fairseq_reference import FairseqReference
 from convert.evaluation.hub import hub_source
@@ -22,6 +22,7 @@ from convert.evaluation.transcripts import Transcribe, Transcripts, default_path
 from convert.verification.expected import hashes
 
 
+@needing("evaluate")
 def evaluate(
     model_dir: str | Path,
     *,

@@ -161,7 +161,7 @@ def _recording(path: Path, subject: Subject) -> Recorded:
             f"{path.name} was recorded in the language {recorded.language!r}, the model speaks {subject.language!r}",
             code="other-language",
             key=path.name,
-            hint=f"record it: fairseq-to-hf record {quoted(subject.name)} FILE --lang {subject.language}",
+            hint=f"record it: fairseq-to-hf record {quoted(subject.name)} FILE --lang {quoted(subject.language)}",
         )
     return recorded
 
