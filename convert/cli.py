@@ -183,22 +183,33 @@ def main() -> None:
 
 
 @contextlib.contextmanager
-def progress_bar(label: str) -> Iterator[Callable[[int, int], None] | None]:
-    """Show a progress bar of bytes on a terminal; elsewhere yield `None`, and be silent.
-
-    Yields:
-        A function of (done, total), to be called from any thread.
-    """
+def progress_bar(label: str) -> Iterator[Progress | None]:
+    """Show a progress bar on a terminal; elsewhere yield `None`, and be silent."""
     context = click.get_current_context(silent=True)
     if context is None or context.obj is None or not context.obj.progress:
         yield None
         return
-    bar = click.progressbar(length=1000, label=label, file=sys.stderr)
-    with bar:
+    with click.progressbar(length=1000, label=label, file=sys.stderr, item_show_func=_shown) as bar:
+        yield Progress(bar)
 
-        def advance(done: int, total: int) -> None:
-            step = done * 1000 // max(total, 1) - bar.pos
-            if step > 0:
-                bar.update(step)
 
-        yield advance
+def _shown(item: object) -> str | None:
+    return None if item is None else shown(item)
+
+
+class Progress:
+    """A progress bar; its methods may be called from any thread."""
+
+    def __init__(self, bar: Any) -> None:
+        self.bar = bar
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show how much is done; what is known of the total may change."""
+        step = done * 1000 // max(total, 1) - self.bar.pos
+        if step > 0:
+            self.bar.update(step)
+
+    def doing(self, what: str) -> None:
+        """Show what is done next."""
+        self.bar.current_item = what
+        self.bar.render_progress()

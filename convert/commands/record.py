@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from convert.cli import Outcome
+from convert.cli import Outcome, progress_bar
 from convert.cli import command as make
 from convert.commands.options import source
 from convert.report import library, quoted, size
@@ -43,7 +43,10 @@ def command(checkpoint: str, out: Path, **options: Any) -> Outcome:
     from convert.verification import record
     from convert.verification.recording import Recorded
 
-    made = Recorded(record(checkpoint, out, **options))
+    with progress_bar("record") as progress:
+        made = Recorded(
+            record(checkpoint, out, progress=progress, doing=progress.doing if progress else None, **options)
+        )
     inputs = [probe.name for probe in made.probes()]
     lines = [
         f"{out}: {library(made.about.fairseq)}, {len(inputs)} inputs, {size(out.stat().st_size)}",

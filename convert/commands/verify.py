@@ -49,7 +49,7 @@ def command(checkpoint: str, model_dir: Path, plot: Path | None, **options: Any)
 
         check(plot)  # what could not be drawn is refused before the work, not after it
     with progress_bar("verify") as progress:
-        done = verify(checkpoint, model_dir, progress=progress, **options)
+        done = verify(checkpoint, model_dir, progress=progress, doing=progress.doing if progress else None, **options)
     if plot is not None:
         from convert.verification.plot import plot as draw
 

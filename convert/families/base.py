@@ -303,6 +303,23 @@ class FromConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Running:
+    """How transformers runs a converted model so that it does fairseq's sums, and where it cannot.
+
+    Args:
+        attention: the implementation of attention that does them, or that of each part of the model by name.
+        usual: the implementation of users who ask for none, where that is another and the class has it.
+        rounds: says by the configuration why the sums are others in the last bit; nothing where they are the same.
+        unused: the stages of modules that are there, and that no output depends on.
+    """
+
+    attention: str | Mapping[str, str] = "sdpa"
+    usual: str = ""
+    rounds: Callable[[Any], str] = lambda config: ""
+    unused: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """One family of models: everything that is particular to it. Whatever is done for all goes through the registry.
 
@@ -329,6 +346,7 @@ class Family:
         restores: whether there is a way back from a conversion.
         pads: whether fairseq pads frames to a multiple, `required_seq_len_multiple`.
         restoring: what is particular to the way back.
+        running: how transformers runs its models.
         from_config: the way back from a directory that transformers itself saved, where there is one.
         trainer: the project whose trainer writes its checkpoints.
         paper: the arXiv number of what describes it, a key of `convert/publishing/papers.json`.
@@ -359,6 +377,7 @@ class Family:
     restores: bool = True
     pads: bool = True
     restoring: Restoring = Restoring()
+    running: Running = Running()
     from_config: FromConfig | None = None
     trainer: str = "fairseq"
     paper: str = ""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
-from convert.families.base import Family, Part, Shapes, Sources
+from convert.families.base import Family, Part, Running, Shapes, Sources
 from convert.families.encoder import Layout, assemble, encoder_rules, infer_encoder
 from convert.families.encoder_settings import CHOICES, DEFAULTS, SAME
 from convert.families.planning import describe_encoder
@@ -154,6 +155,13 @@ def _values(sources: Sources) -> list[Value]:
     ]
 
 
+def _rounds(config: Any) -> str:
+    """Of widths that are no power of 4 the root is no power of 2, and both what is done with it rounds."""
+    width = config.hidden_size // config.num_attention_heads
+    exact = width.bit_count() == 1 and width.bit_length() % 2 == 1
+    return "" if exact else f"transformers multiplies scores by {width} ** -0.5, fairseq divides them by its root"
+
+
 FAMILY = Family(
     name="wav2vec2_conformer",
     encoders=(("wav2vec2", "conformer"),),
@@ -173,4 +181,6 @@ FAMILY = Family(
     state=_state,
     values=_values,
     paper=WAV2VEC2.paper,
+    # transformers 5 chooses sdpa, which 4 does not have; a positional convolution is there, and neither framework uses it
+    running=Running(attention="eager", usual="sdpa", rounds=_rounds, unused=frozenset({"pos_conv"})),
 )

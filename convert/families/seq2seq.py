@@ -14,7 +14,7 @@ from typing import Any
 
 from convert.errors import PlanError, Problem
 from convert.families import hubert, wav2vec2
-from convert.families.base import Conversion, Family, Kind, Shapes, Sources
+from convert.families.base import Conversion, Family, Kind, Running, Shapes, Sources
 from convert.families.encoder import Layout as EncoderLayout
 from convert.families.encoder import count
 from convert.families.encoder_settings import encoder_config
@@ -365,4 +365,8 @@ FAMILY = Family(
     model_type="speech-encoder-decoder",
     classes={NAME: CLASS},
     settings=SETTINGS,
+    running=Running(
+        attention={"encoder": "sdpa", "decoder": "eager"},  # TrOCR has no other
+        rounds=lambda config: "fairseq's attention multiplies in another order than the decoders of transformers",
+    ),
 )

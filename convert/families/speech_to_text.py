@@ -17,7 +17,7 @@ from convert.checkpoint.dictionary import SPECIAL, Dictionary
 from convert.checkpoint.sentencepiece import pieces
 from convert.checkpoint.writer import NewNamespace
 from convert.errors import PlanError, Problem
-from convert.families.base import Conversion, Family, Kind, Restoring, Shapes, Sources
+from convert.families.base import Conversion, Family, Kind, Restoring, Running, Shapes, Sources
 from convert.families.encoder import count
 from convert.families.encoder_settings import ACTIVATIONS
 from convert.families.planning import classify, finish, prove, read_dictionary
@@ -526,6 +526,12 @@ def _arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {"args": NewNamespace(model | named), "cfg": None}
 
 
+def _rounds(config: Any) -> str:
+    """Without fairseq's order of sums in attention, the last bits are others."""
+    own = "this transformers takes no other attention than its own, which multiplies in another order"
+    return own if config._attn_implementation == "eager" else ""
+
+
 FAMILY = Family(
     name=NAME,
     architectures=dict.fromkeys(ARCHITECTURES, KIND),
@@ -541,4 +547,5 @@ FAMILY = Family(
         notes=("fairseq also needs the config.yaml of the data, and beside it the files that it names",),
     ),
     paper="2010.05171",
+    running=Running(attention="fairseq", usual="eager", rounds=_rounds),
 )

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from convert.families.base import Family, Kind, Part, Restoring, Shapes, Sources
+from convert.families.base import Family, Kind, Part, Restoring, Running, Shapes, Sources
 from convert.families.encoder import LAYERS, Layout, assemble, encoder_rules, infer_encoder
 from convert.families.encoder_settings import CHOICES, COUNTS, DEFAULTS, FLAGS, READ, SAME, TRAINING_ONLY
 from convert.families.planning import describe_encoder
@@ -109,4 +109,5 @@ FAMILY = Family(
     trainer="unilm",
     paper="2110.13900",
     splits_masks=True,
+    running=Running(attention="eager"),
 )

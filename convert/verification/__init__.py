@@ -40,6 +40,7 @@ def verify(
     languages: Sequence[str] = (),
     write: bool = True,
     progress: Callable[[int, int], None] | None = None,
+    doing: Callable[[str], None] | None = None,
 ) -> Verification:
     """Prove that a model directory is the checkpoint's model: same bytes, same files, same outputs as fairseq's own code.
 
@@ -57,7 +58,8 @@ def verify(
         languages: of a model with several, those to run beside the one that its weights speak; by default all. The bytes of
             all are compared.
         write: whether `verification.json` is written into the directory.
-        progress: called with (steps done, steps in all).
+        progress: called with (steps done, steps in all that are known of so far).
+        doing: called with what is done next.
 
     Returns:
         What was found; `passed` says whether the model was proved to be the same.
@@ -86,6 +88,7 @@ def verify(
         languages=tuple(languages),
         write_report=write,
         progress=progress,
+        doing=doing,
     )
 
 
@@ -148,6 +151,8 @@ def record(
     data_config: str | Path | None = None,
     post_process: str | None = None,
     overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    doing: Callable[[str], None] | None = None,
 ) -> Path:
     """Run fairseq once and keep its answers, to verify later where fairseq is not installed.
 
@@ -162,6 +167,7 @@ def record(
         long: whether 30 seconds of speech are among the inputs.
         language: as for `convert`; by default all languages are among the answers.
         overwrite: whether an existing file is replaced, once the new one is made.
+        progress, doing: as for `verify`.
 
     Returns:
         The file.
@@ -191,6 +197,8 @@ def record(
             dtype=dtype or "",
             long=long,
             overwrite=overwrite,
+            progress=progress,
+            doing=doing,
         )
 
 

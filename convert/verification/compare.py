@@ -107,12 +107,12 @@ def compare(name: str, reference: Stage, values: torch.Tensor) -> Difference:
     """
     import torch
 
-    from convert.verification.fairseq_side.numerics import digest
+    from convert.verification.fairseq_side.numerics import digest, finite, greatest
 
     if tuple(values.shape) != reference.shape:
         note = f"shape {tuple(values.shape)}, the reference has {reference.shape}"
         return Difference(name, False, float("inf"), note=note)
-    if not bool(torch.isfinite(values).all()) or not bool(torch.isfinite(reference.values).all()):
+    if not finite(values) or not finite(reference.values):
         return Difference(name, False, float("inf"), note="not all numbers are finite")
     if reference.step > 1:
         if digest(values) == reference.sha256:
@@ -123,9 +123,8 @@ def compare(name: str, reference: Stage, values: torch.Tensor) -> Difference:
     theirs = reference.values.to(mine.device)
     if reference.step == 1 and torch.equal(mine, theirs):
         return Difference(name, True, 0.0)
-    apart = (mine.double() - theirs.double()).abs()
-    flat = int(apart.argmax()) * reference.step
-    return Difference(name, False, float(apart.max()), _unravel(flat, reference.shape))
+    worst, at = greatest(mine, theirs)
+    return Difference(name, False, worst, _unravel(at * reference.step, reference.shape))
 
 
 def _unravel(flat: int, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -196,6 +195,8 @@ def distances(one: Mapping[str, Stage], other: Mapping[str, Stage]) -> dict[str,
     Args:
         one, other: the stages; where one of them is a sample, the other is sampled alike.
     """
+    from convert.verification.fairseq_side.numerics import distance
+
     same = None
     if CODES in one and CODES in other:
         first, second = (stages[CODES].values.reshape(stages[CODES].shape) for stages in (one, other))
@@ -208,8 +209,7 @@ def distances(one: Mapping[str, Stage], other: Mapping[str, Stage]) -> dict[str,
         b = b.to(a.device)
         if name == QUANTIZED and same is not None:
             a, b = a.reshape(stage.shape)[same.to(a.device)], b.reshape(stage.shape)[same.to(a.device)]
-        worst = (a.double() - b.double()).abs().max().item() if a.numel() else 0.0
-        measured[name] = worst if worst == worst else float("inf")
+        measured[name] = distance(a, b)
     return measured
 
 

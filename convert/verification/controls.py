@@ -15,7 +15,7 @@ from convert.reading import read_file
 from convert.verification.compare import Difference, first_different
 from convert.verification.judge import Judged, compared
 from convert.verification.reference import Subject
-from convert.verification.target import Seq2SeqTarget, SpeechToTextTarget, Target
+from convert.verification.target import EncoderDecoderTarget, SpeechToTextTarget, Target
 from convert.verification.vocabulary import check_labels, check_tokens
 
 if TYPE_CHECKING:
@@ -214,7 +214,7 @@ def _damages(target: Target, others: Sequence[str]) -> dict[str, Damage | str]:
         made["a bias of the projector changed"] = _setting("projector.bias", lambda value: value.add_(1.0))
         moved = _setting("classifier.weight", lambda value: value.copy_(value.roll(1, dims=0)))
         made["the classes moved by one"] = moved if config.num_labels > 1 else "the model has one class"
-    if isinstance(target, Seq2SeqTarget):
+    if isinstance(target, EncoderDecoderTarget):
         made |= _decoder_damages(target)
     return made
 

@@ -13,9 +13,9 @@ from convert.conversion import Record
 from convert.directory import ModelDirectory
 from convert.errors import Problem
 from convert.verification import controls, endtoend, vocabulary
-from convert.verification.compare import SCORES, Answer, Difference, distances
+from convert.verification.compare import SCORES, Answer, Difference, Stage, distances
 from convert.verification.inputs import Cut, Probe
-from convert.verification.judge import Judged, batch_of, judge
+from convert.verification.judge import Judged, Tell, judge
 from convert.verification.reference import Live, Reference, Subject, tensor
 from convert.verification.report import Findings, curves_of, finite, run_of
 from convert.verification.target import SpeechToTextTarget, Target, load
@@ -41,7 +41,7 @@ class Work:
         half: the half type of the directory's weights, or nothing.
         rounded: the half type that the conversion rounded them to, or nothing.
         require: `identical` or `rounding` where the user asked for it.
-        advance: called after every input.
+        tell: called before each run of a side with what it is, and how many more are known to follow.
     """
 
     subject: Subject
@@ -52,7 +52,7 @@ class Work:
     half: str
     rounded: str
     require: str | None
-    advance: Callable[[], None]
+    tell: Tell
 
     @property
     def record(self) -> Record:
@@ -129,19 +129,21 @@ def _runs(
         normalize=work.subject.normalize,
         arithmetic=arithmetic,
         measured=CLIP,
-        step=lambda probe: work.advance(),
+        tell=lambda what, left: work.tell(f"{dtype}: {what}", left),
     )
     for one in judged:
         require, why = required(work, reference, target, one.probe, device, dtype, arithmetic)
         findings.runs.append(run_of(one, device, dtype, require, why))
         findings.problems += _demand(one, device, dtype, require)
+    clip = next((one for one in judged if one.probe.name == CLIP), None)
     if arithmetic == dtype == "float32":
         findings.padding += [_padding(work, target, one, device) for one in judged if one.probe.follows]
-        _usual_attention(work, reference, target, device, findings)
-    clip = next((one for one in judged if one.probe.name == CLIP), None)
+        if clip is not None and clip.exact.stages:
+            _usual_attention(work, reference, target, clip, device, findings)
     made: list[controls.Control] = []
     if clip is not None and arithmetic == "float32" and clip.verdict != "different":
         batch = tensor(work.clips, clip.probe, work.subject.normalize)
+        work.tell("deliberate mistakes", 1)
         others = [name for name in work.directory.record.languages if name != work.subject.language]
         made, absent = controls.on_outputs(target, clip, batch, device, others)
         findings.controls += made
@@ -150,13 +152,14 @@ def _runs(
     return judged
 
 
-def _usual_attention(work: Work, reference: Reference, target: Target, device: str, findings: Findings) -> None:
+def _usual_attention(
+    work: Work, reference: Reference, target: Target, clip: Judged, device: str, findings: Findings
+) -> None:
     """Judge one input with the attention of users who ask for none, where another one does fairseq's arithmetic."""
     usual = target.usual()
-    probes = [probe for probe in work.probes if probe.name == CLIP]
     if usual is None:
         return
-    for one in judge(reference, usual, work.clips, probes, normalize=work.subject.normalize):
+    for one in judge(reference, usual, work.clips, [clip.probe], normalize=work.subject.normalize, given=clip):
         attention = usual.model.config._attn_implementation
         one.probe = replace(one.probe, name=f"{CLIP}, {attention}")
         why = f"{attention}, which transformers chooses when asked for no attention, computes in another order than fairseq"
@@ -172,13 +175,14 @@ def _padding(work: Work, target: Target, followed: Judged, device: str) -> dict[
     import torch
 
     waveforms, lengths = tensor(work.clips, followed.probe, work.subject.normalize)
-    outputs: list[torch.Tensor] = []
+    found: dict[str, torch.Tensor] = {}
 
     def visit(stage: str, values: torch.Tensor) -> None:
         if stage == target.output:
-            outputs.append(values)
+            found[stage] = values.clone()
 
-    counts = [target.run(waveforms, given, visit) for given in (lengths, target.samples(followed.frames))]
+    counts = target.run(waveforms, lengths, visit), followed.frames
+    outputs = found[target.output], followed.ours[target.output].values
     pairs = zip(outputs, counts, strict=True)  # what was pooled over the frames has one row for each utterance
     utterances = [torch.split(values, count if len(values) == sum(count) else 1) for values, count in pairs]
     apart = [float((a[: len(b)] - b[: len(a)]).abs().max()) for a, b in zip(*utterances, strict=True)]
@@ -243,7 +247,10 @@ def _half_precision(work: Work, reference: Reference, target: Target, device: st
     """Check float16 and bfloat16: rounded weights in float32, then the type itself, then against the unrounded model."""
     offered = reference.offered(work.probes, "")
     kept = [probe for probe in offered if probe.name != LONG and not probe.language]
-    plain = {probe.name: _last(reference.run(probe, "float32"), target) for probe in kept}
+    plain = {}
+    for left, probe in zip(range(len(kept), 0, -1), kept, strict=True):
+        work.tell(f"float32: {probe.name}, fairseq", left - 1)
+        plain[probe.name] = _last(reference.run(probe, "float32"), target)
     if work.rounded:
         reference.round_weights(work.rounded)
     _runs(work, reference, target, device, f"float32 with {work.half} weights", "float32", findings)
@@ -253,26 +260,14 @@ def _half_precision(work: Work, reference: Reference, target: Target, device: st
     judged = _runs(replace(work, rounded=work.half), reference, target, device, work.half, work.half, findings)
     for one in judged:
         if one.probe.name in plain:
-            _against_float32(work, reference, target, device, one, plain[one.probe.name], findings)
+            _against_float32(work, device, one, plain[one.probe.name], findings)
 
 
-def _against_float32(
-    work: Work,
-    reference: Reference,
-    target: Target,
-    device: str,
-    judged: Judged,
-    plain: Mapping[str, Any],
-    findings: Findings,
-) -> None:
+def _against_float32(work: Work, device: str, judged: Judged, plain: Mapping[str, Stage], findings: Findings) -> None:
     """Compare with the unrounded model in float32; fairseq's own distance from it is what is allowed, and the floor."""
-    probe, (stage, full) = judged.probe, next(iter(plain.items()))
-    ours: dict[str, Any] = {}
-    with reference.arithmetic(work.half), target.arithmetic(work.half):
-        theirs = _last(reference.run(probe, work.half), target)
-        target.run(*batch_of(target, work.clips, probe, work.subject.normalize, judged.frames), ours.setdefault)
-    own = distances(theirs, plain)[stage]
-    found = distances({stage: replace(full, values=ours[stage], step=1)}, plain)[stage]
+    probe, (stage,) = judged.probe, plain
+    own = distances(judged.theirs, plain)[stage]
+    found = distances(judged.ours, plain)[stage]
     floor = next((one.allowed for one in judged.differences if one.stage == stage), 0.0)
     difference = Difference(stage, found == 0.0, found, allowed=own + floor)
     findings.runs.append(
@@ -300,7 +295,7 @@ def _against_float32(
         findings.problems.append(Problem("different", where, str(difference)))
 
 
-def _last(answer: Answer, target: Target) -> dict[str, Any]:
+def _last(answer: Answer, target: Target) -> dict[str, Stage]:
     """The last stage that both have: the target may be the encoder alone."""
     name = next((name for name in ("logits", SCORES) if name in answer.stages and name in target.stages), "encoder")
     return {name: answer.stages[name]}
@@ -319,6 +314,7 @@ def _end_to_end(work: Work, reference: Reference, target: Target, spell: Spell |
         _to_text(work, reference, target, extractor, spell, findings)
         return
     for name, piece in work.pieces.items():
+        work.tell(f"from waveform to text: {name}", 1)
         arguments = (reference, target, extractor, spell, work.clips, name, piece, work.subject)
         one = endtoend.run(*arguments, exact=exact, proved=proved)
         findings.end_to_end.append(one)
@@ -334,6 +330,7 @@ def _to_text(
 ) -> None:
     """Compare what both sides generate, token by token, and how transformers makes its features."""
     for name, piece in work.pieces.items():
+        work.tell(f"from waveform to text: {name}", 1)
         found = endtoend.generate(reference, target, spell, work.clips, name, piece, work.subject)
         findings.end_to_end += found
         findings.problems += [Problem("end-to-end", one.input, one.why) for one in found if one.verdict == "different"]

@@ -70,19 +70,15 @@ def steady() -> Iterator[None]:
     import torch
 
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with a fixed workspace only
-    kept = (
-        torch.backends.cudnn.benchmark,
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
+    kept = torch.backends.cudnn.benchmark, torch.get_deterministic_debug_mode()
     torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms imports the compiler first: seconds
     try:
         with without_tf32():
             yield
     finally:
         torch.backends.cudnn.benchmark = kept[0]
-        torch.use_deterministic_algorithms(kept[1], warn_only=kept[2])
+        torch.set_deterministic_debug_mode(kept[1])
 
 
 def describe(devices: Sequence[str], attention: Any) -> dict[str, Any]:

@@ -88,7 +88,12 @@ def run(
     wrong = bool(why)
     last = target.output
     values: dict[str, torch.Tensor] = {}
-    target.run(torch.from_numpy(mine)[None], None, lambda stage, value: values.update({stage: value}))
+
+    def visit(stage: str, value: torch.Tensor) -> None:
+        if stage in (last, GENERATED, "pooled"):
+            values[stage] = value.clone()
+
+    target.run(torch.from_numpy(mine)[None], None, visit)
     difference = compare(last, answer.stages[last], values[last])
     path = None
     spoken, spelled = None, text
@@ -219,7 +224,12 @@ def generate(
     waveform, language = torch.from_numpy(raw), language_of(subject.symbols)
     _, answer, theirs = reference.end_to_end(piece)
     values: dict[str, torch.Tensor] = {}
-    target.run(waveform[None], None, lambda stage, value: values.update({stage: value}))
+
+    def visit(stage: str, value: torch.Tensor) -> None:
+        if stage == target.output:
+            values[stage] = value.clone()
+
+    target.run(waveform[None], None, visit)
     difference = compare(target.output, answer.stages[target.output], values[target.output])
     spread = float(np.std(raw, dtype=np.float64))
 

@@ -21,8 +21,8 @@ class Geometry:
     Args:
         convolutions: (kernel, stride) of every feature convolution.
         multiple: fairseq's `required_seq_len_multiple`.
-        splits: whether fairseq cuts a padded batch's mask into as many equal pieces as there are frames, as HuBERT does,
-            instead of counting with the convolutions, as transformers does.
+        splits: whether fairseq cuts a padded batch's mask into as many equal pieces as there are frames, instead of counting
+            with the convolutions, as transformers does.
     """
 
     convolutions: tuple[tuple[int, int], ...]
@@ -49,9 +49,9 @@ class Geometry:
     def agreeing(self, frames: int) -> tuple[int, ...]:
         """Find lengths in samples, the longest first, of which equal pieces make the frames that the convolutions make.
 
-        `HubertModel.forward_padding_mask` takes a frame for valid when any sample of its piece is. A frame of the
-        convolutions overlaps the next, so that they make fewer; a piece is the larger for the rest of the longest
-        utterance, and that evens it out where frames are few enough.
+        fairseq takes a frame for valid when any sample of its piece is. A frame of the convolutions overlaps the next, so that
+        they make fewer; a piece is the larger for the rest of the longest utterance, and that evens it out where frames are
+        few enough.
 
         Args:
             frames: of the longest utterance, at most.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from convert.audio import Waveform
 from convert.verification.compare import (
@@ -23,6 +23,8 @@ from convert.verification.compare import (
     with_floors,
     worst_of,
 )
+from convert.verification.fairseq_side.numerics import chunks
+from convert.verification.fairseq_side.shelf import shelved
 from convert.verification.inputs import Probe
 from convert.verification.noise import UNIT, another_order
 from convert.verification.reference import Reference, tensor
@@ -30,6 +32,12 @@ from convert.verification.target import Target
 
 if TYPE_CHECKING:
     import torch
+
+Tell = Callable[[str, int], object]
+
+
+# what a model is there for, the first that it has
+OUTCOMES = ("logits", SCORES, "project_hid", "encoder")
 
 
 @dataclass(slots=True)
@@ -42,6 +50,7 @@ class Judged:
         frames: the valid frames of each utterance.
         reference, target: what the two sides computed, kept where it is needed again.
         exact: what the reference computed in float64, kept likewise.
+        theirs, ours: the outcomes of the two sides.
     """
 
     probe: Probe
@@ -50,6 +59,8 @@ class Judged:
     reference: Answer
     target: Answer = field(default_factory=lambda: Answer([]))
     exact: Answer = field(default_factory=lambda: Answer([]))
+    theirs: Mapping[str, Stage] = field(default_factory=dict)
+    ours: Mapping[str, Stage] = field(default_factory=dict)
 
     @property
     def verdict(self) -> Verdict:
@@ -73,9 +84,13 @@ def judge(
     normalize: bool,
     arithmetic: str = "float32",
     measured: str = "",
-    step: Callable[[Probe], Any] = lambda probe: None,
+    given: Judged | None = None,
+    tell: Tell = lambda what, left: None,
 ) -> list[Judged]:
     """Run both sides on every input and compare them; measure floors where the bits differ.
+
+    The numbers of a stage lie in a file while they are needed, so that no more of them than those of a stage or two is in
+    memory at once.
 
     Args:
         reference, target: the two sides, on one device.
@@ -84,32 +99,40 @@ def judge(
         normalize: whether the inputs are normalised first.
         arithmetic: the type both sides compute in.
         measured: the probe whose floors are measured in any case, and whose numbers are kept.
-        step: called before each input.
+        given: the result of the only input with another target, whose answers of the reference are used again.
+        tell: called before each run of a side with what it is, and how many more are known to follow.
 
     Returns:
         One result for each input.
     """
     judged = []
     with reference.arithmetic(arithmetic), target.arithmetic(arithmetic):
-        for probe in probes:
-            step(probe)
-            judged.append(_run(reference, target, clips, probe, normalize, arithmetic, probe.name == measured))
+        for left, probe in zip(range(len(probes), 0, -1), probes, strict=True):
+            target.speak(probe.language)
+            tell(f"{probe.name}, fairseq", 2 * left - 1)
+            answer = replace(given.reference) if given else reference.run(probe, arithmetic)
+            tell(f"{probe.name}, transformers", 2 * left - 2)
+            batch = batch_of(target, clips, probe, normalize, answer.frames)
+            judged.append(_compared(target, answer, batch, probe, probe.name == measured))
     pending = [one for one in judged if one.verdict != "identical" or one.probe.name == measured]
     pending = [one for one in pending if all(not difference.note for difference in one.differences)]
     exact: list[Answer] = []
     found: list[_Measured] = []
     if pending:
         with reference.arithmetic("float64"):
-            for one in pending:
+            for left, one in zip(range(len(pending), 0, -1), pending, strict=True):
                 if hasattr(reference, "last"):
                     reference.last = arithmetic
-                exact.append(reference.run(one.probe, "float64"))
-                floors = reference.floors(one.probe, arithmetic, one.reference, exact[-1])
-                exact[-1].stages = {name: exact[-1].stages[name] for name in one.reference.stages}
+                tell(f"{one.probe.name}, fairseq in float64", left + 2 * len(pending) - 1)
+                sure = replace(given.exact) if given else reference.run(one.probe, "float64")
+                floors = reference.floors(one.probe, arithmetic, one.reference, sure)
+                sure.stages = {name: sure.stages[name] for name in one.reference.stages if name in sure.stages}
+                exact.append(sure)
                 found.append(_Measured(floors))
         with target.arithmetic("float64"):
-            for one, sure, numbers in zip(pending, exact, found, strict=True):
+            for left, one, sure, numbers in zip(range(len(pending), 0, -1), pending, exact, found, strict=True):
                 batch = batch_of(target, clips, one.probe, normalize, sure.frames)
+                tell(f"{one.probe.name}, transformers twice in float64", 2 * left - 1)
                 _measure(one, target, batch, sure, numbers)
                 one.exact = sure if one.probe.name == measured else one.exact
     for one, sure, numbers, allowed in zip(
@@ -124,18 +147,11 @@ def judge(
     return judged
 
 
-def _run(
-    reference: Reference,
-    target: Target,
-    clips: Mapping[str, Waveform],
-    probe: Probe,
-    normalize: bool,
-    arithmetic: str,
-    keep: bool,
+def _compared(
+    target: Target, answer: Answer, batch: tuple[torch.Tensor, list[int] | None], probe: Probe, keep: bool
 ) -> Judged:
-    target.speak(probe.language)
-    answer = reference.run(probe, arithmetic)
-    ours, differences = compared(target, answer, batch_of(target, clips, probe, normalize, answer.frames), keep)
+    ours, differences = compared(target, answer, batch, keep)
+    outcomes = [{name: side.stages[name] for name in OUTCOMES if name in side.stages} for side in (answer, ours)]
     if not keep:  # what is the same on both sides is not needed again
         differing = {difference.stage for difference in differences if not difference.equal}
         if QUANTIZED in differing or CODES in differing:
@@ -144,7 +160,9 @@ def _run(
             differing |= {SCORES, f"{GENERATED}.second", f"{GENERATED}.margin"}
         answer.stages = {name: stage for name, stage in answer.stages.items() if name in differing}
         ours.stages = {name: stage for name, stage in ours.stages.items() if name in differing}
-    return Judged(probe, differences, ours.frames, answer, ours)
+    judged = Judged(probe, differences, ours.frames, answer, ours)
+    judged.theirs, judged.ours = outcomes
+    return judged
 
 
 def batch_of(
@@ -176,8 +194,8 @@ def compared(
         if name not in answer.stages:
             return
         found[name] = compare(name, answer.stages[name], values)
-        if keep or not found[name].equal or name in (CODES, QUANTIZED, "quantizer", GENERATED, SCORES):
-            ours.stages[name] = Stage(tuple(values.shape), values.detach().clone())
+        if keep or not found[name].equal or name in (CODES, QUANTIZED, "quantizer", GENERATED, *OUTCOMES):
+            ours.stages[name] = Stage(tuple(values.shape), shelved(values))
 
     ours.frames = target.run(*batch, visit)
     differences = [found[name] for name in answer.stages if name in found]
@@ -209,14 +227,29 @@ def _measure(
 ) -> None:
     """Run the converted model in float64, twice, and measure."""
     target.speak(one.probe.language)
-    ours = _stages(target, batch, exact)
+    ours: dict[str, Stage] = {}
+    again: dict[str, Stage] = {}
+    apart: dict[str, float] = {}
+
+    def keep(name: str, values: torch.Tensor) -> None:
+        if name in exact.stages:
+            ours[name] = Stage(tuple(values.shape), shelved(values))
+
+    def measure(name: str, values: torch.Tensor) -> None:
+        stage = Stage(tuple(values.shape), values)
+        if name in (CODES, QUANTIZED):
+            again[name] = replace(stage, values=values.clone())
+        elif name in ours:
+            apart.update(distances({name: ours[name]}, {name: stage}))
+
+    target.run(*batch, keep)
     with another_order():
-        again = _stages(target, batch, exact)
+        target.run(*batch, measure)
     mine = distances(one.target.stages, ours)
     numbers.floors = {name: value + mine.get(name, 0.0) for name, value in numbers.floors.items()}
     numbers.apart = distances(exact.stages, ours)
-    for name, value in distances(ours, again).items():
-        greatest = float(ours[name].values.abs().max()) if ours[name].values.numel() else 0.0
+    for name, value in (apart | distances(ours, again)).items():
+        greatest = max((float(piece.abs().max()) for piece in chunks(ours[name].values)), default=0.0)
         numbers.noise[name] = max(value, UNIT * greatest)
     if any(difference.stage == CODES and not difference.equal for difference in one.differences):
         restricted = distances(one.reference.stages, one.target.stages)
@@ -226,17 +259,6 @@ def _measure(
             else difference
             for difference in one.differences
         ]
-
-
-def _stages(target: Target, batch: tuple[torch.Tensor, list[int] | None], wanted: Answer) -> dict[str, Stage]:
-    found: dict[str, Stage] = {}
-
-    def visit(name: str, values: torch.Tensor) -> None:
-        if name in wanted.stages:
-            found[name] = Stage(tuple(values.shape), values.detach().clone())
-
-    target.run(*batch, visit)
-    return found
 
 
 def _tie(difference: Difference, one: Judged, exact: Answer) -> Difference:

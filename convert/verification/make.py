@@ -14,7 +14,7 @@ from convert.verification.fairseq_side import recording
 from convert.verification.inputs import collect, in_languages, probes
 from convert.verification.recording import Recorded, ask, pack
 from convert.verification.reference import answering, run_interpreter
-from convert.verification.run import pieces_of
+from convert.verification.run import Doing, Progress, Steps, pieces_of
 from convert.verification.subject import read_subject
 
 
@@ -28,13 +28,15 @@ def make_recording(
     dtype: str,
     long: bool,
     overwrite: bool,
+    progress: Progress | None,
+    doing: Doing | None,
 ) -> Path:
     """Run fairseq and write its answers.
 
     Args:
         opened: the checkpoint.
         request: what a conversion would be asked for.
-        out, fairseq_python, audio, dtype, long, overwrite: as for `convert.verification.record`.
+        out, fairseq_python, audio, dtype, long, overwrite, progress, doing: as for `convert.verification.record`.
     """
     with new_file(out, overwrite=overwrite) as path, opened.unchanged():
         opened.check_bytes()
@@ -45,13 +47,16 @@ def make_recording(
             wanted = in_languages(wanted, (name for name in subject.languages if name != subject.language))
         pieces = list(pieces_of(geometry, clips, wanted).values())
         asked, arrays = ask(subject, clips, wanted, pieces, dtype)
+        steps = Steps(progress, doing)
+        steps.tell("loading the model", len(asked["runs"]))
         if fairseq_python is not None:
             with run_interpreter(fairseq_python, asked, arrays) as answers:
                 pack(answers, path, clips)
         else:
             with scratch_directory() as folder:
                 with answering(), quiet(), steady():
-                    recording.record(asked | {"out": str(folder / "answers")}, arrays)
+                    recording.record(asked | {"out": str(folder / "answers")}, arrays, tell=steps.tell)
                 pack(folder / "answers", path, clips)
         Recorded(path)  # what was written can be read
+        steps.end()
     return out

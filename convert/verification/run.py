@@ -27,6 +27,7 @@ from convert.verification.subject import check_source, half_type, read_subject
 from convert.verification.target import attention_of
 
 Progress = Callable[[int, int], None]
+Doing = Callable[[str], None]
 
 
 def verify(
@@ -44,6 +45,7 @@ def verify(
     languages: Sequence[str],
     write_report: bool,
     progress: Progress | None,
+    doing: Doing | None,
 ) -> Verification:
     """Verify; the arguments are those of `convert.verification.verify`."""
     _usage(require, reference, fairseq_python, audio)
@@ -74,20 +76,14 @@ def verify(
         }
         if fairseq_python is not None:
             recorded = answers(subject, clips, wanted, list(pieces.values()), rounded, fairseq_python)
-        total = len(chosen) * len(wanted) * (2 if half else 1) + 2
-        steps = [0]
-
-        def advance() -> None:
-            steps[0] += 1
-            if progress:
-                progress(min(steps[0], total), total)
-
+        steps = Steps(progress, doing)
+        steps.tell("the bytes and the files", 2 * len(wanted))
         _check_files(opened, directory, digest, files, {"dictionary": dictionary}, findings)
-        advance()
-        work = Work(subject, directory, clips, wanted, pieces, half, rounded, require, advance)
+        work = Work(subject, directory, clips, wanted, pieces, half, rounded, require, steps.tell)
         description = None
         with steady():
             for device in chosen:
+                steps.tell("loading both models", 2 * len(wanted))
                 side: Reference = recorded if recorded is not None else Live(subject, clips, device)
                 description = side.description
                 try:
@@ -97,7 +93,7 @@ def verify(
                         raise
                     findings.problems += error.problems
                 del side
-            surroundings = describe(chosen, attention_of(str(directory.config.get("model_type"))))
+            surroundings = describe(chosen, attention_of((directory.config.get("architectures") or [""])[0]))
         findings.problems += controls.missing(findings.controls)
         findings.skipped |= dict(description.skipped) if description else {}
         known.check()  # what was compared and computed with is what was hashed
@@ -111,8 +107,33 @@ def verify(
         )
     if write_report:
         write(directory.path, done.report)
-    advance()
+    steps.end()
     return done
+
+
+class Steps:
+    """How far a verification has come, in runs of either side.
+
+    Args:
+        progress: called with (runs done, runs that are known of so far).
+        doing: called with what is done next.
+    """
+
+    def __init__(self, progress: Progress | None, doing: Doing | None) -> None:
+        self.progress, self.doing, self.done = progress, doing, 0
+
+    def tell(self, what: str, left: int) -> None:
+        """Say what is done next, and how many more are known to follow it."""
+        if self.doing:
+            self.doing(what)
+        if self.progress:
+            self.progress(self.done, self.done + left + 2)
+        self.done += 1
+
+    def end(self) -> None:
+        """Say that all is done."""
+        if self.progress:
+            self.progress(self.done, self.done)
 
 
 def _others(subject: Subject, asked: str, languages: Sequence[str]) -> list[str]:

@@ -20,6 +20,7 @@ from verify_models import converted, edit, short_inputs, subject_of
 from convert.errors import ConvertError, MismatchError
 from convert.verification import Verification, assert_identical, run, verify
 from convert.verification.expected import differences
+from convert.verification.inputs import bundled
 from convert.verification.reference import Live
 from convert.verification.target import load
 
@@ -177,9 +178,21 @@ def test_both_sides_compute_on_aligned_memory(base: tuple[Path, Path], tmp_path:
     wider = (first // 64 + 1) * 64  # so that the tensors start 8 bytes after a multiple of 64
     header = data[8 : 8 + first].ljust(wider)
     (model / "model.safetensors").write_bytes(wider.to_bytes(8, "little") + header + data[8 + first :])
-    reference = Live(subject_of(base[0])[0], {}, "cpu").inner
-    sides = (load(model, "cpu").model, reference.model)
-    assert {parameter.data_ptr() % 64 for side in sides for parameter in side.parameters()} == {0}
+    reference, target = Live(subject_of(base[0])[0], {}, "cpu").inner, load(model, "cpu")
+    kept = [parameter.data_ptr() % 64 for parameter in target.model.parameters()]
+    assert set(kept) == {8}  # mapped as the file has them
+    computing: list[int] = []
+    for side in (reference.model, target.model):
+        for module in side.modules():
+            module.register_forward_pre_hook(
+                lambda module, _: computing.extend(one.data_ptr() % 64 for one in module.parameters(recurse=False))
+            )
+    waveform = torch.from_numpy(bundled()[:4000])[None]
+    reference.run(waveform)
+    target.run(waveform, None, lambda stage, values: None)
+    assert len(computing) > len(kept)
+    assert set(computing) == {0}
+    assert [parameter.data_ptr() % 64 for parameter in target.model.parameters()] == kept
 
 
 def test_a_requirement_is_enforced(base: tuple[Path, Path], tmp_path: Path) -> None:

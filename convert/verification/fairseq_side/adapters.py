@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from .numerics import NAMES
 from .reference import Reference
 
 
@@ -29,12 +28,11 @@ class AdaptedReference(Reference):
         weights = self.weights.read(group["tensors"])
         self.request = dict(self.request, symbols=group["symbols"])
         self.dictionary = None
-        parameter = next(self.model.parameters())
         rows, width = weights["w2v_encoder.proj.weight"].shape
-        head = torch.nn.Linear(width, rows).to(parameter.device, parameter.dtype)
-        self.model.w2v_encoder.proj = head.requires_grad_(False)
+        self.model.w2v_encoder.proj = torch.nn.Linear(width, rows).requires_grad_(False)
         for name, parameter in self.model.named_parameters():
             if name in weights:
                 value = weights[name]
-                parameter.copy_(value.to(NAMES[self.rounded]) if self.rounded else value)
+                value = value if self.device.type == "cpu" else value.float().to(self.device)
+                parameter.data = value.reshape(parameter.shape)
         self._filled(weights)

@@ -91,7 +91,7 @@ class CtcReference(AdaptedReference):
         from fairseq.data import data_utils
 
         source = self.normalise(waveform, rate)[None].to(self.device)
-        with torch.no_grad():
+        with torch.no_grad(), self.lending.lent():
             output = self.model(source=source, padding_mask=None, **self.adapter(source))
             rows = self.model.get_normalized_probs(output, log_probs=True)[:, 0].float().cpu()
         self.seen = {}

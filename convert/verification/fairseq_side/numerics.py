@@ -13,16 +13,11 @@ import torch
 SAMPLE = 512  # numbers kept of an inner stage in a recording, beside its SHA-256
 WHOLE = {"logits", "pooled", "quantizer", "codes", "project_q", "project_hid"}  # outputs are kept entirely
 WHOLE |= {"decoder.logits", "generated", "generated.second", "generated.margin"}
-ALIGNMENT = 64  # bytes: where torch allocates
+# bytes: where torch allocates. For a single frame, the matrix kernels of x86 processors add in an order that depends on the
+# address, and the tensors of a mapped file start anywhere
+ALIGNMENT = 64
+CHUNK = 1 << 21  # numbers that are compared at a time
 NAMES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
-
-
-def aligned(value: Any) -> Any:
-    """Give a tensor an address as torch gives its own: those of a mapped file start anywhere.
-
-    For a single frame, the matrix kernels of x86 processors add in an order that depends on it.
-    """
-    return value.clone() if value.data_ptr() % ALIGNMENT else value
 
 
 def crop(name: str, value: Any, frames: list[int]) -> Any:
@@ -33,7 +28,8 @@ def crop(name: str, value: Any, frames: list[int]) -> Any:
         return value.reshape(-1, value.shape[-1])
     if name.startswith("generated"):
         return value
-    return torch.cat([value[index, :count] for index, count in enumerate(frames)])
+    rows = [value[index, :count] for index, count in enumerate(frames)]
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 def same(value: Any) -> Any:
@@ -53,9 +49,12 @@ def swap_first(value: Any) -> Any:
 
 def digest(value: Any) -> str:
     """SHA-256 of a tensor's numbers; -0.0 counts as 0.0."""
-    value = value + 0 if value.is_floating_point() else value
-    value = value.float() if value.dtype == torch.bfloat16 else value
-    return hashlib.sha256(value.contiguous().cpu().numpy().tobytes()).hexdigest()
+    sha = hashlib.sha256()
+    for piece in chunks(value):
+        piece = piece + 0 if piece.is_floating_point() else piece
+        piece = piece.float() if piece.dtype == torch.bfloat16 else piece
+        sha.update(piece.cpu().numpy().tobytes())
+    return sha.hexdigest()
 
 
 def step_of(name: str, count: int) -> int:
@@ -65,10 +64,32 @@ def step_of(name: str, count: int) -> int:
 
 def distance(a: Any, b: Any) -> float:
     """The greatest absolute difference; infinite where a number is not finite."""
-    if a.numel() == 0:
-        return 0.0
-    worst = (a.double() - b.double()).abs().max().item()
-    return float(worst) if worst == worst else float("inf")
+    return greatest(a, b)[0]
+
+
+def greatest(a: Any, b: Any) -> tuple[float, int]:
+    """The greatest absolute difference and where it is, counted along the rows; infinite where a number is not finite."""
+    found, index, start = 0.0, 0, 0
+    for one, other in zip(chunks(a), chunks(b)):
+        apart = (one.double() - other.to(one.device).double()).abs()
+        at = int(apart.argmax())
+        worst = float(apart[at])
+        worst = worst if worst == worst else float("inf")
+        if worst > found:
+            found, index = worst, start + at
+        start += len(apart)
+    return found, index
+
+
+def finite(value: Any) -> bool:
+    """Whether every number is."""
+    return all(bool(torch.isfinite(piece).all()) for piece in chunks(value))
+
+
+def chunks(value: Any) -> Any:
+    """Walk through a tensor's numbers, flat, some of them at a time."""
+    flat = value.reshape(-1)
+    return (flat[start : start + CHUNK] for start in range(0, flat.numel(), CHUNK))
 
 
 def sinusoids(rows: int, width: int) -> Any:

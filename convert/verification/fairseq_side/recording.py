@@ -6,6 +6,7 @@ import json
 import sys
 from typing import Any
 
+import numpy
 import torch
 
 from .importing import CannotBuildError
@@ -15,7 +16,7 @@ from .opening import open_reference
 from .tensorfile import read, write
 
 
-def record(request: Any, arrays: Any, reference: Any = None) -> None:
+def record(request: Any, arrays: Any, reference: Any = None, tell: Any = lambda what, left: None) -> None:
     """Run everything that is asked for and write the answers.
 
     Args:
@@ -26,13 +27,16 @@ def record(request: Any, arrays: Any, reference: Any = None) -> None:
             normalise them}`, whatever else they hold is kept.
         arrays: the waveforms by name, float32, one dimension each.
         reference: an opened reference; by default one is opened.
+        tell: called before each run with what it is, and how many more follow.
     """
     torch.set_num_threads(request["threads"])
     reference = reference or open_reference(request)
     tensors: dict[str, Any] = {"waveform." + name: value for name, value in arrays.items()}
     runs: list[Any] = []
     rounded = ""
-    for number, wanted in sorted(enumerate(request["runs"]), key=lambda pair: pair[1]["weights"]):
+    ordered = sorted(enumerate(request["runs"]), key=lambda pair: pair[1]["weights"])
+    for left, (number, wanted) in zip(range(len(ordered), 0, -1), ordered):
+        tell("%s: %s" % (wanted["arithmetic"], wanted["probe"].get("name", "from the raw waveform")), left - 1)
         if wanted["weights"] != rounded:
             rounded = wanted["weights"]
             reference.round_weights(rounded)
@@ -61,16 +65,17 @@ def _answer(reference: Any, wanted: Any, arrays: Any, tensors: Any, prefix: str)
         _, exact = reference.run(batch, lengths, wanted["multiple"])
     kept = []
     for name, value in stages.items():
+        sure = exact.get(name, value)  # what is generated, is in the run's own arithmetic
         outcomes = ("encoder", "logits", "project_hid", "decoder.logits", "generated")
         if wanted["raw"] and name not in outcomes:  # of a raw waveform, the outcome is kept
             continue
         step = step_of(name, value.numel())
         same = (stages["codes"] == exact["codes"]).all(-1) if name == "project_q" else slice(None)
         chosen = name == "codes" or name.startswith("generated")
-        floor = None if chosen else distance(value[same], exact[name][same])
+        floor = None if chosen else distance(value[same], sure[same])
         kept.append({"name": name, "shape": list(value.shape), "sha256": digest(value), "step": step, "floor": floor})
-        tensors[prefix + name] = value.reshape(-1)[::step].float().cpu().numpy()
-        tensors[prefix + name + ".float64"] = exact[name].reshape(-1)[::step].double().cpu().numpy()
+        tensors[prefix + name] = numpy.array(value.reshape(-1)[::step].float().cpu())
+        tensors[prefix + name + ".float64"] = numpy.array(sure.reshape(-1)[::step].double().cpu())
     answer: dict[str, Any] = {"frames": frames, "stages": kept}
     beams = reference.beams() if wanted["raw"] else []
     answer.update({"beams": beams} if beams else {})

@@ -10,7 +10,9 @@ import torch
 
 from .arithmetic import forget_positions, lifted, nothing
 from .importing import CannotBuildError, import_fairseq
+from .lending import Lending
 from .numerics import NAMES, crop, same, swap_first, swap_last
+from .shelf import shelved
 from .tokens import dictionary_of
 
 
@@ -28,6 +30,7 @@ class Reference:
 
     def __init__(self, model: Any, request: Any, weights: Any, info: Any) -> None:
         self.model = model
+        self.lending = Lending(model)
         self.request = request
         self.settings = request["settings"]
         self.weights = weights  # the files
@@ -41,14 +44,13 @@ class Reference:
         self.magnitude: Any = None  # what a conversion makes of a positional convolution without weight norm
         self.exact_blank: Any = None  # blank_weight, once its sum with the head's bias has been rounded
         self.row = 0  # of the stacked adapters
-        self.rounded = ""  # the type that the weights were rounded to
 
     def encoder(self) -> Any:
         """The encoder that was pretrained, inside the model."""
         return self.model
 
     def fill(self, weights: Any) -> None:
-        """Load the checkpoint's tensors, every one, as float32."""
+        """Load the checkpoint's tensors, every one; what has no room of its own is made float32 when it is computed with."""
         plain = weights.get(self.prefix + "encoder.pos_conv.0.weight")
         if plain is not None and plain.dim() == 3:  # of one dimension, it is a batch norm's
             torch.nn.utils.remove_weight_norm(self.w2v.encoder.pos_conv[0])
@@ -60,7 +62,9 @@ class Reference:
             torch.nn.Module.load_state_dict(self.model, weights, strict=True, assign=True)
         except TypeError:  # before torch 2.1
             torch.nn.Module.load_state_dict(self.model, weights, strict=True)
-        self.model.float().to(self.device).eval()
+        if self.device.type != "cpu":  # in memory of its own, once for all
+            self.model.float().to(self.device)
+        self.model.eval()
         self._filled(weights)
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
@@ -78,11 +82,10 @@ class Reference:
         """Turn to a language; to the one that the request names, if it is empty. Most models have none."""
 
     def round_weights(self, name: str) -> None:
-        """Round every weight to float16 or bfloat16, and keep it as float32, as a converted model of that type has it."""
-        kind, self.rounded = NAMES[name], name
+        """Round every weight to float16 or bfloat16 before it is computed with, as a converted model of that type has it."""
+        self.lending.rounded = kind = NAMES[name]
         if self.magnitude is not None:
             self.magnitude = self.magnitude.to(kind).float()
-        self.model.to(kind).float()
         forget_positions(self.w2v)
 
     @contextlib.contextmanager
@@ -96,8 +99,9 @@ class Reference:
             return
         convolution = self.w2v.encoder.pos_conv[0]
         weight = convolution.weight.data
-        scale = self.magnitude.to(weight.device).double() / weight.double().norm(dim=(0, 1), keepdim=True)
-        convolution.weight.data = weight * scale.to(weight.dtype)
+        exact = self.lending.made(weight)
+        scale = self.magnitude.to(weight.device).double() / exact.norm(dim=(0, 1), keepdim=True)
+        convolution.weight.data = exact * scale
         try:
             yield
         finally:
@@ -114,24 +118,26 @@ class Reference:
             yield
             return
         with self.lifted() if name == "float64" else nothing():
-            self.model.to(NAMES[name])
+            self.lending.kind = NAMES[name]
             forget_positions(self.w2v)
             try:
                 with self.as_converted() if name == "float64" else nothing():
                     yield
             finally:
                 forget_positions(self.w2v)
-                self.model.float()  # exact: from float64 always, from a half type because the weights are rounded
+                self.lending.kind = torch.float32
 
     def _watch(self, module: Any, name: str, shape: Any) -> None:
         def hook(_: Any, __: Any, output: Any) -> None:
             self._see(name, shape(output[0] if isinstance(output, tuple) else output))
 
         module.register_forward_hook(hook)
+        self.lending.watch(module, name)
 
     def _see(self, name: str, value: Any) -> None:
         """Keep what a stage computed first."""
-        self.seen.setdefault(name, value.clone())
+        if name not in self.seen:
+            self.seen[name] = shelved(value)
 
     def _hook(self) -> None:
         watch = self._watch
@@ -156,8 +162,7 @@ class Reference:
         Returns:
             The valid frames of each utterance, and the stages by name, in the order of their computation.
         """
-        kind = next(self.model.parameters()).dtype
-        source = torch.as_tensor(waveforms).to(self.device).to(kind)
+        source = torch.as_tensor(waveforms).to(self.device).to(self.lending.kind)
         padding = None
         if lengths is not None:
             padding = torch.arange(source.shape[1])[None] >= torch.as_tensor(lengths)[:, None]
@@ -165,7 +170,7 @@ class Reference:
         if hasattr(self.w2v.encoder, "required_seq_len_multiple"):
             self.w2v.encoder.required_seq_len_multiple = self.multiple if multiple is None else multiple
         self.seen = {}
-        with torch.no_grad():
+        with torch.no_grad(), self.lending.lent():
             mask = self.compute(source, padding)
             total = self.seen["feature_norm"].shape[1]
             frames = [total] * len(source) if mask is None else [int(n) for n in (total - mask.long().sum(1))]

@@ -86,7 +86,8 @@ class Seq2SeqReference(Reference):
         encoded = self.model.encoder(source=source, padding_mask=padding)
         tokens = forced_tokens(len(self.request["symbols"]), decoder.max_target_positions).to(self.device)
         self.seen["decoder.logits"] = decoder(tokens.expand(len(source), -1), encoder_out=encoded)[0]
-        self._generate(source, padding)
+        if self.lending.kind != torch.float64:  # measures rounding, and tokens have none
+            self._generate(source, padding)
         return encoded["padding_mask"]
 
     def _generate(self, source: Any, padding: Any) -> None:
@@ -117,7 +118,7 @@ class Seq2SeqReference(Reference):
     def hear(self, waveform: Any, rate: int) -> str:
         """Transcribe a waveform with fairseq's generator and a beam of one."""
         source = self.normalise(waveform, rate)[None].to(self.device)
-        with torch.no_grad():
+        with torch.no_grad(), self.lending.lent():
             self._generate(source, None)
         path = self.seen["generated"][0].tolist()
         self.seen = {}

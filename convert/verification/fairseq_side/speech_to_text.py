@@ -35,6 +35,7 @@ class SpeechToTextReference(Reference):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.masks_like_main = True
+        self.lending.unrounded = (self.model.encoder.embed_positions, self.model.decoder.embed_positions)
         self.heard: Any = None  # the features of the last run, and how many each utterance has
 
     def _hook(self) -> None:
@@ -55,10 +56,11 @@ class SpeechToTextReference(Reference):
         decoder = self.model.decoder
         tokens = forced_tokens(decoder.embed_tokens.num_embeddings, decoder.max_target_positions)
         self.heard, self.seen = (source, counts), {}
-        with torch.no_grad():
-            kind = next(self.model.parameters()).dtype
+        with torch.no_grad(), self.lending.lent():
             self.model(
-                source.to(self.device, kind), counts.to(self.device), tokens.expand(len(source), -1).to(self.device)
+                source.to(self.device, self.lending.kind),
+                counts.to(self.device),
+                tokens.expand(len(source), -1).to(self.device),
             )
         frames = self.model.encoder.subsample.get_out_seq_lens_tensor(counts).tolist()
         stages = {name: crop(name, value, frames) for name, value in self.seen.items()}
@@ -89,7 +91,8 @@ class SpeechToTextReference(Reference):
         found = []
         for source, count in zip(*self.heard):
             net_input = {"src_tokens": source[None, :count].to(self.device), "src_lengths": count[None].to(self.device)}
-            hypotheses = generator.generate([self.model], {"net_input": net_input}, prefix_tokens=prefix)[0]
+            with self.lending.lent():
+                hypotheses = generator.generate([self.model], {"net_input": net_input}, prefix_tokens=prefix)[0]
             found.append(hypotheses[0]["tokens"])
         self.seen = {}
         return found
@@ -102,22 +105,12 @@ class SpeechToTextReference(Reference):
     @contextlib.contextmanager
     def arithmetic(self, name: str) -> Any:
         """As for every model; the tables of positions are no weights: what a half type did to them must not stay."""
-        with self._positions(), super().arithmetic(name):
-            yield
-
-    def round_weights(self, name: str) -> None:
-        """As for every model."""
-        with self._positions():
-            super().round_weights(name)
-
-    @contextlib.contextmanager
-    def _positions(self) -> Any:
-        tables = [self.model.encoder.embed_positions, self.model.decoder.embed_positions]
-        kept = [table.weights.clone() for table in tables]
+        kept = [table.weights for table in self.lending.unrounded]
         try:
-            yield
+            with super().arithmetic(name):
+                yield
         finally:
-            for table, weights in zip(tables, kept):
+            for table, weights in zip(self.lending.unrounded, kept):
                 table.weights = weights
 
     def transcribe(self, path: Any) -> str:
