@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from convert.errors import ConvertError
 from convert.evaluation.data import Utterance
-from convert.loading import load, load_model, quiet
+from convert.loading import load, load_model, quiet, trying
 from convert.reading import read_file
 from convert.report import parse_json
 from convert.verification.devices import without_tf32
@@ -52,7 +52,8 @@ def open_recognizer(model_dir: Path, device: str, language: str = "") -> Recogni
     if language:
         _check_language(model_dir, language)
     generates = says.get("architectures") in [[name] for name in GENERATING]
-    return (Generator if generates else Recognizer)(model_dir, device, language)
+    with trying(model_dir.name, "transformers cannot use it"):
+        return (Generator if generates else Recognizer)(model_dir, device, language)
 
 
 class Recognizer:
