@@ -261,7 +261,7 @@ def record_of(
         **({} if opened.base is None else {"base": asdict(opened.base)}),
         "architecture": {"fairseq": model.fairseq, "class": model.target, "head": model.head},
         "request": without_paths(request.record),
-        "settings": without_paths(opened.settings),
+        "settings": without_paths(_named(opened, model.fairseq)),
         "training_only": without_paths(dict(model.training_only)),
         "config": {value.name: value.origin for value in model.config},
         "dictionary": None if model.dictionary is None else _symbols(model.dictionary),
@@ -286,6 +286,13 @@ def record_of(
         "dtype": dtype,
         "files": dict(files),
     }
+
+
+def _named(opened: Checkpoint, architecture: str) -> dict[str, Any]:
+    """Return the settings, with the model's name among those of unilm's files, which leave it out."""
+    settings = opened.settings
+    named = settings["model"] | ({"_name": architecture} if opened.layout == "unilm" else {})
+    return {**settings, "model": named}
 
 
 def _place(opened: Checkpoint, digest: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import contextlib
 import errno
 import signal
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from convert.report import shown, without_user
 
@@ -30,11 +30,19 @@ class Problem:
         code: a stable word for programs, such as `unmapped-source`.
         key: the tensor, setting, file or option the problem is about; empty when there is none.
         detail: what was expected and what was found, for people.
+        hint: the remedy, where there is one.
     """
 
     code: str
     key: str
     detail: str
+    hint: str = ""
+
+    @property
+    def row(self) -> dict[str, str]:
+        """The problem as JSON keeps it."""
+        row = {"code": self.code, "key": self.key, "detail": self.detail}
+        return row | ({"hint": self.hint} if self.hint else {})
 
     def __str__(self) -> str:
         return shown(f"{self.key}: {self.detail}" if self.key else self.detail)
@@ -47,7 +55,7 @@ class ConvertError(Exception):
         message: one sentence that says what, where, expected and found.
         code: the code of the single problem, when `problems` is not given.
         key: the key of the single problem.
-        hint: the remedy, printed after a blank line.
+        hint: the remedy, printed after a blank line; by default those of the problems.
         status: the exit status: 1 when the answer is no, 2 when there is no answer.
         problems: all reasons, when there are several.
 
@@ -72,9 +80,16 @@ class ConvertError(Exception):
         super().__init__(shown(message, keep="\n"))
         self.message = message
         self.code = code
-        self.hint = hint
         self.status = self.default_status if status is None else status
         self.problems = tuple(sorted(set(problems))) or (Problem(code, key, message),)
+        self.hint = hint or "; ".join(dict.fromkeys(problem.hint for problem in self.problems if problem.hint))
+
+    @property
+    def reasons(self) -> tuple[Problem, ...]:
+        """Its problems, to stand among those of another error; where none has a remedy, each has that of all."""
+        if any(problem.hint for problem in self.problems):
+            return self.problems
+        return tuple(replace(problem, hint=self.hint) for problem in self.problems)
 
 
 class CheckpointError(ConvertError):

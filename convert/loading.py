@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from convert.errors import ConvertError, MismatchError, Problem
-from convert.reading import check_folder
 
 
 @contextlib.contextmanager
@@ -43,11 +42,12 @@ def load(part: Any, source: str | Path, *, status: int = 2, **options: Any) -> A
         ConvertError: `load`: transformers cannot load it.
     """
     local = isinstance(source, Path)
-    name = source.name if isinstance(source, Path) else source
-    if isinstance(source, Path):
-        check_folder(source)
-    with trying(name, f"{part.__name__} cannot load it", status=status), quiet():
+    with trying(_name(source), f"{part.__name__} cannot load it", status=status), quiet():
         return part.from_pretrained(source, local_files_only=local, trust_remote_code=False, **options)
+
+
+def _name(source: str | Path) -> str:
+    return source.name if isinstance(source, Path) else source
 
 
 @contextlib.contextmanager
@@ -70,28 +70,20 @@ def trying(name: str, what: str, *, status: int = 2) -> Iterator[None]:
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-        hint = f"this is transformers {transformers.__version__}; install a newer one, or convert the checkpoint again"
+        hint = f"this is transformers {transformers.__version__}; a newer one may: pip install -U transformers"
         raise ConvertError(f"{name}: {what} ({reason})", code="load", key=name, status=status, hint=hint) from error
 
 
 def load_model(part: Any, source: str | Path, *, status: int = 2, **options: Any) -> Any:
-    """Load a model, and refuse what transformers would fill with random numbers or leave out with a warning only.
-
-    Args:
-        part: the transformers class, such as `AutoModelForCTC`.
-        source: a directory, or the name of a repository on the Hub.
-        status: the exit status of a failure.
-        options: of its `from_pretrained`.
+    """Load a model as `load` does, and refuse what transformers would fill with random numbers or leave out with a warning only.
 
     Raises:
         MismatchError: `load`: a tensor is missing, unexpected or of another shape; all of them are listed.
-        ConvertError: `load`: transformers cannot load it.
+        ConvertError: as `load`.
     """
-    listed = {
-        "output_loading_info": True,
-        "ignore_mismatched_sizes": True,
-    }  # transformers 5 raises, and names no tensor
-    model, found = load(part, source, status=status, **listed, **options)
+    # transformers 5 raises where shapes differ, and names no tensor
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, found = load(part, source, status=status, **options)
     problems = [
         *(Problem("missing-keys", key, "not in the weights file") for key in found["missing_keys"]),
         *(Problem("unexpected-keys", key, "not in the model's class") for key in found["unexpected_keys"]),
@@ -101,8 +93,7 @@ def load_model(part: Any, source: str | Path, *, status: int = 2, **options: Any
         ),
     ]
     if problems:
-        name = source.name if isinstance(source, Path) else source
-        message = f"{name}: its tensors are not those of {type(model).__name__}"
-        hint = "convert the checkpoint again"
+        name = _name(source)
+        message, hint = f"{name}: its tensors are not those of {type(model).__name__}", "convert the checkpoint again"
         raise MismatchError(message, code="load", key=name, problems=problems, status=status, hint=hint)
     return model

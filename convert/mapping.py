@@ -33,8 +33,8 @@ def infer_layout(source: Mapping[str, TensorSpec] | Mapping[str, tuple[int, ...]
 
     Args:
         source: fairseq's keys with their specs or shapes.
-        family: such as `wav2vec2` or `hubert`; by default what the names look like. A fine-tuned HuBERT looks like a
-            fine-tuned wav2vec 2.0: name it, if only to get Hugging Face's prefix right.
+        family: a key of `FAMILIES`, such as `wav2vec2`; by default what the names look like. Fine-tuned models of some
+            families look like a fine-tuned wav2vec 2.0: name theirs, if only to get Hugging Face's prefix right.
 
     Returns:
         The family's layout, for `table`.

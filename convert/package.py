@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,8 +20,8 @@ from convert.families.tokenizers import SUBWORDS
 from convert.files import check_directory, create, new_directory
 from convert.reading import read_file
 from convert.report import json_bytes
-from convert.request import make_request, request_again
-from convert.sources import dictionary_beside, locate, open_source
+from convert.request import Options, request_again
+from convert.sources import open_source
 from convert.transfer import Transfer, Written, pieces, split
 from convert.workspace import in_the_way, sweep
 
@@ -74,7 +73,7 @@ def plan(
     Args:
         checkpoint: a path, a name of the catalogue, an address, or a file on the Hub; see `convert.sources.open_source`.
         head: `encoder` for the model without its head; by default what the checkpoint is.
-        dictionary: a `dict.*.txt`, for checkpoints that carry none, or the `.model` of fairseq2's tokenizer.
+        dictionary: a `dict.*.txt`, for checkpoints that carry none, or the tokenizer's `.model`.
         base: the pretrained checkpoint, for one that does not carry its settings, or not those that it was fine-tuned from.
         training_only: settings unknown to this version that act while training only.
         keep_final_proj: keep the pretraining head of a model whose class has no place for it, in `final_proj.safetensors`.
@@ -82,31 +81,28 @@ def plan(
         data_config: the config.yaml of a speech-to-text task; its dictionary and its sentencepiece model lie beside it.
         post_process: fairseq's name of how text is made of the symbols, such as `sentencepiece`, in place of the recipe's.
         ema: take the exponential moving average of the weights that the checkpoint holds beside them.
-        arch: the architecture that fairseq2 registers by this name, for its files without settings.
-        normalize: whether waveforms were normalised, for checkpoints of fairseq2 that lie without their config.yaml.
+        arch: the registered name of the architecture, for a checkpoint that lies without its model.yaml.
+        normalize: whether waveforms were normalised, where the settings do not say it.
 
     Raises:
         CheckpointError: the file cannot be read.
         PlanError: it cannot be converted completely; every reason is in `problems`.
     """
-    asked: dict[str, Any] = {"head": head, "dictionary": dictionary, "training_only": training_only}
-    asked |= {"keep_final_proj": keep_final_proj, "language": language, "data_config": data_config}
-    asked["post_process"] = post_process
-    opening: dict[str, Any] = {"ema": ema, "arch": arch, "normalize": normalize}
-    with opened_for(checkpoint, base, asked, opening) as (opened, request):
+    options = Options(
+        head=head,
+        dictionary=dictionary,
+        base=base,
+        training_only=training_only,
+        keep_final_proj=keep_final_proj,
+        language=language,
+        data_config=data_config,
+        post_process=post_process,
+        ema=ema,
+        arch=arch,
+        normalize=normalize,
+    )
+    with options.opened(checkpoint) as (opened, request):
         return describe(opened, request)
-
-
-@contextlib.contextmanager
-def opened_for(
-    checkpoint: str | Path, base: str | Path | None, asked: Mapping[str, Any], opening: Mapping[str, Any]
-) -> Iterator[tuple[Checkpoint, Request]]:
-    """Open a checkpoint, wherever it is, and read the files that are asked for with it."""
-    given = asked["dictionary"]
-    dictionary = None if given is None else locate(given)[0]
-    with open_source(checkpoint, base=base, dictionary=dictionary, **opening) as opened:
-        found = {"dictionary": dictionary or dictionary_beside(opened)}
-        yield opened, make_request(**{**asked, **found, **opening})
 
 
 def convert(
@@ -164,11 +160,20 @@ def convert(
         raise ConvertError(f"a shard of {max_shard_size} bytes is too small", code="usage", key="--max-shard-size")
     replaceable = functools.partial(_replaceable, checkpoint=Path(checkpoint)) if overwrite else None
     check_directory(out, replaceable)
-    asked: dict[str, Any] = {"head": head, "dictionary": dictionary, "training_only": training_only}
-    asked |= {"keep_final_proj": keep_final_proj, "language": language, "data_config": data_config}
-    asked["post_process"] = post_process
-    opening: dict[str, Any] = {"ema": ema, "arch": arch, "normalize": normalize}
-    with opened_for(checkpoint, base, asked, opening) as (opened, request):
+    options = Options(
+        head=head,
+        dictionary=dictionary,
+        base=base,
+        training_only=training_only,
+        keep_final_proj=keep_final_proj,
+        language=language,
+        data_config=data_config,
+        post_process=post_process,
+        ema=ema,
+        arch=arch,
+        normalize=normalize,
+    )
+    with options.opened(checkpoint) as (opened, request):
         model = describe(opened, request)
         with new_directory(out, replaceable) as work:
             files, digest = _write(

@@ -151,7 +151,7 @@ def error_text(error: ConvertError) -> str:
 
 def envelope(command: str, ok: bool, problems: Iterable[Problem] = (), **data: Any) -> str:
     """Write the one JSON object of a command; `data` follows the fixed fields."""
-    rows = [{"code": problem.code, "key": problem.key, "detail": problem.detail} for problem in problems]
+    rows = [problem.row for problem in problems]
     head: dict[str, Any] = {"schema": SCHEMA, "command": command, "ok": ok, "problems": rows}
     return _json(head | data)
 
@@ -198,10 +198,10 @@ def parse_json(content: bytes, name: str) -> Any:
 
 
 def library(version: str) -> str:
-    """Name the library that a reference was, by what a report keeps of it: fairseq's version alone, or fairseq2's with its name.
+    """Name the library that a reference was, by what a report keeps of it: fairseq's version alone, or another's with its name.
 
     Example:
-        >>> library("0.12.2"), library("fairseq2 0.8.1")
-        ('fairseq 0.12.2', 'fairseq2 0.8.1')
+        >>> library("0.12.2")
+        'fairseq 0.12.2'
     """
     return version if version.startswith("fairseq") else f"fairseq {version}"

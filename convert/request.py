@@ -1,9 +1,10 @@
-"""What a conversion is asked for, read from the files that a caller names, or from the record of an earlier conversion."""
+"""What a conversion is asked for: as the caller names it, as it is read, and again from the record of an earlier conversion."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from convert.checkpoint import Checkpoint
@@ -11,48 +12,62 @@ from convert.checkpoint.data_config import read_data_config
 from convert.checkpoint.dictionary import from_file
 from convert.directory import ModelDirectory
 from convert.families import Request
+from convert.sources import dictionary_beside, locate, open_source
+
+Name = str | Path
 
 
-def make_request(
-    *,
-    head: str | None = None,
-    dictionary: str | Path | None = None,
-    training_only: Sequence[str] = (),
-    keep_final_proj: bool = False,
-    language: str | None = None,
-    data_config: str | Path | None = None,
-    post_process: str | None = None,
-    ema: bool = False,
-    arch: str = "",
-    normalize: bool | None = None,
-) -> Request:
-    """Read the files that a request names; the arguments are those of `convert.plan`.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """The arguments of `convert.plan`, which explains them, beside the checkpoint. Nothing they name was read."""
 
-    Raises:
-        CheckpointError: one of them cannot be read.
-    """
-    data = read_data_config(Path(data_config)) if data_config else None
-    symbols = from_file(Path(dictionary)) if dictionary else data.dictionary if data else None
-    return Request(
-        head=head or "",
-        dictionary=symbols,
-        training_only=tuple(training_only),
-        keep_final_proj=keep_final_proj,
-        language=language or "",
-        data_config=data,
-        post_process=post_process or "",
-        ema=ema,
-        arch=arch,
-        normalize=normalize,
-    )
+    head: str | None = None
+    dictionary: Name | None = None
+    base: Name | None = None
+    training_only: Sequence[str] = ()
+    keep_final_proj: bool = False
+    language: str | None = None
+    data_config: Name | None = None
+    post_process: str | None = None
+    ema: bool = False
+    arch: str = ""
+    normalize: bool | None = None
+
+    @contextlib.contextmanager
+    def opened(self, checkpoint: Name) -> Iterator[tuple[Checkpoint, Request]]:
+        """Open a checkpoint, wherever it is, and read the files that are named with it.
+
+        Raises:
+            ConvertError: one of them cannot be fetched or read.
+        """
+        dictionary = None if self.dictionary is None else locate(self.dictionary)[0]
+        opening = {"ema": self.ema, "arch": self.arch, "normalize": self.normalize}
+        with open_source(checkpoint, base=self.base, dictionary=dictionary, **opening) as opened:
+            yield opened, replace(self, dictionary=dictionary or dictionary_beside(opened)).request()
+
+    def request(self) -> Request:
+        """Read the files that are named.
+
+        Raises:
+            CheckpointError: one of them cannot be read.
+        """
+        data = read_data_config(Path(self.data_config)) if self.data_config else None
+        symbols = from_file(Path(self.dictionary)) if self.dictionary else data.dictionary if data else None
+        return Request(
+            head=self.head or "",
+            dictionary=symbols,
+            training_only=tuple(self.training_only),
+            keep_final_proj=self.keep_final_proj,
+            language=self.language or "",
+            data_config=data,
+            post_process=self.post_process or "",
+            ema=self.ema,
+            arch=self.arch,
+            normalize=self.normalize,
+        )
 
 
-def request_again(
-    directory: ModelDirectory,
-    opened: Checkpoint,
-    *,
-    dictionary: str | Path | None = None,
-) -> Request:
+def request_again(directory: ModelDirectory, opened: Checkpoint, *, dictionary: Name | None = None) -> Request:
     """Ask for the same as a conversion did.
 
     Args:
@@ -61,15 +76,16 @@ def request_again(
         dictionary: as for `convert.plan`.
     """
     record = directory.record
-    made = make_request(
+    asked = record.asked
+    made = Options(
+        head=asked.head,
         dictionary=dictionary,
         training_only=tuple(record.training_only),
-        **record.asked.opening,
-        head=record.asked.head,
-        keep_final_proj=record.asked.keep_final_proj,
-        language=record.asked.language,
-        post_process=record.asked.post_process,
-    )
+        keep_final_proj=asked.keep_final_proj,
+        language=asked.language,
+        post_process=asked.post_process,
+        **asked.opening,
+    ).request()
     if made.dictionary is None and opened.dictionary is None:
         made = replace(made, dictionary=record.dictionary)
     return replace(made, data_config=directory.data_config)

@@ -150,4 +150,4 @@ def _corrupted(name: str, why: str) -> CheckpointError:
     return CheckpointError(f"{name}: the dictionary inside is damaged: {why}", code="corrupted-dictionary", key=name)
 
 
-_HINT = "pass the dict.*.txt that the model was trained with, or of fairseq2 the tokenizer's .model"
+_HINT = "pass the dict.*.txt that the model was trained with, or its tokenizer's .model"

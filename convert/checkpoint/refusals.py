@@ -25,7 +25,10 @@ _OTHERS = {
         "wav2vec 1.0 or vq-wav2vec, which transformers has no class for",
         "wav2vec 2.0 is another model",
     ),
-    "modality_encoders.": ("data2vec 2.0, which transformers has no class for", "data2vec audio 1.0 converts"),
+    "modality_encoders.": (
+        "a model with an encoder for each modality, which transformers has no class for",
+        "name the checkpoint of a model that hears only",
+    ),
     "encoder.transformer.layers.": ("torchaudio", "name the fairseq checkpoint that torchaudio imported"),
     ".feed_forward.intermediate_dense.": (
         "transformers",
@@ -47,7 +50,8 @@ def ambiguous(path: Path, models: Sequence[tuple[State, str]]) -> CheckpointErro
     """Make the error for a file with several models."""
     places = [state.named(prefix) for state, prefix in models]
     state, prefix = models[0]
-    whole = f'torch.load("{path.name}", weights_only=True)' + "".join(f'["{part}"]' for part in _parts(state))
+    keys = "".join(f"[{part}]" if part.isdigit() else f'["{part}"]' for part in _parts(state))
+    whole = f'torch.load("{path.name}", weights_only=True)' + keys
     one = f'{{k: v for k, v in {whole}.items() if k.startswith("{prefix}")}}' if prefix else whole
     return CheckpointError(
         f"{path.name} holds {len(places)} models: {'; '.join(places)}; nothing was written",
@@ -57,16 +61,19 @@ def ambiguous(path: Path, models: Sequence[tuple[State, str]]) -> CheckpointErro
     )
 
 
-def no_settings(path: Path, state: State, prefix: str) -> CheckpointError:
-    """Make the error for a model without its settings."""
+def no_settings(path: Path, state: State, prefix: str, several: Sequence[str] = ()) -> CheckpointError:
+    """Make the error for a model without its settings; `several`: where settings are of which it is not known whose."""
     what = f"is a pickled module of the class {state.module}, and holds" if state.module else "holds"
+    lacks = "without its settings, such as the number of attention heads, which weights do not show"
+    if several:
+        listed = ", ".join(f"`{where}`" for where in several[:_SOME])
+        lacks = f"and the settings of several models, of which none is said to be this one's: {listed}"
     return CheckpointError(
-        f"{path.name} {what} the weights of a model of fairseq's {state.named(prefix)}, without its settings, such as the number "
-        "of attention heads, which weights do not show; nothing was written",
+        f"{path.name} {what} the weights of a model of fairseq's {state.named(prefix)}, {lacks}; nothing was written",
         code="no-settings",
         key=path.name,
-        hint="the settings are in the pretrained checkpoint that the model was made from, as fairseq's trainer wrote it, "
-        "such as hubert_base_ls960.pt or xlsr2_300m.pt: --base PRETRAINED.pt",
+        hint="any checkpoint of the same architecture that fairseq's trainer wrote has the settings, such as the pretrained one "
+        "that the model was made from (wav2vec_small.pt, xlsr2_300m.pt): --base CHECKPOINT.pt",
     )
 
 
@@ -74,7 +81,7 @@ def no_model(path: Path, value: Any, states: Sequence[State]) -> CheckpointError
     """Make the error for a file in which no model is found."""
     top = value if isinstance(value, dict) else {}
     by = f", written by {writer(top)}," if writer(top) else ""
-    hint = "name a checkpoint of wav2vec 2.0, HuBERT or another speech model of fairseq's"
+    hint = "name a checkpoint of wav2vec 2.0 or another speech model of fairseq's"
     if states:
         state = max(states, key=lambda one: len(one.entries))
         names = [str(name) for name, entry in state.entries.items() if isinstance(entry, StoredTensor)]

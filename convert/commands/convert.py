@@ -26,7 +26,7 @@ from convert.report import error_text, quoted, size
 )
 @source
 @click.argument("out", type=click.Path(path_type=Path))
-@planning
+@planning()
 @click.option("--dtype", default="keep", type=click.Choice(list(package.DTYPES)), show_default=True)
 @click.option(
     "--max-shard-size", default=package.MAX_SHARD_SIZE, show_default=True, help="Largest safetensors file, in bytes."

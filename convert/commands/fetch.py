@@ -17,9 +17,9 @@ from convert.sources import DIRECTORY
 
 @make(
     "fetch",
-    "fairseq-to-hf fetch --list hubert large",
+    "fairseq-to-hf fetch --list wav2vec2 large",
     "fairseq-to-hf fetch wav2vec2-base-960h",
-    "fairseq-to-hf fetch hubert-base-ls960 --directory downloads",
+    "fairseq-to-hf fetch wav2vec2-base --directory downloads",
 )
 @click.argument("words", metavar="NAME", nargs=-1)
 @click.option("--list", "listing", is_flag=True, help="List the catalogue: what it has with all of these WORDS.")

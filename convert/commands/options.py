@@ -2,71 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+
+from convert.families import HEADS
 
 F = TypeVar("F", bound=Callable[..., Any])
 # a path, a name of the catalogue, https://... or hf://USER/REPO/FILE.pt
 source = click.argument("checkpoint", metavar="SOURCE")
 
 
-def planning(function: F) -> F:
-    """Add the options that decide what a conversion does."""
-    options = [
-        click.option(
-            "--head",
-            type=click.Choice(["ctc", "pretraining", "classification", "seq2seq", "encoder"]),
-            help="Default: what the checkpoint is; `encoder` leaves its head out.",
-        ),
-        click.option("--dict", "dictionary", metavar="FILE", help="dict.*.txt, or fairseq2's tokenizer .model."),
-        click.option(
-            "--base",
-            metavar="SOURCE",
-            help="Pretrained checkpoint (of fairseq2: model.yaml), where the settings are only there.",
-        ),
-        click.option(
-            "--arch",
-            default="",
-            metavar="NAME",
-            help="fairseq2's name of the architecture, where no model.yaml is beside.",
-        ),
-        click.option(
-            "--normalize/--no-normalize",
-            default=None,
-            help="Whether waveforms were normalised, where fairseq2's config.yaml is not beside.",
-        ),
-        click.option(
-            "--post-process",
-            metavar="NAME",
-            help="How text is made of the symbols, where the recipe is wrong: letter, sentencepiece, wordpiece, ...",
-        ),
-        click.option("--ema", is_flag=True, help="Take the moving average of the weights that stands beside them."),
-        click.option(
-            "--training-only",
-            multiple=True,
-            metavar="SETTING",
-            help="A setting unknown to this version that acts while training only. If it does not, the model is wrong.",
-        ),
-        click.option(
-            "--keep-final-proj",
-            is_flag=True,
-            help="Keep a pretraining head that the class has no place for, in final_proj.safetensors.",
-        ),
-        click.option(
-            "--lang",
-            "language",
-            metavar="LANG",
-            help="The one language to take of an MMS checkpoint, or to translate into.",
-        ),
-        click.option(
-            "--data-config",
-            type=click.Path(path_type=Path),
-            help="config.yaml of a speech-to-text model, its dictionary and sentencepiece model beside it.",
-        ),
-    ]
-    for option in reversed(options):
-        function = option(function)
-    return function
+_OPTIONS = {
+    "head": click.option(
+        "--head", type=click.Choice(HEADS), help="Default: what the checkpoint is; `encoder` leaves its head out."
+    ),
+    "dictionary": click.option(
+        "--dict", "dictionary", metavar="FILE", help="dict.*.txt, or the tokenizer's .model, where the file has none."
+    ),
+    "base": click.option(
+        "--base",
+        metavar="SOURCE",
+        help="Pretrained checkpoint, or model.yaml, where the settings are only there.",
+    ),
+    "arch": click.option(
+        "--arch",
+        default="",
+        metavar="NAME",
+        help="Registered name of the architecture, of a checkpoint that lacks its model.yaml.",
+    ),
+    "normalize": click.option(
+        "--normalize/--no-normalize",
+        default=None,
+        help="Whether waveforms were normalised, where the settings do not say it.",
+    ),
+    "post_process": click.option(
+        "--post-process",
+        metavar="NAME",
+        help="How text is made of the symbols, where the recipe is wrong: letter, sentencepiece, wordpiece, ...",
+    ),
+    "ema": click.option("--ema", is_flag=True, help="Take the moving average of the weights that stands beside them."),
+    "training_only": click.option(
+        "--training-only",
+        multiple=True,
+        metavar="SETTING",
+        help="A setting unknown to this version that acts while training only. If it does not, the model is wrong.",
+    ),
+    "keep_final_proj": click.option(
+        "--keep-final-proj",
+        is_flag=True,
+        help="Keep a pretraining head that the class has no place for, in final_proj.safetensors.",
+    ),
+    "language": click.option(
+        "--lang", "language", metavar="LANG", help="The one language to take of several, or to write."
+    ),
+    "data_config": click.option(
+        "--data-config",
+        type=click.Path(path_type=Path),
+        help="config.yaml of a speech-to-text model, its dictionary and sentencepiece model beside it.",
+    ),
+}
+
+
+def planning(*without: str, only: Collection[str] = tuple(_OPTIONS)) -> Callable[[F], F]:
+    """Add the options that decide what a conversion does.
+
+    Args:
+        without: those that are left out.
+        only: those that are added.
+    """
+
+    def add(function: F) -> F:
+        for name in reversed([name for name in _OPTIONS if name in only and name not in without]):
+            function = _OPTIONS[name](function)
+        return function
+
+    return add

@@ -19,7 +19,7 @@ from convert.report import fold
     "fairseq-to-hf plan --json checkpoint_best.pt",
 )
 @source
-@planning
+@planning()
 def command(checkpoint: str, **asked: Any) -> Outcome:
     """Show what a conversion would do, or why it is refused.
 

@@ -9,7 +9,7 @@ import click
 
 from convert.cli import Outcome, progress_bar
 from convert.cli import command as make
-from convert.commands.options import source
+from convert.commands.options import planning, source
 from convert.report import library, quoted, size
 
 
@@ -25,19 +25,9 @@ from convert.report import library, quoted, size
 @click.option("--audio", multiple=True, type=click.Path(path_type=Path), help="Your recordings: wav, flac, or folders.")
 @click.option("--dtype", type=click.Choice(["float16", "bfloat16"]), help="Answer for rounded weights too.")
 @click.option("--long/--no-long", default=True, show_default=True, help="30 seconds of speech among the inputs.")
-@click.option(
-    "--lang", "language", metavar="LANG", help="As for convert. Default: all languages are among the answers."
-)
+@click.option("--lang", "language", metavar="LANG", help="The language to answer in, of several. Default: all of them.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing recording, once the new one is made.")
-@click.option("--head", metavar="HEAD", help="As for convert, which refuses the same checkpoints.")
-@click.option("--dict", "dictionary", metavar="FILE", help="As for convert.")
-@click.option("--base", metavar="SOURCE", help="As for convert.")
-@click.option("--ema", is_flag=True, help="As for convert.")
-@click.option("--arch", default="", metavar="NAME", help="As for convert.")
-@click.option("--normalize/--no-normalize", default=None, help="As for convert.")
-@click.option("--training-only", multiple=True, metavar="SETTING", help="As for convert.")
-@click.option("--data-config", type=click.Path(path_type=Path), help="As for convert.")
-@click.option("--post-process", metavar="NAME", help="As for convert.")
+@planning("keep_final_proj", "language")
 def command(checkpoint: str, out: Path, **options: Any) -> Outcome:
     """Run fairseq once and keep its answers, to verify later where fairseq is not installed."""
     from convert.verification import record

@@ -9,7 +9,7 @@ import click
 
 from convert.cli import Outcome, progress_bar
 from convert.cli import command as make
-from convert.commands.options import source
+from convert.commands.options import planning, source
 
 
 @make(
@@ -33,8 +33,7 @@ from convert.commands.options import source
 @click.option(
     "--lang", "languages", multiple=True, help="A language to run, of several; several times. Default: all of them."
 )
-@click.option("--dict", "dictionary", metavar="FILE", help="As for convert.")
-@click.option("--base", metavar="SOURCE", help="As for convert.")
+@planning(only=("dictionary", "base"))
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the differences along the stages into a PNG.")
 def command(checkpoint: str, model_dir: Path, plot: Path | None, **options: Any) -> Outcome:
     """Prove that a model directory is the checkpoint's model.

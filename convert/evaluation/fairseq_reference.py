@@ -10,7 +10,7 @@ from typing import Any
 from convert.directory import ModelDirectory
 from convert.errors import ConvertError
 from convert.loading import quiet
-from convert.request import make_request, request_again
+from convert.request import Options, request_again
 from convert.sources import dictionary_beside, open_source
 from convert.verification.devices import without_tf32
 
@@ -49,7 +49,7 @@ class FairseqReference:
             opened.check_bytes()
             name = opened.path.name
             beside = dictionary_beside(opened)
-            request = request_again(directory, opened) if directory else make_request(dictionary=beside)
+            request = request_again(directory, opened) if directory else Options(dictionary=beside).request()
             taken = language or (directory.record.language if directory else "")
             self.subject, _ = read_subject(opened, replace(request, language=taken))
             if not self.subject.symbols:

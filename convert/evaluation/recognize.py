@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from convert.errors import ConvertError
 from convert.evaluation.data import Utterance
+from convert.families import of_class
 from convert.loading import load, load_model, quiet, trying
 from convert.reading import read_file
 from convert.report import parse_json
@@ -23,7 +24,6 @@ WINDOW = 16  # batches that are sorted by length together, and held in memory
 # Padding changes logits by rounding, some units in the last place. A frame whose two best tokens are closer than
 # this many of them is decided by the utterance alone.
 NEAR_TIE = 1024
-GENERATING = {"SpeechEncoderDecoderModel", "Speech2TextForConditionalGeneration"}
 
 
 def open_recognizer(model_dir: Path, device: str, language: str = "") -> Recognizer:
@@ -51,21 +51,21 @@ def open_recognizer(model_dir: Path, device: str, language: str = "") -> Recogni
         raise ConvertError(message, code="no-vocabulary", hint=hint)
     if language:
         _check_language(model_dir, language)
-    generates = says.get("architectures") in [[name] for name in GENERATING]
+    family = None
+    match says.get("architectures"):
+        case [str() as name]:
+            family = of_class(name)
     with trying(model_dir.name, "transformers cannot use it"):
-        return (Generator if generates else Recognizer)(model_dir, device, language)
+        return (Generator if family and family.generates else Recognizer)(model_dir, device, language)
 
 
 class Recognizer:
     """A CTC model with its processor, evaluated in float32. The arguments are those of `open_recognizer`."""
 
-    loader = "AutoModelForCTC"
     decoding = "greedy CTC"
 
     def __init__(self, model_dir: Path, device: str, language: str = "") -> None:
-        import transformers
-
-        model = load_model(getattr(transformers, self.loader), model_dir)
+        model = load_model(self._class(model_dir), model_dir)
         if language:
             with quiet():
                 model.load_adapter(language, local_files_only=True)
@@ -77,6 +77,11 @@ class Recognizer:
         layered = getattr(self.model.config, "feat_extract_norm", "") == "layer"
         self.may_pad = layered and bool(self.extractor.return_attention_mask)
         self.alone = 0  # utterances that a near tie sent through the model a second time
+
+    def _class(self, model_dir: Path) -> Any:
+        from transformers import AutoModelForCTC
+
+        return AutoModelForCTC
 
     def _processor(self, model_dir: Path, language: str) -> tuple[Any, Any]:
         from transformers import AutoProcessor
@@ -136,12 +141,17 @@ class Recognizer:
 class Generator(Recognizer):
     """A model that generates token by token; each utterance alone, with a beam of one."""
 
-    loader = "AutoModelForSpeechSeq2Seq"
     decoding = "a beam of one"
 
     def __init__(self, model_dir: Path, device: str, language: str = "") -> None:
         super().__init__(model_dir, device, language)
         self.may_pad = False
+
+    def _class(self, model_dir: Path) -> Any:
+        import transformers
+
+        (name,) = load(transformers.AutoConfig, model_dir).architectures
+        return getattr(transformers, name)
 
     def _processor(self, model_dir: Path, language: str) -> tuple[Any, Any]:
         from transformers import AutoFeatureExtractor, AutoTokenizer

@@ -16,19 +16,24 @@ from dataclasses import replace
 from convert.checkpoint import Checkpoint
 from convert.errors import PlanError
 from convert.families.base import Conversion, Family, Request, Sources
+from convert.families.encoder import ANCHORS as ENCODER
 from convert.families.encoder_settings import encoder_settings, origin_of
+from convert.families.interface import Interface, encoder_interface
 from convert.families.planning import unknown_language
 from convert.families.settings import Reader
 from convert.rules import Drop
 
 __all__ = [
+    "ANCHORS",
     "FAMILIES",
     "Conversion",
     "Family",
+    "Interface",
     "Request",
     "architecture_of",
     "describe",
     "family_of",
+    "interface_of",
     "of_class",
     "settings_of",
 ]
@@ -42,8 +47,11 @@ def _found() -> dict[str, Family]:
 
 
 FAMILIES = _found()
+# what shows a model in files of other programs
+ANCHORS = tuple(dict.fromkeys((*ENCODER, *(one for family in FAMILIES.values() for one in family.anchors))))
 # fairseq's name of a model -> (the family that declares it, the kind of checkpoint)
 ARCHITECTURES = {name: (family, kind) for family in FAMILIES.values() for name, kind in family.architectures.items()}
+HEADS = [*sorted({kind.name for _, kind in ARCHITECTURES.values()}), "encoder"]  # what may be asked for of a model
 _REFUSED = {name: reason for family in FAMILIES.values() for name, reason in family.refused.items()}
 
 
@@ -57,22 +65,11 @@ def describe(checkpoint: Checkpoint, request: Request) -> Conversion:
     Raises:
         PlanError: every problem of settings, vocabulary, names and shapes at once.
     """
-    name = architecture_of(checkpoint)
-    if name not in ARCHITECTURES:
-        raise _unsupported(checkpoint, name, ARCHITECTURES)
-    owner, kind = ARCHITECTURES[name]
-    if request.data_config is not None and not kind.data_config:
-        raise PlanError(f"{name} has no config.yaml: leave --data-config out", code="usage", key="--data-config")
-    reader = settings_of(checkpoint)
-    family = family_of(checkpoint, reader)
-    whole = family if owner.encoders else owner
-    outer, task = (
-        Reader(dict(values), dict.fromkeys(values, section), reader.problems)
-        for section, values in ((section, checkpoint.settings[section]) for section in ("model", "task"))
-    )
-    head = request.head or (kind.name if kind.name in whole.classes else "encoder")
-    sources = Sources(checkpoint, request, name, kind, family, head, reader, outer, task)
-    if checkpoint.groups and family.languages is None:
+    sources, whole = _sources(checkpoint, request)
+    if request.data_config is not None and not sources.kind.data_config:
+        detail = f"{sources.name} has no config.yaml: leave --data-config out"
+        raise PlanError(detail, code="usage", key="--data-config")
+    if checkpoint.groups and sources.family.languages is None:
         detail = "the file has adapters of languages, which a model of this layer_type does not use"
         sources.refuse("conflict", "layer_type", detail)
     model = whole.describe(sources)
@@ -81,7 +78,36 @@ def describe(checkpoint: Checkpoint, request: Request) -> Conversion:
     reason = f"does not start with {checkpoint.prefix}, as the model's names do: it belongs to another model"
     # a relic: fairseq's model does not have it, so that the way back leaves it out
     left_out = tuple(Drop(name, reason, relic=True) for name in checkpoint.outside)
+    left_out += tuple(Drop(name, "is not a tensor, and no weight of a model", relic=True) for name in checkpoint.aside)
     return replace(model, left_out=left_out, notes=checkpoint.notes)
+
+
+def interface_of(checkpoint: Checkpoint, request: Request, made: Conversion) -> Interface:
+    """Describe how a model is fed and how its output is read.
+
+    Args:
+        checkpoint, request: as for `describe`.
+        made: what `describe` decided about them.
+    """
+    sources, whole = _sources(checkpoint, request)
+    return (whole.interface or encoder_interface)(sources, made)
+
+
+def _sources(checkpoint: Checkpoint, request: Request) -> tuple[Sources, Family]:
+    """Gather what a conversion is decided from, and find the family that decides."""
+    name = architecture_of(checkpoint)
+    if name not in ARCHITECTURES:
+        raise _unsupported(checkpoint, name, ARCHITECTURES)
+    owner, kind = ARCHITECTURES[name]
+    reader = settings_of(checkpoint)
+    family = family_of(checkpoint, reader)
+    whole = family if owner.encoders else owner
+    outer, task = (
+        Reader(dict(values), dict.fromkeys(values, section), reader.problems)
+        for section, values in ((section, checkpoint.settings[section]) for section in ("model", "task"))
+    )
+    head = request.head or (kind.name if kind.name in whole.classes else "encoder")
+    return Sources(checkpoint, request, name, kind, family, head, reader, outer, task), whole
 
 
 def settings_of(checkpoint: Checkpoint) -> Reader:
@@ -105,11 +131,12 @@ def family_of(checkpoint: Checkpoint, reader: Reader) -> Family:
     Raises:
         PlanError: `unsupported-architecture`.
     """
-    owner, _ = ARCHITECTURES[architecture_of(checkpoint)]
+    architecture = architecture_of(checkpoint)
+    owner, kind = ARCHITECTURES[architecture]
     if not owner.encoders and not owner.inside:
         return owner
     known = {encoder: family for family in owner.inside or FAMILIES.values() for encoder in family.encoders}
-    name = str(reader.values.get("_name") or "")
+    name = str(reader.values.get("_name") or "") or ("" if kind.nested else architecture)
     if not name:
         names = [key.removeprefix("encoder.w2v_model.") for key in checkpoint.tensors]
         name = next(family.encoders[0][0] for family in known.values() if family.knows(names))
@@ -130,6 +157,9 @@ def of_class(name: str, architecture: str = "") -> Family | None:
 def architecture_of(checkpoint: Checkpoint) -> str:
     """Name a checkpoint's architecture; where its settings do not (omegaconf dropped `_name` for a time), by its tensors."""
     named = str(checkpoint.settings["model"].get("_name") or "")
+    named = named or next(
+        (name for name, (_, kind) in ARCHITECTURES.items() if kind.layout and kind.layout == checkpoint.layout), ""
+    )
     if named:
         return named
     for family in FAMILIES.values():

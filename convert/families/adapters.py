@@ -19,7 +19,7 @@ from convert.families.base import Conversion, Language, Part, Shapes, Sidecar, S
 from convert.families.ctc import HEAD as CTC_HEAD
 from convert.families.ctc import Symbols
 from convert.families.encoder import Layout, assemble, encoder_rules, infer_encoder
-from convert.families.planning import describe_encoder, unknown_language
+from convert.families.planning import choose, describe_encoder
 from convert.families.settings import Limit, Reader, Value, only
 from convert.families.tokenizers import Processor, is_plain, vocab
 from convert.rules import Drop, Edit, Fill, Rename, Rule, Table, TensorSpec, Zeros, add_prefix, plan
@@ -43,7 +43,7 @@ NO_ADAPTER = (
 )
 # fmt: on
 _OTHER = "belongs to another language"
-DEFAULT = "eng"  # what `Wav2Vec2ForCTC` says that a model with adapters speaks where nobody asks for another language
+_ALONE = "--lang LANG takes one language alone"
 OWN = "own_adapter.safetensors"
 _NAME = re.compile(r"[\w-]{1,80}", re.ASCII)
 
@@ -206,21 +206,10 @@ def languages_of(checkpoint: Checkpoint, settings: Mapping[str, Any], problems: 
     return {name: Language(name, "", row, checkpoint.dictionary) for row, name in enumerate(names)}
 
 
-def choose(found: Mapping[str, Language], wanted: str, file: str) -> Language:
-    """Choose the language that the weights speak: the one that is asked for, English, or the first of the file.
-
-    Raises:
-        PlanError: `unknown-language`, with the list of those that there are.
-    """
-    if wanted and wanted not in found:
-        raise unknown_language(file, wanted, found)
-    return found.get(wanted or DEFAULT) or next(iter(found.values()))
-
-
 def describe(sources: Sources) -> Conversion:
     """Decide everything about the conversion of a model with adapters, in all languages that it has.
 
-    Where there are several, and none is asked for, the weights are in `DEFAULT` or the first, and a sidecar holds each.
+    Where there are several, and none is asked for, the weights are in English or the first, and a sidecar holds each.
 
     Raises:
         PlanError: every problem of settings, vocabularies, names and shapes at once.
@@ -234,7 +223,7 @@ def describe(sources: Sources) -> Conversion:
     several = len(found) > 1 and not request.language
     if several and request.head == "encoder":
         problems.append(
-            Problem("no-head", "--head", "the languages of a model are told apart by their heads too; see --lang")
+            Problem("no-head", "--head", "the languages of a model are told apart by their heads too", _ALONE)
         )
     model = None
     view = checkpoint if chosen is None else speaking(checkpoint, chosen)
@@ -244,13 +233,13 @@ def describe(sources: Sources) -> Conversion:
     except PlanError as error:
         if error.code != "refused":
             raise
-        problems += error.problems
+        problems += error.reasons
     sidecars: list[Sidecar] = []
     processor = model.processor if model else None
     if several and chosen is not None:
         if checkpoint.settings["model"].get("blank_weight"):
-            why = "it would be a part of every language's head; --lang takes one language alone"
-            problems.append(Problem("unsupported-setting", "blank_weight", why))
+            why = "it would be a part of every language's head"
+            problems.append(Problem("unsupported-setting", "blank_weight", why, _ALONE))
         sidecars = _sidecars(checkpoint, view, found.values(), problems)
         processor = _processor(processor, found, chosen.name, problems) if processor and processor.ids else None
     if problems or model is None or processor is None or chosen is None:
@@ -258,7 +247,6 @@ def describe(sources: Sources) -> Conversion:
             f"{checkpoint.path.name} cannot be converted completely; nothing was written",
             code="refused",
             problems=problems,
-            hint="" if not several else "--lang LANG takes one language alone",
         )
     return replace(
         model,
@@ -292,7 +280,9 @@ def _sidecars(
         if not one.group:
             inventory = _of_language(inventory, one.row)
         if one.dictionary is None:
-            problems.append(Problem("no-dictionary", f"adapter[{one.name}]", "the checkpoint has no dictionary of it"))
+            problems.append(
+                Problem("no-dictionary", f"adapter[{one.name}]", "the checkpoint has no dictionary of it", _ALONE)
+            )
         file = f"adapter.{one.name}.safetensors"
         made += _sidecar(file, one.group, inventory, layout, one.row, problems)
     if any(one.group for one in found):
@@ -322,7 +312,7 @@ def _sidecar(
     try:
         return [Sidecar(file, plan(_language_table(layout, row), inventory), group)]
     except PlanError as error:
-        problems += [Problem(one.code, f"{file}: {one.key}", one.detail) for one in error.problems]
+        problems += [replace(one, key=f"{file}: {one.key}", hint=one.hint or _ALONE) for one in error.problems]
         return []
 
 
@@ -349,7 +339,7 @@ def _processor(made: Processor, found: Mapping[str, Language], chosen: str, prob
                 "only transformers' Wav2Vec2CTCTokenizer has several languages, and it cannot make text as fairseq does"
             )
         if wrong:
-            problems.append(Problem("languages", f"adapter[{one.name}]", wrong))
+            problems.append(Problem("languages", f"adapter[{one.name}]", wrong, _ALONE))
     files = {**made.files, "vocab.json": vocabularies, "tokenizer_config.json": tokenizer | {"target_lang": chosen}}
     files.pop("tokenizer.json", None)
     return replace(made, files=files)

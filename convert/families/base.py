@@ -5,19 +5,41 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from convert.checkpoint import Checkpoint
+from convert.checkpoint import Anchor, Checkpoint
 from convert.checkpoint.data_config import DataConfig
 from convert.checkpoint.dictionary import Dictionary
 from convert.errors import Problem
+from convert.families.damages import Converted, Damage, encoder_damages
 from convert.families.settings import Reader, Settings, Value
 from convert.families.tokenizers import Processor
 from convert.rules import Drop, Edit, Plan, Rename, Table
 
+if TYPE_CHECKING:
+    from convert.families.interface import Interface
+
 Shapes = Mapping[str, tuple[int, ...]]
 KEPT_HEAD = "final_proj.safetensors"  # the file of `--keep-final-proj`
 NO_HEAD = "belongs to the head, and the bare encoder was asked for"
+
+
+def anchor(first: Rename, layer: Rename, inner: str = "", trainer: str = "fairseq") -> Anchor:
+    """Make what shows a model in files of other programs, of two rules.
+
+    Args:
+        first: a rule of a tensor that every model has.
+        layer: a rule of a tensor of its layers.
+        inner: what stands before both in the model.
+        trainer: the project whose trainer writes it.
+
+    Example:
+        >>> first = Rename("conv_layers.{conv}.{p}", "convolutions.{conv}.{p}", "hidden")
+        >>> anchor(first, Rename("layers.{layer}.fc1.bias", "layers.{layer}.fc1.bias", "ffn"), "encoder.").key
+        'encoder.conv_layers.0.weight'
+    """
+    key = first.source.replace("{p}", "weight")
+    return Anchor(f"{inner}{re.sub('{[^}]*}', '0', key)}", inner + layer.source.partition("{")[0], inner, trainer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,9 +235,9 @@ class Sources:
         """What was found wrong so far; one list for all readers."""
         return self.reader.problems
 
-    def refuse(self, code: str, key: str, detail: str) -> None:
-        """Add a reason to refuse the conversion."""
-        self.problems.append(Problem(code, key, detail))
+    def refuse(self, code: str, key: str, detail: str, hint: str = "") -> None:
+        """Add a reason to refuse the conversion, with its remedy where there is one."""
+        self.problems.append(Problem(code, key, detail, hint))
 
 
 def _nothing(sources: Sources) -> list[Any]:
@@ -231,6 +253,7 @@ class Kind:
         rules: the tensors of its head, with complete keys on both sides; none where transformers has no class for it.
         drops: what is left out when the head is; by default what `rules` names.
         mark: a regular expression that is found in a key of such a checkpoint, to name what its settings do not.
+        layout: the layout of settings that such checkpoints alone have, to name what those do not.
         ranks: the number of axes of the tensors that `measure` reads.
         measure: reads the head's geometry off names and shapes.
         state: states it from the settings, given what `measure` read.
@@ -244,12 +267,14 @@ class Kind:
         task: what today's fairseq calls the task of such a checkpoint.
         label_list: whether that task has a list of labels.
         restored: fairseq's name of what the way back makes, where that is another.
+        damages: mistakes in its head that a verification must catch, by name; none for a model without this head.
     """
 
     name: str
     rules: tuple[Rename, ...] = ()
     drops: tuple[Drop, ...] = ()
     mark: str = ""
+    layout: str = ""
     ranks: Mapping[str, int] = field(default_factory=dict)
     measure: Callable[[Shapes], Part] = lambda shapes: Part()
     state: Callable[[Sources, Part], Part] = lambda sources, seen: seen
@@ -263,6 +288,7 @@ class Kind:
     task: str = "audio_pretraining"
     label_list: bool = False
     restored: str = ""
+    damages: Callable[[Converted], Mapping[str, Damage]] = lambda model: {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -326,12 +352,13 @@ class Family:
     """One family of models: everything that is particular to it. Whatever is done for all goes through the registry.
 
     Args:
-        name: the base prefix of transformers' classes, such as `hubert`; what a layout's field `family` says.
+        name: the base prefix of transformers' classes, such as `wav2vec2`; what a layout's field `family` says.
         architectures: fairseq's name of a model -> the kind of checkpoint that it is.
         encoders: what the settings of its encoders say: (`_name`, `layer_type`).
         inside: of models that have an encoder of another family in them: the families that it may be of.
         refused: fairseq's name of a model that is not supported -> the reason.
         mark: a regular expression that is found in a key of this family's checkpoints, and of no other's.
+        anchors: what shows its models in files of other programs, where they have not the encoder that most families share.
         general: whether `mark` is found in other families' checkpoints too, so that they are tried first.
         infer: reads the geometry off names and shapes.
         table: makes the table of (layout, head, edits).
@@ -350,9 +377,12 @@ class Family:
         restoring: what is particular to the way back.
         running: how transformers runs its models.
         from_config: the way back from a directory that transformers itself saved, where there is one.
-        trainer: the project whose trainer writes its checkpoints.
+        trainer: the repository of the project whose trainer writes its checkpoints.
         paper: the arXiv number of what describes it, a key of `convert/publishing/papers.json`.
         splits_masks: whether fairseq cuts the mask of a padded batch into as many equal pieces as there are frames.
+        generates: whether its models write text token by token.
+        damages: mistakes in a converted model that a verification must catch, by name.
+        interface: describes what surrounds a model of (sources, its conversion); by default what surrounds an encoder.
     """
 
     name: str
@@ -361,6 +391,7 @@ class Family:
     inside: tuple[Family, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
     mark: str
+    anchors: tuple[Anchor, ...] = ()
     general: bool = False
     infer: Callable[[Shapes], Any]
     table: Callable[[Any, str, Iterable[Edit]], Table]
@@ -381,9 +412,12 @@ class Family:
     restoring: Restoring = Restoring()
     running: Running = Running()
     from_config: FromConfig | None = None
-    trainer: str = "fairseq"
+    trainer: str = "facebookresearch/fairseq"
     paper: str = ""
     splits_masks: bool = False
+    generates: bool = False
+    damages: Callable[[Converted], Mapping[str, Damage]] = encoder_damages
+    interface: Callable[[Sources, Conversion], Interface] | None = None
 
     def knows(self, names: Iterable[str]) -> bool:
         """Say whether a state_dict may be of this family, by its names alone."""

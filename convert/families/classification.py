@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from convert.families.base import NO_HEAD, Kind, Part, Shapes, Sources
+from convert.families.damages import Absent, Change, Converted, Damages, roll
 from convert.families.settings import Value
 from convert.rules import Drop, Rename
 
@@ -90,6 +91,16 @@ def _values(sources: Sources) -> list[Value]:
     ]
 
 
+def _damages(model: Converted) -> Damages:
+    if "classifier.weight" not in model.weights:
+        return {}
+    several = model.base.config.num_labels > 1
+    return {
+        "a bias of the projector changed": Change("projector.bias", lambda value: value.add_(1.0)),
+        "the classes moved by one": Change("classifier.weight", roll) if several else Absent("the model has one class"),
+    }
+
+
 CLASSIFICATION = Kind(
     name="classification",
     rules=HEAD,
@@ -103,4 +114,5 @@ CLASSIFICATION = Kind(
     text=False,
     task="audio_classification",
     values=_values,
+    damages=_damages,
 )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from convert.families.base import Family, Part, Running, Shapes, Sources
+from convert.families.damages import Change, Configure, Converted, Damages, Exchange, encoder_damages, ones
 from convert.families.encoder import Layout, assemble, encoder_rules, infer_encoder
 from convert.families.encoder_settings import CHOICES, DEFAULTS, SAME
 from convert.families.planning import describe_encoder
@@ -155,6 +156,20 @@ def _values(sources: Sources) -> list[Value]:
     ]
 
 
+def _damages(model: Converted) -> Damages:
+    made = encoder_damages(model, "self_attn.linear_{}", "ffn2", ("pos_bias_u", "inv_freq"))
+    layer = f"{model.prefix}encoder.layers.{model.base.config.num_hidden_layers // 2}."
+    made["a running variance lost"] = Change(f"{layer}conv_module.batch_norm.running_var", ones)
+    made["gelu instead of swish"] = Configure({f"{model.part}hidden_act": "gelu"})
+    frequencies = f"{model.prefix}encoder.embed_positions.inv_freq"
+    if frequencies in model.weights:
+        made["frequencies of the positions reversed"] = Change(frequencies, lambda value: value.copy_(value.flip(0)))
+    else:
+        biases = (f"{layer}self_attn.pos_bias_u", f"{layer}self_attn.pos_bias_v")
+        made["pos_bias_u and pos_bias_v swapped"] = Exchange((biases,))
+    return made
+
+
 def _rounds(config: Any) -> str:
     """Of widths that are no power of 4 the root is no power of 2, and both what is done with it rounds."""
     width = config.hidden_size // config.num_attention_heads
@@ -181,6 +196,7 @@ FAMILY = Family(
     state=_state,
     values=_values,
     paper=WAV2VEC2.paper,
+    damages=_damages,
     # transformers 5 chooses sdpa, which 4 does not have; a positional convolution is there, and neither framework uses it
     running=Running(attention="eager", usual="sdpa", rounds=_rounds, unused=frozenset({"pos_conv"})),
 )

@@ -16,6 +16,7 @@ from convert.errors import PlanError, Problem
 from convert.families.base import Family, Kind, Part, Restoring, Shapes, Sidecar, Sources
 from convert.families.classification import CLASSIFICATION
 from convert.families.ctc import CTC
+from convert.families.damages import Converted, Damages, encoder_damages, pair
 from convert.families.encoder import Layout, assemble, encoder_rules, infer_encoder, kind_of
 from convert.families.encoder_settings import CHOICES, COUNTS, DEFAULTS, FLAGS, READ, SAME, TRAINING_ONLY
 from convert.families.planning import describe_encoder, kept_head
@@ -161,6 +162,11 @@ def _sidecars(sources: Sources) -> list[Sidecar]:
     return kept_head(sources, _head_table)
 
 
+def _damages(model: Converted) -> Damages:
+    one, other = (f"{model.prefix}encoder.pos_conv_embed.layers.{index}.conv" for index in (0, 1))
+    return encoder_damages(model) | {"two positional convolutions exchanged": pair(one, other)}
+
+
 FAMILY = Family(
     name="data2vec_audio",
     architectures={"data2vec_audio": PRETRAINING},
@@ -191,4 +197,5 @@ FAMILY = Family(
         notes=(f"{TEACHER}: the teacher of the pretraining starts anew, as the model itself",),
     ),
     paper="2202.03555",
+    damages=_damages,
 )

@@ -12,7 +12,7 @@ from typing import Any
 
 from convert.checkpoint.dictionary import Dictionary
 from convert.errors import PlanError, Problem
-from convert.families.base import NO_HEAD, Conversion, Family, Kind, Part, Shapes, Sources
+from convert.families.base import NO_HEAD, Conversion, Family, Kind, Part, Shapes, Sources, anchor
 from convert.families.ctc import Symbols
 from convert.families.encoder import Encoder, Layout, count
 from convert.families.planning import classify, finish, prove
@@ -371,7 +371,7 @@ def _layout(sources: Sources) -> Layout[Own] | None:
     try:
         seen = infer({name: spec.shape for name, spec in inventory.items()})
     except PlanError as error:
-        sources.problems.extend(error.problems)
+        sources.problems.extend(error.reasons)
         return None
     layers, hidden, convolutions = (
         reader.get("num_encoder_layers", int),
@@ -431,7 +431,8 @@ def _processor(sources: Sources) -> Processor:
     dictionary = sources.dictionary = sources.checkpoint.dictionary or sources.request.dictionary
     tokenizer = task.values.get("tokenizer")
     if dictionary is None or not isinstance(tokenizer, Mapping):
-        sources.refuse("no-dictionary", "--dict", "no tokenizer (a sentencepiece .model) lies beside the checkpoint")
+        detail = "no tokenizer (a sentencepiece .model) lies beside the checkpoint"
+        sources.refuse("no-dictionary", "--dict", detail, "pass the model's tokenizer: --dict tokenizer.model")
         return Processor({}, {}, "")
     _check_pieces(sources, dictionary, tokenizer)
     vocabulary = vocab(dictionary)
@@ -528,6 +529,7 @@ FAMILY = Family(
     name="fairseq2",
     architectures={"fairseq2.wav2vec2": PRETRAINING, "fairseq2.wav2vec2_asr": CTC},
     mark=r"^encoder_frontend\.",
+    anchors=(anchor(FRONTEND[0], LAYERS[0], trainer="fairseq2"),),
     infer=infer,
     table=table,
     describe=describe,
@@ -538,5 +540,5 @@ FAMILY = Family(
     convolutions=_convolutions,
     restores=False,
     pads=False,
-    trainer="fairseq2",
+    trainer="facebookresearch/fairseq2",
 )

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from convert.families.base import KEPT_HEAD, Family, Kind, Part, Shapes, Sidecar, Sources
 from convert.families.classification import CLASSIFICATION
 from convert.families.ctc import CTC as WAV2VEC_CTC
+from convert.families.damages import Change, Converted, Damages, encoder_damages, ones
 from convert.families.encoder import Layout, assemble, encoder_rules, infer_encoder, kind_of
 from convert.families.encoder_settings import CHOICES, COUNTS, DEFAULTS, FLAGS, READ, SAME, TRAINING_ONLY
 from convert.families.planning import describe_encoder, kept_head
@@ -205,6 +206,14 @@ def _sidecars(sources: Sources) -> list[Sidecar]:
     return kept_head(sources, _head_table)
 
 
+def _damages(model: Converted) -> Damages:
+    made = encoder_damages(model)
+    variance = f"{model.prefix}encoder.pos_conv_embed.batch_norm.running_var"
+    if variance in model.weights:
+        made["running_var of the positional convolution lost"] = Change(variance, ones)
+    return made
+
+
 FAMILY = Family(
     name="hubert",
     architectures={"hubert_ctc": CTC, "contentvec": CONTENTVEC, "hubert": PRETRAINING},
@@ -231,4 +240,5 @@ FAMILY = Family(
     sidecars=_sidecars,
     paper="2106.07447",
     splits_masks=True,
+    damages=_damages,
 )

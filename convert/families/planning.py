@@ -8,8 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from convert.checkpoint.dictionary import Dictionary
-from convert.errors import PlanError, Problem
-from convert.families.base import KEPT_HEAD, Conversion, Sidecar, Sources
+from convert.errors import PlanError
+from convert.families.base import KEPT_HEAD, Conversion, Language, Sidecar, Sources
 from convert.families.encoder import PREFIXES, Encoder, Layout
 from convert.families.encoder_settings import FINE_TUNING, encoder_config
 from convert.families.settings import Settings, Value
@@ -17,6 +17,7 @@ from convert.families.tokenizers import Processor, make_processor
 from convert.rules import Edit, Plan, Table, TensorSpec, plan
 from convert.transfer import not_repeated
 
+DEFAULT = "eng"  # the language of a `Wav2Vec2ForCTC` with adapters, where nobody asks for another
 _MADE = 16_000_000  # bytes that rules may make for a small file
 
 
@@ -79,7 +80,6 @@ def finish(
             f"{sources.checkpoint.path.name} cannot be converted completely; nothing was written",
             code="refused",
             problems=sources.problems,
-            hint=_hint(sources.problems),
         )
     dtype = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}.get(_dtype(proved), "float32")
     fixed = {"architectures": [target], "model_type": model_type or sources.family.model_type, "torch_dtype": dtype}
@@ -122,7 +122,8 @@ def classify(sources: Sources, fields: Settings) -> dict[str, Any]:
         elif name not in known and not flat and name != "w2v_args":
             if value:
                 detail = f"{origin} = {str(value)[:60]!r}: no rule says what it does to the model"
-                sources.refuse("unknown-setting", name, detail)
+                hint = "if a setting acts while training only, say so: --training-only NAME"
+                sources.refuse("unknown-setting", name, detail, hint)
             else:
                 training_only[name] = value
     for limit in fields.limits:
@@ -136,12 +137,17 @@ def classify(sources: Sources, fields: Settings) -> dict[str, Any]:
 def encoder_layout(sources: Sources) -> Layout[Any] | None:
     """State the geometry from the settings; what only tensors tell (weight norm removed, rows of the head) from them."""
     reader, checkpoint, family = sources.reader, sources.checkpoint, sources.family
+    shapes = {name: spec.shape for name, spec in checkpoint.inventory.items()}
     try:
-        seen: Layout[Any] = family.infer({name: spec.shape for name, spec in checkpoint.inventory.items()})
+        seen: Layout[Any] = family.infer(shapes)
     except PlanError as error:
-        sources.problems.extend(error.problems)
+        sources.problems.extend(error.reasons)
         return None
     stated = sources.kind.name if sources.kind.name in PREFIXES else ""
+    if (
+        seen.kind != stated and seen.prefix == PREFIXES[stated]
+    ):  # a head that is not there, or another one: the plan names it
+        seen = replace(seen, kind=stated, head=sources.kind.measure(shapes))
     if seen.kind != stated:
         found = f"a {seen.kind} model" if seen.kind else "a model with a decoder"
         sources.refuse("conflict", "_name", f"the settings say {sources.kind.name}, the tensors are those of {found}")
@@ -198,19 +204,20 @@ def read_dictionary(sources: Sources, rows_of: str) -> Dictionary | None:
         rows_of: the tensor that has one row for each symbol.
     """
     inside, given = sources.checkpoint.dictionary, sources.request.dictionary
+    hint = "" if sources.kind.data_config else "pass the dictionary the model was trained with: --dict dict.ltr.txt"
     given = given.labels if given and not sources.kind.text else given
     if inside and given and inside.symbols != given.symbols:
         detail = f"the checkpoint's has {len(inside)} symbols, the file's {len(given)}"
         first = next((i for i, (a, b) in enumerate(zip(inside.symbols, given.symbols, strict=False)) if a != b), None)
         detail += f"; they first differ at {first}" if first is not None else ""
-        sources.refuse("dictionary-conflict", "--dict", detail)
+        sources.refuse("dictionary-conflict", "--dict", detail, hint)
     dictionary = inside or given
     rows = sources.checkpoint.inventory.get(rows_of)
     if dictionary is None and sources.head != "encoder":
-        sources.refuse("no-dictionary", "--dict", "the checkpoint carries no dictionary (before February 2021)")
+        sources.refuse("no-dictionary", "--dict", "the checkpoint carries no dictionary (before February 2021)", hint)
     elif dictionary and rows and rows.shape[:1] != (len(dictionary),):
         detail = f"has {len(dictionary)} symbols, the model's head {math.prod(rows.shape[:1])} rows"
-        sources.refuse("dictionary-size", "dictionary", detail)
+        sources.refuse("dictionary-size", "dictionary", detail, hint)
     return dictionary
 
 
@@ -232,11 +239,36 @@ def prove(
                 inventory[name] = TensorSpec(name, ())
         proved = None if made is None or _too_much(sources, made) else plan(made, inventory)
     except PlanError as error:
-        sources.problems.extend(error.problems)
+        reasons = error.reasons
+        missing = all(problem.code == "dead-rule" for problem in (*sources.problems, *reasons))
+        if layout is not None and missing and _without_head(layout, inventory, table or sources.family.table):
+            hint = "everything but the head is there: --head encoder converts the model without it"
+            reasons = tuple(replace(problem, hint=hint) for problem in reasons)
+        sources.problems.extend(reasons)
         return None
     if proved is not None:
         sources.problems.extend(not_repeated(checkpoint.container, proved, checkpoint.tensors))
     return proved
+
+
+def _without_head(layout: Any, inventory: Mapping[str, TensorSpec], table: Callable[..., Table]) -> bool:
+    """Say whether all tensors have a place once the head is left out."""
+    try:
+        plan(table(layout, "encoder", ()), inventory)
+    except PlanError:
+        return False
+    return True
+
+
+def choose(found: Mapping[str, Language], wanted: str, file: str) -> Language:
+    """Choose the language of the weights: the one that is asked for, English, or the first of the file.
+
+    Raises:
+        PlanError: `unknown-language`, with the list of those that there are.
+    """
+    if wanted and wanted not in found:
+        raise unknown_language(file, wanted, found)
+    return found.get(wanted or DEFAULT) or next(iter(found.values()))
 
 
 def unknown_language(file: str, wanted: str, known: Iterable[str]) -> PlanError:
@@ -259,17 +291,6 @@ def _too_much(sources: Sources, made: Table) -> bool:
     detail = f"the settings ask for {made.shapes[largest]} numbers that the file does not hold"
     sources.refuse("size-bomb", largest, detail)
     return True
-
-
-def _hint(problems: Sequence[Problem]) -> str:
-    codes = {problem.code for problem in problems}
-    if "no-data-config" in codes:
-        return "pass the config.yaml of the model's data, its dictionary and its sentencepiece model beside it: --data-config config.yaml"
-    if codes & {"no-dictionary", "dictionary-size", "dictionary-conflict"}:
-        return "pass the dictionary the model was trained with: --dict dict.ltr.txt"
-    if "unknown-setting" in codes:
-        return "if a setting acts while training only, say so: --training-only NAME"
-    return ""
 
 
 def _dtype(proved: Plan) -> str:

@@ -15,12 +15,14 @@ from typing import Any
 from convert.errors import PlanError, Problem
 from convert.families import hubert, wav2vec2
 from convert.families.base import Conversion, Family, Kind, Running, Shapes, Sources
+from convert.families.damages import Absent, Change, Configure, Converted, Damages, Generate, blocks, pair, roll
 from convert.families.encoder import Layout as EncoderLayout
 from convert.families.encoder import count
 from convert.families.encoder_settings import encoder_config
+from convert.families.interface import Interface, encoder_interface
 from convert.families.planning import classify, encoder_layout, finish, prove, read_dictionary
 from convert.families.settings import MISSING, Limit, Settings, Value, off
-from convert.families.tokenizers import Processor, make_processor, make_sequence_processor
+from convert.families.tokenizers import Processor, make_processor, make_sequence_processor, sequence_decoding
 from convert.rules import Drop, Edit, Fill, Rename, Rule, Sinusoids, Table
 
 NAME = "seq2seq"
@@ -339,6 +341,8 @@ def _layout(sources: Sources) -> Layout | None:
         return None
     if encoder is None:
         return None
+    embeddings = sources.checkpoint.inventory.get("decoder.embed_tokens.weight")
+    rows = (embeddings.shape if embeddings else ()) or (0,)
     return Layout(
         family=NAME,
         encoder=encoder,
@@ -350,8 +354,41 @@ def _layout(sources: Sources) -> Layout | None:
         learned=outer.get("decoder_learned_pos", bool, False),
         pre_norm=outer.get("decoder_normalize_before", bool, False),
         shared=outer.get("share_decoder_input_output_embed", bool, False),
-        vocab=len(sources.dictionary or ()),
+        vocab=len(sources.dictionary or ()) or rows[0],
     )
+
+
+def _damages(model: Converted) -> Damages:
+    encoder = next(family for family in ENCODERS if family.model_type == model.base.config.model_type)
+    config, decoder = model.model.config.decoder, "decoder.model.decoder."
+    last, heads = config.decoder_layers - 1, config.decoder_attention_heads
+    attention, wrong = f"{decoder}layers.{last}.encoder_attn.", heads // 2 if heads % 2 == 0 else 1
+    generation = model.model.generation_config
+    suppressed = [index for index in range(config.vocab_size) if index != generation.eos_token_id]
+    return {
+        **encoder.damages(model),
+        f"q and k of the cross-attention in the decoder's layer {last} swapped": pair(
+            f"{attention}q_proj", f"{attention}k_proj"
+        ),
+        f"the decoder's layers 0 and {last} exchanged": blocks(model.weights, f"{decoder}layers.", last)
+        if last
+        else Absent("the decoder has one layer"),
+        "the decoder's positions moved by one": Change(f"{decoder}embed_positions.weight", roll),
+        "the decoder's embeddings not scaled": Configure({"decoder.scale_embedding": False}),
+        "nothing but the end of the text generated": Generate({"min_new_tokens": None, "suppress_tokens": suppressed}),
+        f"{wrong} attention heads in the decoder instead of {heads}": Configure(
+            {"decoder.decoder_attention_heads": wrong}
+        )
+        if heads > 1
+        else Absent("the decoder has one attention head"),
+    }
+
+
+def _interface(sources: Sources, made: Conversion) -> Interface:
+    """Describe the same as of an encoder; a decoder has no blank."""
+    around = encoder_interface(sources, made)
+    decoding = sequence_decoding(around.symbols, sources.task.values, sources.request.post_process)
+    return replace(around, blank=-1, post_process=decoding)
 
 
 FAMILY = Family(
@@ -365,6 +402,9 @@ FAMILY = Family(
     model_type="speech-encoder-decoder",
     classes={NAME: CLASS},
     settings=SETTINGS,
+    generates=True,
+    damages=_damages,
+    interface=_interface,
     running=Running(
         attention={"encoder": "sdpa", "decoder": "eager"},  # TrOCR has no other
         rounds=lambda config: "fairseq's attention multiplies in another order than the decoders of transformers",

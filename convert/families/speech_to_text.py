@@ -17,9 +17,11 @@ from convert.checkpoint.dictionary import SPECIAL, Dictionary
 from convert.checkpoint.sentencepiece import pieces
 from convert.checkpoint.writer import NewNamespace
 from convert.errors import PlanError, Problem
-from convert.families.base import Conversion, Family, Kind, Restoring, Running, Shapes, Sources
+from convert.families.base import Conversion, Family, Kind, Restoring, Running, Shapes, Sources, anchor
+from convert.families.damages import Absent, Change, Configure, Converted, Damages, blocks, fewer, ones, pair, roll
 from convert.families.encoder import count
 from convert.families.encoder_settings import ACTIVATIONS
+from convert.families.interface import Interface
 from convert.families.planning import classify, finish, prove, read_dictionary
 from convert.families.settings import MISSING, Limit, Reader, Settings, Value, off, only
 from convert.families.tokenizers import SUBWORDS, Processor
@@ -277,9 +279,9 @@ def describe(sources: Sources) -> Conversion:
     training_only = classify(sources, SETTINGS)
     config = _config(sources)
     if request.data_config is None:
-        sources.refuse(
-            "no-data-config", "--data-config", "the checkpoint carries no dictionary, and no sentencepiece model"
-        )
+        detail = "the checkpoint carries no dictionary, and no sentencepiece model"
+        hint = "pass the config.yaml of the model's data, its dictionary and its sentencepiece model beside it: "
+        sources.refuse("no-data-config", "--data-config", detail, hint + "--data-config config.yaml")
     sources.dictionary = read_dictionary(sources, EMBEDDINGS)
     processor = _processor(sources)
     config.append(Value("vocab_size", len(sources.dictionary or ()), "dictionary"))
@@ -526,6 +528,52 @@ def _arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {"args": NewNamespace(model | named), "cfg": None}
 
 
+def _interface(sources: Sources, made: Conversion) -> Interface:
+    """Windows of 25 ms every 10 ms, then convolutions that halve the frames; the beam that the checkpoint states."""
+    symbols = made.dictionary.symbols if made.dictionary else ()
+    generation = made.processor.files["generation_config.json"]
+    return Interface(
+        symbols=symbols,
+        special=tuple(i for i, symbol in enumerate(symbols) if symbol in SPECIAL or LANGUAGE.fullmatch(symbol)),
+        blank=-1,
+        post_process="sentencepiece",
+        rate=16000,
+        normalize=False,
+        convolutions=((400, 160), *((1, 2) for _ in _kernels(sources))),
+        beam=generation.get("num_beams", 1),
+        length_penalty=generation.get("length_penalty", 1.0),
+    )
+
+
+def _damages(model: Converted) -> Damages:
+    config = model.model.config
+    last, end = config.encoder_layers - 1, config.decoder_layers - 1
+    attention, activation = f"model.decoder.layers.{end}.encoder_attn.", config.activation_function
+    made: Damages = {
+        f"q and k of the cross-attention of decoder layer {end} swapped": pair(
+            f"{attention}q_proj", f"{attention}k_proj"
+        ),
+        "the convolutions' gates exchanged": Change(
+            "model.encoder.conv.conv_layers.0.weight", lambda value: roll(value, by=len(value) // 2)
+        ),
+        "the embeddings moved by one symbol": Change("model.decoder.embed_tokens.weight", roll),
+        "the final norm of the decoder lost": Change("model.decoder.layer_norm.weight", ones),
+        "the other scale of embeddings": Configure({"scale_embedding": not config.scale_embedding}),
+        "the other activation": Configure({"activation_function": "relu" if activation == "gelu" else "gelu"}),
+        f"layers 0 and {last} of the encoder exchanged": blocks(model.weights, "model.encoder.layers.", last)
+        if last
+        else Absent("the encoder has one layer"),
+    }
+    for side in ("encoder", "decoder"):
+        heads = getattr(config, f"{side}_attention_heads")
+        wrong = fewer(heads)
+        changed, absent = Configure({f"{side}_attention_heads": wrong}), f"{wrong} does not divide {config.d_model}"
+        made[f"{wrong} attention heads of the {side} instead of {heads}"] = (
+            Absent(absent) if config.d_model % wrong else changed
+        )
+    return made
+
+
 def _rounds(config: Any) -> str:
     """Without fairseq's order of sums in attention, the last bits are others."""
     own = "this transformers takes no other attention than its own, which multiplies in another order"
@@ -536,6 +584,7 @@ FAMILY = Family(
     name=NAME,
     architectures=dict.fromkeys(ARCHITECTURES, KIND),
     mark=r"^encoder\.subsample\.conv_layers\.",
+    anchors=(anchor(CONVOLUTIONS[0], ENCODER[0]),),
     infer=infer,
     table=table,
     describe=describe,
@@ -547,5 +596,8 @@ FAMILY = Family(
         notes=("fairseq also needs the config.yaml of the data, and beside it the files that it names",),
     ),
     paper="2010.05171",
+    generates=True,
+    damages=_damages,
+    interface=_interface,
     running=Running(attention="fairseq", usual="eager", rounds=_rounds),
 )

@@ -244,7 +244,7 @@ def mark_of(symbols: Sequence[str]) -> str:
 
 
 def labels_of(task: Mapping[str, Any]) -> str:
-    """Name the kind of labels, such as `ltr`; HuBERT's task has a list of one, and an old Namespace its text.
+    """Name the kind of labels, such as `ltr`; some tasks have a list of one, and an old Namespace its text.
 
     Example:
         >>> labels_of({"labels": "phn"}), labels_of({"labels": ["phn"]}), labels_of({"labels": "['phn']"})

@@ -9,6 +9,7 @@ from typing import Any
 from convert.families.base import NO_HEAD, Family, FromConfig, Kind, Part, Shapes, Sources
 from convert.families.classification import CLASSIFICATION
 from convert.families.ctc import CTC, Symbols
+from convert.families.damages import Change, Converted, Damages, roll
 from convert.families.encoder import PREFIXES, Encoder, Layout, assemble, encoder_rules, infer_encoder
 from convert.families.encoder_settings import (
     ACTIVATIONS,
@@ -90,6 +91,15 @@ def _state(sources: Sources, seen: Part) -> Quantizer:
     return Quantizer(codes, codevector // count, codevector, final)
 
 
+def _damages(model: Converted) -> Damages:
+    if "quantizer.codevectors" not in model.weights:
+        return {}
+    return {
+        "the codebook moved by one entry": Change("quantizer.codevectors", lambda value: roll(value, dims=1)),
+        "a bias of project_hid changed": Change("project_hid.bias", lambda value: value.add_(1.0)),
+    }
+
+
 PRETRAINING = Kind(
     name="pretraining",
     rules=HEAD,
@@ -98,6 +108,7 @@ PRETRAINING = Kind(
     ranks={"quantizer.vars": 3, "project_q.weight": 2, "final_proj.bias": 1},
     measure=_measure,
     state=_state,
+    damages=_damages,
 )
 KINDS = {kind.name: kind for kind in (CTC, CLASSIFICATION, PRETRAINING)}
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from convert.families.base import Family, Kind, Part, Restoring, Running, Shapes, Sources
+from convert.families.damages import Change, Configure, Converted, Damages, encoder_damages
 from convert.families.encoder import LAYERS, Layout, assemble, encoder_rules, infer_encoder
 from convert.families.encoder_settings import CHOICES, COUNTS, DEFAULTS, FLAGS, READ, SAME, TRAINING_ONLY
 from convert.families.planning import describe_encoder
@@ -42,7 +43,8 @@ class Positions(Part):
         return {"heads": self.heads, "head": self.head, "buckets": self.buckets}
 
 
-PRETRAINING = Kind("pretraining")
+MARK = r"\.self_attn\.grep_(a|linear\.)"
+PRETRAINING = Kind("pretraining", mark=MARK, layout="unilm")
 KINDS = {"pretraining": PRETRAINING}
 
 _ALWAYS = "every layer of WavLMModel has gated relative positions"
@@ -91,11 +93,20 @@ def _settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {"cfg": {key: value for key, value in settings["model"].items() if key != "_name"}}
 
 
+def _damages(model: Converted) -> Damages:
+    config = model.base.config
+    gate = f"{model.prefix}encoder.layers.{config.num_hidden_layers // 2}.attention.gru_rel_pos_const"
+    return encoder_damages(model, shaped=("rel_attn_embed.weight",)) | {
+        "the gate of the positions lost": Change(gate, lambda value: value.zero_()),
+        "half as far in the same buckets": Configure({"max_bucket_distance": config.max_bucket_distance // 2}),
+    }
+
+
 FAMILY = Family(
     name="wavlm",
     architectures={"wavlm": PRETRAINING},
     encoders=(("wavlm", "transformer"),),
-    mark=r"\.self_attn\.grep_(a|linear\.)",
+    mark=MARK,
     infer=infer,
     table=table,
     describe=describe_encoder,
@@ -106,8 +117,9 @@ FAMILY = Family(
     pads=False,
     state=_state,
     restoring=Restoring(settings=_settings, bare=True),
-    trainer="unilm",
+    trainer="microsoft/unilm",
     paper="2110.13900",
     splits_masks=True,
+    damages=_damages,
     running=Running(attention="eager"),
 )

@@ -108,9 +108,14 @@ class Facts:
         return of_class(self.class_name, self.record.architecture.fairseq)
 
     @property
+    def project(self) -> str:
+        """The repository of the project whose trainer wrote the checkpoint."""
+        return self.family.trainer if self.family else "facebookresearch/fairseq"
+
+    @property
     def trainer(self) -> str:
-        """The project whose trainer wrote the checkpoint."""
-        return self.family.trainer if self.family else "fairseq"
+        """The name of that project."""
+        return self.project.rpartition("/")[2]
 
     @property
     def output(self) -> str:

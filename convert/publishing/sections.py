@@ -36,8 +36,6 @@ _SETTINGS = (
     ("task", "labels"),
     ("criterion", "_name"),
 )
-_PROJECTS = (("facebookresearch", "fairseq"), ("facebookresearch", "fairseq2"), ("microsoft", "unilm"))
-_TRAINERS = {name: f"https://github.com/{owner}/{name}" for owner, name in _PROJECTS}
 
 
 def body(facts: Facts, level: int) -> str:
@@ -103,7 +101,7 @@ def _source(facts: Facts) -> str:
             f"- Settings{kept}: from {name}sha256 {code(record.base.sha256)}; the checkpoint has none. "
             "The geometry was held against the tensors' shapes, which do not show the number of attention heads and the strides"
         )
-    trainer = f"[{facts.trainer}]({_TRAINERS[facts.trainer]})"
+    trainer = f"[{facts.trainer}](https://github.com/{facts.project})"
     lines.append(f"- Trained with {trainer}; converted by {facts.tool}: {code(_command(facts))}")
     groups: dict[str, Sequence[Dropped | Filled | Edited]] = {
         "Left out": record.drops,

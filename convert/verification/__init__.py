@@ -178,16 +178,26 @@ def record(
     Example:
         >>> record("checkpoint_best.pt", "reference.safetensors")  # doctest: +SKIP
     """
-    from convert.package import opened_for
+    from convert.request import Options
     from convert.verification.make import make_recording
     from convert.verification.subject import HALVES
 
     check_file(Path(out), overwrite)
     if dtype and dtype not in HALVES:
         raise ConvertError(f"{dtype!r} is neither float16 nor bfloat16", code="usage", key="--dtype")
-    asked = {"head": head, "dictionary": dictionary, "training_only": training_only}
-    asked |= {"language": language, "data_config": data_config, "post_process": post_process}
-    with opened_for(checkpoint, base, asked, {"ema": ema, "arch": arch, "normalize": normalize}) as (opened, request):
+    options = Options(
+        head=head,
+        dictionary=dictionary,
+        base=base,
+        training_only=training_only,
+        language=language,
+        data_config=data_config,
+        post_process=post_process,
+        ema=ema,
+        arch=arch,
+        normalize=normalize,
+    )
+    with options.opened(checkpoint) as (opened, request):
         return make_recording(
             opened,
             Path(out),

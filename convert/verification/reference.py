@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from convert.audio import Waveform
 from convert.errors import ConvertError
+from convert.families import Interface
 from convert.files import create, scratch_directory
 from convert.loading import quiet
 from convert.verification import fairseq_side
@@ -26,40 +27,19 @@ if TYPE_CHECKING:
 HINT = "install fairseq here, or name an interpreter that has it with --fairseq-python, or a recording with --reference"
 
 
-@dataclass(frozen=True, slots=True)
-class Subject:
-    """What the reference is asked about: the checkpoint, and what decides how its model is built and its output read.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject(Interface):
+    """What the reference is asked about: a checkpoint, and how its model is built, fed and read.
 
     Args:
         name, size, sha256: of the file.
         handed: settings, and where the tensors are; see `convert.verification.handed.handed`.
-        symbols: fairseq's dictionary; empty without one.
-        special: ids of its special symbols.
-        blank: the id of CTC's blank; -1 for a model with a decoder, which has none.
-        post_process: how fairseq makes text of symbols.
-        rate: samples a second.
-        normalize: whether waveforms are normalised.
-        language: what a model with adapters speaks, if it has a name.
-        languages: all that the model directory speaks, where there are several: their symbols, and their index among the
-            stacked adapters.
-        beam: how many texts a decoder follows, where the checkpoint says so; 1 where it does not.
-        length_penalty: the power of its length that the score of a text is divided by.
     """
 
     name: str
     size: int
     sha256: str
     handed: Mapping[str, Any]
-    symbols: tuple[str, ...]
-    special: tuple[int, ...]
-    blank: int
-    post_process: str
-    rate: int
-    normalize: bool
-    language: str = ""
-    languages: Mapping[str, tuple[tuple[str, ...], int]] = field(default_factory=dict)
-    beam: int = 1
-    length_penalty: float = 1.0
 
     def speaking(self, language: str) -> Subject:
         """Return the same with another language."""

@@ -17,7 +17,7 @@ import hubert_models
 import pytest
 import torch
 from command_line import Ran
-from fairseq_models import REFUSED, save
+from fairseq_models import REFUSED, VARIANTS, build, save, settings, write
 from safetensors.torch import save as safetensors_bytes
 from torch_files import entries, read
 
@@ -25,12 +25,12 @@ import convert
 from convert.errors import ConvertError
 from convert.inspection import inspect
 
-ANOTHER = "name a checkpoint of wav2vec 2.0, HuBERT or another speech model of fairseq's"
+ANOTHER = "name a checkpoint of wav2vec 2.0 or another speech model of fairseq's"
 A_CHECKPOINT = "name a checkpoint, such as checkpoint_best.pt"
 UNPACK = "unpack it, and name the checkpoint inside"
 THE_BASE = (
-    "the settings are in the pretrained checkpoint that the model was made from, as fairseq's trainer wrote it, such as "
-    "hubert_base_ls960.pt or xlsr2_300m.pt: --base PRETRAINED.pt"
+    "any checkpoint of the same architecture that fairseq's trainer wrote has the settings, such as the pretrained one that "
+    "the model was made from (wav2vec_small.pt, xlsr2_300m.pt): --base CHECKPOINT.pt"
 )
 
 
@@ -221,7 +221,8 @@ def test_model_without_settings(
 def test_model_with_everything(kind: str, hubert: tuple[Path, torch.nn.Module], tmp_path: Path) -> None:
     held_models.COMPLETE[kind](read(hubert[0]), hubert[1], tmp_path / "x.pt")
     found = inspect(tmp_path / "x.pt")
-    assert found["conversion"] == {"ok": True, "class": "HubertModel", "head": "encoder", "notes": []}
+    notes = ["settings from `hyper_parameters.upstream.config` in the file"] if kind == "settings_elsewhere" else []
+    assert found["conversion"] == {"ok": True, "class": "HubertModel", "head": "encoder", "notes": notes}
     assert found["architecture"] == "hubert" and len(found["pretraining_dictionaries"]) == 1
 
 
@@ -329,3 +330,23 @@ def test_four_gigabytes_take_no_time(tmp_path: Path, hubert: tuple[Path, torch.n
 
 def test_json_is_plain_data(hubert: tuple[Path, torch.nn.Module]) -> None:
     json.dumps(inspect(hubert[0]))
+
+
+def test_each_reason_keeps_its_remedy(command: Callable[..., Ran], tmp_path: Path) -> None:
+    """Two reasons from two places, one of them found while the plan of the tensors is made."""
+    plain = settings(VARIANTS["ctc_base"])
+    plain["model"]["w2v_args"]["model"]["unheard_of"] = 3
+    write(tmp_path / "x.pt", build("ctc_base"), plain, {})
+    known = "if a setting acts while training only, say so: --training-only NAME"
+    letters = "pass the dictionary the model was trained with: --dict dict.ltr.txt"
+    for name, status in (("inspect", 0), ("plan", 1), ("convert", 1)):
+        done = command(name, "x.pt", *(["out"] if name == "convert" else []))
+        assert done.status == status
+        assert f"hint: {letters}; {known}\n" in done.text + done.error
+        answer = done.data["conversion"] if name == "inspect" else done.data
+        assert {problem["code"]: problem["hint"] for problem in answer["problems"]} == {
+            "no-dictionary": letters,
+            "unknown-setting": known,
+        }
+    done = command("plan", "x.pt", "--head", "classification")
+    assert "no-head" in done.error and "--head ctc or --head encoder" in done.error

@@ -13,7 +13,7 @@ from fairseq_models import save
 
 from convert.checkpoint import open_checkpoint
 from convert.package import convert
-from convert.request import make_request
+from convert.request import Options
 from convert.verification import inputs, make, run
 from convert.verification.compare import Answer
 from convert.verification.inputs import Cut, Geometry, Probe
@@ -37,7 +37,7 @@ def converted(
 def subject_of(checkpoint: Path, **asked: Any) -> tuple[Subject, Geometry]:
     """What a reference has to know of a checkpoint, that is asked for as in `convert.plan`."""
     with open_checkpoint(checkpoint) as opened:
-        return read_subject(opened, make_request(**asked))
+        return read_subject(opened, Options(**asked).request())
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from fairseq_models import VARIANTS, build, save
 from verify_models import converted, edit, short_inputs, subject_of
 
 from convert.errors import ConvertError
+from convert.families.damages import Change, Damage
 from convert.package import convert
 from convert.verification import fairseq_side, inputs, record, verify
 from convert.verification.fairseq_side.importing import hashable_dataclasses, numpy_aliases
@@ -322,11 +323,14 @@ def test_a_control_that_is_not_put_back_is_seen(large: Any, monkeypatch: pytest.
     import contextlib
 
     @contextlib.contextmanager
-    def careless(target: Target) -> Iterator[Target]:
-        target.weights["wav2vec2.encoder.layer_norm.bias"].add_(1.0)
+    def careless(target: Target, damage: Damage) -> Iterator[Target]:
+        assert isinstance(damage, Change)
+        damage.how(target.weights[damage.tensor])
         yield target
 
-    monkeypatch.setattr("convert.verification.controls._damages", lambda *_: {"never put back": careless})
+    never = Change("wav2vec2.encoder.layer_norm.bias", lambda value: value.add_(1.0))
+    monkeypatch.setattr("convert.verification.controls._damages", lambda *_: {"never put back": never})
+    monkeypatch.setattr("convert.verification.controls.damaged", careless)
     done = verify(*large, devices=["cpu"], write=False)
     assert "the undamaged model again, after all of them" in {problem.key for problem in done.problems}
 

@@ -29,10 +29,11 @@ class AdaptedReference(Reference):
         self.request = dict(self.request, symbols=group["symbols"])
         self.dictionary = None
         rows, width = weights["w2v_encoder.proj.weight"].shape
-        self.model.w2v_encoder.proj = torch.nn.Linear(width, rows).requires_grad_(False)
+        self.model.w2v_encoder.proj = torch.nn.Linear(width, rows).to(self.device).requires_grad_(False)
         for name, parameter in self.model.named_parameters():
             if name in weights:
                 value = weights[name]
-                value = value if self.device.type == "cpu" else value.float().to(self.device)
+                if self.device.type != "cpu" or value.dtype == torch.float64:
+                    value = value.float().to(self.device)
                 parameter.data = value.reshape(parameter.shape)
         self._filled(weights)

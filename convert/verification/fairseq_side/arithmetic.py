@@ -16,7 +16,7 @@ def nothing() -> Any:
 
 
 def forget_positions(w2v: Any) -> None:
-    """Let conformers make their tables of positions anew: they keep them, whatever becomes of the model's type and weights."""
+    """Let layers make their tables of positions anew: they keep them, whatever becomes of the model's type and weights."""
     for module in w2v.modules():
         if hasattr(module, "seq_len_cached"):
             module.seq_len_cached = 0

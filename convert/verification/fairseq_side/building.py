@@ -76,7 +76,7 @@ def build(settings: Any, symbols: int, ignored: list[str], patches: list[str]) -
 
 
 def build_pretrained(settings: Any, symbols: int, ignored: list[str], patches: list[str]) -> Any:
-    """Build an encoder as it was pretrained; HuBERT as for fine-tuning, without dictionaries."""
+    """Build an encoder as it was pretrained, without the dictionaries of its pretraining."""
     encoder = encoder_of(settings["model"])
     configuration, model = classes_of(encoder)
     if configuration is None:  # 0.10: one flat Namespace

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .adapters import AdaptedReference
-from .building import complete, fine_tuned, flat, outer
+from .building import complete, encoders, fine_tuned, flat, outer
 from .numerics import NAMES
 
 
@@ -38,7 +38,9 @@ def blank_of(settings: Any, words: Any) -> int:
 
     task: Any = types.SimpleNamespace(target_dictionary=words)
     known = getattr(tasks, "TASK_DATACLASS_REGISTRY", {})  # since 0.12, where tasks say which symbol it is
-    name = settings.get("_name") if settings.get("_name") in TASKS else TASKS[0]
+    usual = "audio_finetuning"
+    speech = {usual, "audio_pretraining", *(encoder.task for encoder in encoders().values())}
+    name = settings["_name"] if settings.get("_name") in speech else usual
     if name in known:
         values = dict(complete(known[name], {}, []), fine_tuning=True)
         made = tasks.TASK_REGISTRY[name](types.SimpleNamespace(**values))
@@ -47,9 +49,6 @@ def blank_of(settings: Any, words: Any) -> int:
     if hasattr(ctc, "CtcCriterionConfig"):
         return int(ctc.CtcCriterion(ctc.CtcCriterionConfig(), task).blank_idx)
     return int(ctc.CtcCriterion(task, None, False, False, "letter").blank_idx)
-
-
-TASKS = ("audio_finetuning", "audio_pretraining", "hubert_pretraining")  # those that train CTC models of speech
 
 
 class CtcReference(AdaptedReference):
