@@ -257,6 +257,8 @@ def _open(seen: Survey, state: State, prefix: str, ema: bool) -> Checkpoint:
             key=name,
             hint="save them as tensors: torch.from_numpy(array)" if arrays else "",
         )
+    own = state.where.partition(".")[0]
+    parts = {_printable(key): bytes_in(container, value) for key, value in seen.top.items() if key != own}
     groups = read_groups(state.holders, room)
     found = [*tensors.values(), *(tensor for group in groups.values() for tensor in group.tensors.values())]
     total = sum(math.prod(tensor.shape) * container.dtype(tensor)[1] for tensor in found)
@@ -267,8 +269,6 @@ def _open(seen: Survey, state: State, prefix: str, ema: bool) -> Checkpoint:
             key=name,
             hint="get the checkpoint from its author again: no trainer writes such views",
         )
-    own = state.where.partition(".")[0]
-    parts = {_printable(key): bytes_in(container, value) for key, value in seen.top.items() if key != own}
     loose = {key: value for key, value in inside.items() if not isinstance(value, StoredTensor)}
     others = tuple(key for key, value in loose.items() if holds_numbers(value, name))
     return Checkpoint(

@@ -12,6 +12,7 @@ from convert.checkpoint import Checkpoint
 from convert.directory import ModelDirectory
 from convert.errors import ConvertError, MismatchError, Problem
 from convert.files import Hashes
+from convert.loading import quiet
 from convert.package import compare_opened
 from convert.report import quoted
 from convert.request import request_again
@@ -81,7 +82,7 @@ def verify(
         _check_files(opened, directory, digest, files, {"dictionary": dictionary}, findings)
         work = Work(subject, directory, clips, wanted, pieces, half, rounded, require, steps.tell)
         description = None
-        with steady():
+        with steady(), quiet():
             for device in chosen:
                 steps.tell("loading both models", 2 * len(wanted))
                 side: Reference = recorded if recorded is not None else Live(subject, clips, device)
