@@ -222,7 +222,7 @@ def join(
             for rank, (_, one) in enumerate(parts)
             if key in one and (rank == 0 or 0 not in one[key].shape)
         ]
-        found = found if tensor.shape else found[:1]  # a number is no rows: every rank has the same
+        found = found if tensor.shape else found[:1]  # a number has no rows: every rank has the same
         if 0 in tensor.shape and len(found) > 1:
             found = found[1:]
         pieces = tuple(
@@ -283,7 +283,7 @@ def read_settings(run: Run, family: str, options: Options) -> tuple[dict[str, An
     Args:
         run: where it is.
         family: fairseq2's name of its family.
-        options: what the user said.
+        options: what the user asked for.
 
     Returns:
         `model` with every field of fairseq2's configuration, those of the encoder among them; `task` with `normalize` where

@@ -347,7 +347,7 @@ def _open(seen: Survey, ema: bool) -> Checkpoint:
     strange = [key for key in state.entries if not isinstance(key, str) or not key.isprintable()]
     if strange:
         raise CheckpointError(
-            f"{name}: its model names a tensor {ascii(strange[0])[:60]}, which is no text; nothing was written",
+            f"{name}: its model names a tensor {ascii(strange[0])[:60]}, which is not text; nothing was written",
             code="corrupted-model",
             key=name,
         )
@@ -526,7 +526,7 @@ def _groups(top: Mapping[Any, Any], room: _Room) -> dict[str, Group]:
         strange = not isinstance(language, str) or not re.fullmatch(r"[\w-]{1,80}", language, re.ASCII)
         if strange or not isinstance(model, dict) or not all(map(_is_tensor, model.items())):
             raise CheckpointError(
-                f"{room.name}: its adapter of {ascii(language)[:60]} is no language's tensors; nothing was written",
+                f"{room.name}: its adapter of {ascii(language)[:60]} is not a language's tensors; nothing was written",
                 code="corrupted-model",
                 key=room.name,
             )

@@ -74,7 +74,7 @@ def describe(checkpoint: Checkpoint, request: Request) -> Conversion:
     reason = f"does not start with {checkpoint.prefix}, as the model's names do: it belongs to another model"
     # a relic: fairseq's model does not have it, so that the way back leaves it out
     left_out = tuple(Drop(name, reason, relic=True) for name in checkpoint.outside)
-    return replace(model, left_out=left_out, notes=checkpoint.notes)
+    return replace(model, left_out=left_out, notes=(*model.notes, *checkpoint.notes))
 
 
 def interface_of(checkpoint: Checkpoint, request: Request, made: Conversion) -> Interface:
