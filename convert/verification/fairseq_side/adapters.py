@@ -29,7 +29,7 @@ class AdaptedReference(Reference):
         self.request = dict(self.request, symbols=group["symbols"])
         self.dictionary = None
         rows, width = weights["w2v_encoder.proj.weight"].shape
-        self.model.w2v_encoder.proj = torch.nn.Linear(width, rows).requires_grad_(False)
+        self.model.w2v_encoder.proj = torch.nn.Linear(width, rows).to(self.device).requires_grad_(False)
         for name, parameter in self.model.named_parameters():
             if name in weights:
                 value = weights[name]

@@ -36,7 +36,8 @@ def record(request: Any, arrays: Any, reference: Any = None, tell: Any = lambda 
     rounded = ""
     ordered = sorted(enumerate(request["runs"]), key=lambda pair: pair[1]["weights"])
     for left, (number, wanted) in zip(range(len(ordered), 0, -1), ordered):
-        tell("%s: %s" % (wanted["arithmetic"], wanted["probe"].get("name", "from the raw waveform")), left - 1)
+        what = "from the raw waveform" if wanted["raw"] else wanted.get("probe", {}).get("name", "")
+        tell("%s: %s" % (wanted["arithmetic"], what), left - 1)
         if wanted["weights"] != rounded:
             rounded = wanted["weights"]
             reference.round_weights(rounded)
