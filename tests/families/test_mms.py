@@ -272,7 +272,7 @@ def test_a_recording_answers_in_every_language(made: Any, tmp_path: Path) -> Non
     report = verify(checkpoint, folder, reference=kept, devices=["cpu"], write=False)
     assert report.problems == () and "speech-even in hin" in {run["input"] for run in report.report["runs"]}
     alone = convert.convert(checkpoint, tmp_path / "hin", language="hin").path
-    with pytest.raises(ConvertError, match="recorded in the language 'eng', the model speaks 'hin'"):
+    with pytest.raises(ConvertError, match="recorded in the language 'eng', the model is of 'hin'"):
         verify(checkpoint, alone, reference=kept, devices=["cpu"], write=False)
     kept = record(checkpoint, tmp_path / "hin.safetensors", long=False, language="hin")
     assert verify(checkpoint, alone, reference=kept, devices=["cpu"], write=False).problems == ()
