@@ -9,62 +9,65 @@ from typing import Any
 
 from convert.checkpoint import Checkpoint, is_harmless
 from convert.checkpoint.container import DTYPES
-from convert.checkpoint.opened import Survey, survey
+from convert.checkpoint.opening import Survey, survey
 from convert.checkpoint.refusals import writer
 from convert.checkpoint.stored import StoredTensor
 from convert.errors import CheckpointError, ConvertError
-from convert.families import architecture_of, describe
+from convert.families import ANCHORS, Request, architecture_of, describe
 from convert.request import Options
-from convert.sources import dictionary_beside, locate, open_source
+from convert.sources import locate
 
 
-def inspect(source: str | Path) -> dict[str, Any]:
-    """Look into a file without reading its tensors, and plan its conversion without options.
+def inspect(source: str | Path, **asked: Any) -> dict[str, Any]:
+    """Look into a file without reading its tensors, and plan its conversion.
 
     Args:
         source: as for `convert.plan`.
+        asked: the options of `convert.plan`, where the conversion needs some.
 
     Returns:
-        What it is and holds, as plain data. `conversion` says whether it can be converted as it is, to which class, or else
-        every reason and the remedy.
+        What it is and holds, as plain data. `conversion` says whether it can be converted so, to which class, or else every
+        reason and the remedy.
 
     Raises:
         CheckpointError: it is not a file of tensors, with the error that says what it is.
     """
     try:
-        opened = open_source(source)
+        with Options(**asked).opened(source) as (opened, request):
+            return _opened(opened) | {"conversion": _conversion(opened, request)}
     except CheckpointError as error:
         return _unusable(source, error)
-    with opened:
-        inventory, settings = opened.inventory, opened.settings
-        model, task = settings["model"], settings["task"]
-        return {
-            "file": {"name": opened.path.name, "size": opened.size, "container": opened.container.kind}
-            | {"compressed": opened.container.unpack is not None},
-            "writer": writer(opened.container.value) if isinstance(opened.container.value, dict) else "",
-            "where": opened.where,
-            "prefix": opened.prefix,
-            "outside": list(opened.outside),
-            "averages": list(opened.averages),
-            "layout": opened.layout,
-            "architecture": architecture_of(opened),
-            "task": task.get("_name"),
-            "parameters": sum(math.prod(spec.shape) for spec in inventory.values()),
-            "dtypes": sorted({spec.dtype for spec in inventory.values()}),
-            "dictionary": list(opened.dictionary.symbols) if opened.dictionary else None,
-            "pretraining_dictionaries": [list(dictionary.symbols) for dictionary in opened.dictionaries],
-            "languages": sorted(opened.groups) or _stacked(model, task),
-            "training_state": opened.parts,
-            "globals": _globals(opened.globals),
-            "settings": settings,
-            "tensors": {name: {"shape": spec.shape, "dtype": spec.dtype} for name, spec in inventory.items()},
-            "conversion": _conversion(opened),
-        }
 
 
-def _conversion(opened: Checkpoint) -> dict[str, Any]:
+def _opened(opened: Checkpoint) -> dict[str, Any]:
+    inventory, settings = opened.inventory, opened.settings
+    model, task = settings["model"], settings["task"]
+    return {
+        "file": {"name": opened.path.name, "size": opened.size, "container": opened.container.kind}
+        | {"compressed": opened.container.unpack is not None},
+        "writer": writer(opened.container.value) if isinstance(opened.container.value, dict) else "",
+        "where": opened.where,
+        "prefix": opened.prefix,
+        "outside": list(opened.outside),
+        "averages": list(opened.averages),
+        "layout": opened.layout,
+        "architecture": architecture_of(opened),
+        "task": task.get("_name"),
+        "parameters": sum(math.prod(spec.shape) for spec in inventory.values()),
+        "dtypes": sorted({spec.dtype for spec in inventory.values()}),
+        "dictionary": list(opened.dictionary.symbols) if opened.dictionary else None,
+        "pretraining_dictionaries": [list(dictionary.symbols) for dictionary in opened.dictionaries],
+        "languages": sorted(opened.groups) or _stacked(model, task),
+        "training_state": opened.parts,
+        "globals": _globals(opened.globals),
+        "settings": settings,
+        "tensors": {name: {"shape": spec.shape, "dtype": spec.dtype} for name, spec in inventory.items()},
+    }
+
+
+def _conversion(opened: Checkpoint, request: Request) -> dict[str, Any]:
     try:
-        model = describe(opened, Options(dictionary=dictionary_beside(opened)).request())
+        model = describe(opened, request)
     except ConvertError as error:
         return _refused(error)
     return {"ok": True, "class": model.target, "head": model.head, "notes": list(model.notes)}
@@ -80,7 +83,7 @@ def _unusable(source: str | Path, error: CheckpointError) -> dict[str, Any]:
     if error.code not in ("no-settings", "ambiguous", "foreign-file", "shard"):
         raise error
     try:
-        seen = survey(locate(source)[0])
+        seen = survey(locate(source)[0], ANCHORS)
     except CheckpointError:
         raise error from None
     try:
@@ -92,8 +95,9 @@ def _unusable(source: str | Path, error: CheckpointError) -> dict[str, Any]:
 
 
 def _seen(seen: Survey) -> dict[str, Any]:
+    """Describe the state_dict with a model in it, or else the largest."""
     state = max((*seen.states, *seen.averages), key=lambda one: (len(one.roots), len(one.entries)))
-    container, prefix = seen.container, next(iter(state.roots), "")
+    container, prefix, settings = seen.container, next(iter(state.roots), ""), seen.settings_of(state)
     found = {str(name): value for name, value in state.entries.items() if isinstance(value, StoredTensor)}
     dtypes = {DTYPES.get(tensor.storage.type, tensor.storage.type) for tensor in found.values()}
     return {
@@ -104,7 +108,7 @@ def _seen(seen: Survey) -> dict[str, Any]:
         "prefix": prefix,
         "outside": [name for name in found if not name.startswith(prefix)],
         "averages": [average.where for average in seen.averages],
-        "layout": seen.layout,
+        "layout": settings.layout,
         "architecture": None,
         "task": None,
         "parameters": sum(math.prod(tensor.shape) for tensor in found.values()),
@@ -114,7 +118,7 @@ def _seen(seen: Survey) -> dict[str, Any]:
         "languages": [],
         "training_state": {},
         "globals": _globals(sorted(map(str, container.globals))),
-        "settings": seen.settings,
+        "settings": settings.values,
         "tensors": {name: {"shape": tensor.shape, "dtype": tensor.storage.type} for name, tensor in found.items()},
     }
 

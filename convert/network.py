@@ -160,11 +160,22 @@ class _SecureHandler(request.HTTPSHandler):
         return self.do_open(_SecureConnection, asked)
 
 
+class _Redirects(request.HTTPRedirectHandler):
+    def redirect_request(self, req: request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        if req.type == "https" and not newurl.lower().startswith("https:"):
+            key = public_address(req.full_url)
+            message = (
+                f"{key}: the server redirects to {public_address(newurl)}, which is not encrypted; nothing was fetched"
+            )
+            raise ConvertError(message, code="http", key=key)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
 @functools.cache
 def _opener() -> request.OpenerDirector:
     made = request.OpenerDirector()
     handlers: list[type[request.BaseHandler]] = [request.ProxyHandler, request.UnknownHandler, _Handler, _SecureHandler]
-    handlers += [request.HTTPDefaultErrorHandler, request.HTTPRedirectHandler, request.HTTPErrorProcessor]
+    handlers += [request.HTTPDefaultErrorHandler, _Redirects, request.HTTPErrorProcessor]
     for handler in handlers:
         made.add_handler(handler())
     return made

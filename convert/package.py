@@ -82,7 +82,7 @@ def plan(
         post_process: fairseq's name of how text is made of the symbols, such as `sentencepiece`, in place of the recipe's.
         ema: take the exponential moving average of the weights that the checkpoint holds beside them.
         arch: the registered name of the architecture, for a checkpoint that lies without its model.yaml.
-        normalize: whether waveforms were normalised, for a checkpoint that lies without its config.yaml.
+        normalize: whether waveforms were normalised, where the settings do not say it.
 
     Raises:
         CheckpointError: the file cannot be read.

@@ -35,12 +35,14 @@ def read_file(path: Path, most: int = RECORD) -> bytes:
         ConvertError: `not-a-file` or `too-large`.
         OSError: it is not there, or may not be read.
     """
+    data = bytearray()
     with open_file(path) as file:
-        data = file.read(most + 1)
+        while len(data) <= most and (piece := file.read(1 << 20)):  # asked for more, Python reserves it all
+            data += piece
     if len(data) > most:
         message = f"{path} is larger than any file of its kind, which have {size(most)} at most"
         raise ConvertError(message, code="too-large", key=str(path))
-    return data
+    return bytes(data)
 
 
 def check_folder(folder: Path) -> None:

@@ -454,7 +454,7 @@ def plan(table: Table, source: Mapping[str, TensorSpec], target: Mapping[str, Te
         if key not in table.renames and key not in table.drops
     ]
     problems += [
-        Problem("dead-rule", key, f"the checkpoint has no such tensor; shape {spec.shape} was expected")
+        Problem("dead-rule", key, "the checkpoint has no such tensor" + _expected(spec.shape))
         for key, spec in table.source.items()
         if key not in source
     ]
@@ -478,6 +478,11 @@ def plan(table: Table, source: Mapping[str, TensorSpec], target: Mapping[str, Te
     default = Counter(dtypes.values()).most_common(1)[0][0] if dtypes else ""
     made = {key: TensorSpec(key, table.shapes[key], dtypes.get(key, default)) for key in table.shapes}
     return Plan(table, dict(source), made)
+
+
+def _expected(shape: tuple[int, ...]) -> str:
+    """State a shape, unless it was to be read off the tensor that is not there."""
+    return "" if 0 in shape else f"; shape {shape} was expected"
 
 
 def add_prefix(rules: Iterable[Rule], *, source: str = "", target: str = "") -> list[Rule]:

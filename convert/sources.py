@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import re
 from dataclasses import replace
@@ -12,6 +13,7 @@ from urllib.parse import unquote, urlsplit
 
 from convert.checkpoint import Checkpoint, Origin, open_checkpoint
 from convert.errors import ConvertError
+from convert.families import ANCHORS
 
 DIRECTORY = Path("checkpoints")  # where downloads go
 _HUB = re.compile(r"hf://([\w.-]+/[\w.-]+?)(?:@([^/]+))?/(.+)")
@@ -33,7 +35,7 @@ def open_source(source: str | Path, *, base: str | Path | None = None, **options
         CheckpointError: it cannot be read, as for `open_checkpoint`.
     """
     path, origin = locate(source)
-    opened = open_checkpoint(path, base=None if base is None else locate(base)[0], **options)
+    opened = open_checkpoint(path, anchors=ANCHORS, base=None if base is None else locate(base)[0], **options)
     return replace(opened, origin=origin)
 
 
@@ -73,7 +75,13 @@ def _fetched(text: str) -> tuple[Path, Origin | None]:
         hint = "give an https address, hf://USER/REPO/FILE.pt, or download the file yourself"
         raise ConvertError(message, code="unknown-address", key=public_address(text), hint=hint)
     if text in catalogue() or (not Path(text).suffix and Path(text).name == text):
-        done = fetch(text, DIRECTORY, progress=_progress())
+        try:
+            done = fetch(text, DIRECTORY, progress=_progress())
+        except ConvertError as error:
+            if error.code != "unknown-name":
+                raise
+            message = f"no file and no released checkpoint is called {text!r}"
+            raise ConvertError(message, code=error.code, key=text, hint=error.hint) from None
         return done.checkpoint, Origin(done.record.address, text, done.record.sha256, done.dictionary)
     return Path(text), None
 
@@ -86,8 +94,11 @@ def _from_address(address: str) -> tuple[Path, Origin]:
     if "@" in urlsplit(address).netloc:
         message = f"{public}: an address with a user and a password is not fetched: they would go to every redirect"
         raise ConvertError(message, code="unknown-address", key=public, hint="download the file yourself")
-    name = re.sub(r"[^\w.+-]", "_", unquote(urlsplit(address).path).rpartition("/")[2]).lstrip(".")
-    target = DIRECTORY / (name or "checkpoint.pt")
+    parts = urlsplit(address)
+    name = Path(re.sub(r"[^\w.+-]", "_", unquote(parts.path).rpartition("/")[2]).lstrip(".") or "checkpoint.pt")
+    # what a query asks for is another file, though it may be a secret and is not kept
+    query = "-" + hashlib.sha256(parts.query.encode()).hexdigest()[:8] if parts.query else ""
+    target = DIRECTORY / f"{name.stem}{query}{name.suffix}"
     target.parent.mkdir(parents=True, exist_ok=True)
     record, _ = bring(target.stem, address, target, progress=_progress())
     return target, Origin(public, "", record.sha256, None)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib import request
 
 import download_server
 import fairseq_models
@@ -21,6 +22,7 @@ from hub_store import Blob
 import convert
 from convert import fetching, sources
 from convert.errors import ConvertError
+from convert.network import _Redirects
 from convert.sources import locate, open_source
 
 LETTERS = "".join(f"{symbol} 1\n" for symbol in fairseq_models.LETTERS).encode()
@@ -68,7 +70,9 @@ def test_a_file_of_that_name_goes_before_the_catalogue(old: bytes) -> None:
 
 
 def test_a_name_that_nobody_knows() -> None:
-    with pytest.raises(ConvertError, match="no released checkpoint is called 'wav2vec2-bass-960h'") as raised:
+    with pytest.raises(
+        ConvertError, match=r"^no file and no released checkpoint is called 'wav2vec2-bass-960h'"
+    ) as raised:
         convert.plan("wav2vec2-bass-960h")
     assert "did you mean wav2vec2-base-960h" in raised.value.hint
 
@@ -79,10 +83,31 @@ def test_an_address(server: Server, old: bytes) -> None:
     Path("dict.txt").write_bytes(LETTERS)
     convert.convert(address, "model", dictionary="dict.txt")
     source = source_of(Path("model"))
+    name = f"model-{hashlib.sha256(b'signature=secret').hexdigest()[:8]}.pt"
     assert source["address"] == f"http://127.0.0.1:{server.server_port}/model.pt"
-    assert source["name"] == "model.pt" and "catalogue" not in source
-    assert sorted(path.name for path in Path("checkpoints").iterdir()) == ["model.pt", "model.pt.json"]
-    assert "secret" not in Path("checkpoints/model.pt.json").read_text()
+    assert source["name"] == name and "catalogue" not in source
+    assert sorted(path.name for path in Path("checkpoints").iterdir()) == [name, f"{name}.json"]
+    assert "secret" not in Path(f"checkpoints/{name}.json").read_text()
+
+
+def test_a_query_names_a_file_of_its_own(server: Server, old: bytes) -> None:
+    address = f"http://127.0.0.1:{server.server_port}/model.pt"
+    found = []
+    for number in (1, 2):
+        server.content = old + bytes(number)
+        found.append(locate(f"{address}?id={number}")[0].read_bytes())
+    assert found == [old + bytes(1), old + bytes(2)]
+
+
+def test_no_redirect_away_from_encryption() -> None:
+    asked = request.Request("https://example.org/model.pt?token=secret")
+    with pytest.raises(ConvertError) as raised:
+        _Redirects().redirect_request(asked, None, 302, "Found", {}, "http://example.org/model.pt?token=secret")
+    assert raised.value.message == (
+        "https://example.org/model.pt: the server redirects to http://example.org/model.pt, which is not encrypted; "
+        "nothing was fetched"
+    )
+    assert _Redirects().redirect_request(asked, None, 302, "Found", {}, "https://example.org/other.pt") is not None
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def test_nothing_imports_upwards(path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "line"),
     [
-        ("checkpoint/opened.py", "from convert.families import describe"),
+        ("checkpoint/opening.py", "from convert.families import describe"),
         ("transfer.py", "def f():\n    from convert import package"),
         ("rules.py", "import numpy as np"),
         ("families/ctc.py", "def f():\n    import torch"),

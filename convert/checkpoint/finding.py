@@ -1,27 +1,42 @@
-"""Find in a file what a conversion needs, whoever wrote it: the state_dict, the prefix of its keys, settings, dictionaries.
+"""Find in a file what a conversion needs, whoever wrote it: state_dicts, the prefix of their keys, settings.
 
-Nothing is told by the name of the program that wrote a file. A state_dict is a dict (or a pickled module) in which a key
-stands that every model of some family has; what stands before that key is the prefix.
+Nothing is told by the name of the program that wrote a file. A state_dict holds named tensors, among them one that every model
+of some family has; what stands before that name is the prefix. What belongs to it is looked for in what holds it, the nearest
+first.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from convert.checkpoint.settings import content_of, might_be_settings, read_any, read_settings
 from convert.checkpoint.stored import StoredTensor, Stub
 
-FAIRSEQ2 = "encoder_frontend.post_extract_layer_norm.weight"  # a tensor of every encoder of fairseq2's
-# keys that stand before an encoder in the models that fairseq builds around one, the longest first
-INNER = ("w2v_encoder.w2v_model.", "encoder.w2v_model.", "")
-_FIRST = "feature_extractor.conv_layers.0.0.weight"
-ANCHORS = {inner + _FIRST: inner for inner in INNER} | {"encoder.subsample.conv_layers.0.weight": "", FAIRSEQ2: ""}
-_DEEP, _NAMES = 3, 200_000  # levels of a file that are searched for state_dicts; tensors of a pickled module
+_DEEP, _NAMES = 8, 200_000  # levels of a file that are searched; tensors of a pickled module
+_CANDIDATES = 16  # settings in a file that are read
 _EMA = re.compile(r"(^|[._])ema([._]|$)")
 _MODULE = ("_parameters", "_buffers", "_modules")
 _NORM = re.compile(r"(.*)\.parametrizations\.weight\.original([01])")
+
+
+@dataclass(frozen=True, slots=True)
+class Anchor:
+    """The names that show a model of some family in a state_dict.
+
+    Args:
+        key: a tensor of every such model.
+        layers: what the names of its layers start with.
+        inner: what stands before the encoder's names in the model; both of the above start with it.
+        trainer: the project whose trainer writes such models.
+    """
+
+    key: str
+    layers: str
+    inner: str = ""
+    trainer: str = "fairseq"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,14 +46,16 @@ class State:
     Args:
         where: the keys that lead to it, joined by dots; empty for the file's own top.
         entries: names and tensors, and what else stands among them.
-        roots: prefix -> which key of `INNER` follows it, for every model that was found.
+        roots: prefix -> what shows a model under it, for every model that was found.
         module: the class of the pickled module that it is of, or empty.
+        holders: itself and what holds it, from the inside to the file's top; of a module, its attributes.
     """
 
     where: str
-    entries: Mapping[str, Any]
-    roots: Mapping[str, str]
+    entries: Mapping[Any, Any]
+    roots: Mapping[str, Anchor]
     module: str
+    holders: tuple[Mapping[Any, Any], ...]
 
     @property
     def is_average(self) -> bool:
@@ -52,46 +69,123 @@ class State:
         return " ".join(part for part in (under, inside) if part) or "at the top"
 
 
-def states(value: Any) -> list[State]:
+@dataclass(frozen=True, slots=True)
+class FoundSettings:
+    """The settings of a model in its file.
+
+    Args:
+        layout, values: as of `Checkpoint`; `None` where there are none, or several, of which none is nearer to the model.
+        where: where they are, if not where fairseq or s3prl puts them; of several, each.
+    """
+
+    layout: str = ""
+    values: dict[str, Any] | None = None
+    where: tuple[str, ...] = ()
+
+
+def parts_of(value: Any) -> Mapping[Any, Any]:
+    """Return what a value consists of, by name: a dict, whatever its class, an object's attributes, the items of a list."""
+    if is_module(value):
+        return module_entries(value)
+    if isinstance(value, Stub):
+        value = content_of(value)
+    if isinstance(value, (list, tuple)):
+        return {str(index): part for index, part in enumerate(value) if isinstance(part, (dict, list, tuple, Stub))}
+    return value if isinstance(value, dict) else {}
+
+
+def states(value: Any, anchors: Sequence[Anchor]) -> list[State]:
     """List the state_dicts of a file: those with a model, or, where there is none, all that hold tensors."""
-    found = list(_states(value, "", set()))
+    found = list(_states(value, "", (), set(), anchors))
     return [state for state in found if state.roots] or found
 
 
-def _states(value: Any, where: str, seen: set[int]) -> Iterator[State]:
-    entries = module_entries(value) if is_module(value) else value
-    if not isinstance(entries, dict) or id(value) in seen:
+def _states(
+    value: Any, where: str, holders: tuple[Mapping[Any, Any], ...], seen: set[int], anchors: Sequence[Anchor]
+) -> Iterator[State]:
+    parts = parts_of(value)
+    if not parts or id(value) in seen:
         return
     seen.add(id(value))
-    roots = find_roots(name for name in entries if isinstance(name, str))
-    if roots or any(isinstance(entry, StoredTensor) for entry in entries.values()):
-        yield State(where, entries, roots, str(value.type) if isinstance(value, Stub) else "")
-    if not roots and where.count(".") < _DEEP - 1:
-        for name, child in entries.items():
+    holders = (value.state if is_module(value) else parts, *holders)
+    roots: Mapping[str, Anchor] = {}
+    if any(isinstance(entry, (StoredTensor, Stub)) for entry in parts.values()):
+        roots = find_roots((name for name in parts if isinstance(name, str)), anchors)
+    if roots or any(isinstance(entry, StoredTensor) for entry in parts.values()):
+        yield State(where, parts, roots, str(value.type) if isinstance(value, Stub) else "", holders)
+    if not roots and len(holders) < _DEEP:
+        for name, child in parts.items():
             if isinstance(name, str) and "." not in name:
-                yield from _states(child, f"{where}.{name}" if where else name, seen)
+                yield from _states(child, f"{where}.{name}" if where else name, holders, seen, anchors)
 
 
-def find_roots(names: Iterable[str]) -> dict[str, str]:
+def find_roots(names: Iterable[str], anchors: Sequence[Anchor]) -> dict[str, Anchor]:
     """Find the prefixes under which models stand.
 
     Example:
-        >>> names = ["feature_extractor.conv_layers.0.0.weight", "encoder.layer_norm.bias"]
-        >>> find_roots(["module.w2v_encoder.w2v_model." + name for name in names])
-        {'module.': 'w2v_encoder.w2v_model.'}
+        >>> anchor = Anchor("w2v_encoder.w2v_model.mask_emb", "w2v_encoder.w2v_model.encoder.layers.", "w2v_encoder.w2v_model.")
+        >>> names = ["module." + anchor.key, "module." + anchor.layers + "0.fc1.weight"]
+        >>> list(find_roots(names, [anchor]))
+        ['module.']
     """
     listed = list(names)
-    found: dict[str, str] = {}
+    ends = [(f".{one.key}", one) for one in sorted(anchors, key=lambda one: -len(one.key))]
+    found: dict[str, Anchor] = {}
     for name in listed:
-        for anchor, inner in ANCHORS.items():
-            if name == anchor or name.endswith(f".{anchor}"):
-                found.setdefault(name.removesuffix(anchor), inner)
+        for end, anchor in ends:
+            if name.endswith(end) or name == anchor.key:
+                found.setdefault(name.removesuffix(anchor.key), anchor)
                 break
-    # wav2vec 1.0 and vq-wav2vec start with the same convolutions, and have no encoder
-    encoders = {prefix: f"{prefix}{inner}encoder." for prefix, inner in found.items()}
-    return {
-        prefix: found[prefix] for prefix, start in encoders.items() if any(name.startswith(start) for name in listed)
-    }
+    # wav2vec 1.0 and vq-wav2vec start with the same convolutions, and have no such layers
+    layers = {prefix: prefix + anchor.layers for prefix, anchor in found.items()}
+    return {prefix: found[prefix] for prefix, start in layers.items() if any(name.startswith(start) for name in listed)}
+
+
+def find_settings(value: Any, state: State, name: str) -> FoundSettings:
+    """Find the settings of a model: in what holds it, or else those that the file has once, wherever they are.
+
+    Args:
+        value: what the file holds.
+        state: the model's state_dict.
+        name: the file's name, for errors.
+
+    Raises:
+        CheckpointError: `corrupted-settings`.
+    """
+    for holder in state.holders:
+        near = read_settings(holder, name)
+        if near is not None:
+            return FoundSettings(*near)
+    found: dict[str, tuple[str, dict[str, Any]]] = {}
+    for where, part in _candidates(value):
+        known = read_any(part, name)
+        if known is not None:
+            found[where] = known
+        if len(found) == _CANDIDATES:
+            break
+    if not found:
+        return FoundSettings()
+    layout, values = next(iter(found.values()))
+    alike = all(other == values for _, other in found.values())
+    return FoundSettings(layout, values, (next(iter(found)),)) if alike else FoundSettings(where=tuple(found))
+
+
+def _candidates(value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield what may be settings, and where it is; not what is inside of it."""
+    pending: list[tuple[str, Any, int]] = [("", value, 0)]
+    seen: set[int] = set()
+    while pending:
+        where, item, depth = pending.pop()
+        parts = {} if id(item) in seen else parts_of(item)
+        seen.add(id(item))
+        if might_be_settings(parts):
+            yield where, item
+        elif depth < _DEEP:
+            pending += [
+                (f"{where}.{name}" if where else name, child, depth + 1)
+                for name, child in reversed(list(parts.items()))
+                if isinstance(name, str) and isinstance(child, (dict, list, tuple, Stub))
+            ]
 
 
 def fairseq_names(names: Iterable[str]) -> dict[str, str]:

@@ -50,7 +50,8 @@ def ambiguous(path: Path, models: Sequence[tuple[State, str]]) -> CheckpointErro
     """Make the error for a file with several models."""
     places = [state.named(prefix) for state, prefix in models]
     state, prefix = models[0]
-    whole = f'torch.load("{path.name}", weights_only=True)' + "".join(f'["{part}"]' for part in _parts(state))
+    keys = "".join(f"[{part}]" if part.isdigit() else f'["{part}"]' for part in _parts(state))
+    whole = f'torch.load("{path.name}", weights_only=True)' + keys
     one = f'{{k: v for k, v in {whole}.items() if k.startswith("{prefix}")}}' if prefix else whole
     return CheckpointError(
         f"{path.name} holds {len(places)} models: {'; '.join(places)}; nothing was written",
@@ -60,16 +61,19 @@ def ambiguous(path: Path, models: Sequence[tuple[State, str]]) -> CheckpointErro
     )
 
 
-def no_settings(path: Path, state: State, prefix: str) -> CheckpointError:
-    """Make the error for a model without its settings."""
+def no_settings(path: Path, state: State, prefix: str, several: Sequence[str] = ()) -> CheckpointError:
+    """Make the error for a model without its settings; `several`: where settings are of which it is not known whose."""
     what = f"is a pickled module of the class {state.module}, and holds" if state.module else "holds"
+    lacks = "without its settings, such as the number of attention heads, which weights do not show"
+    if several:
+        listed = ", ".join(f"`{where}`" for where in several[:_SOME])
+        lacks = f"and the settings of several models, of which none is said to be this one's: {listed}"
     return CheckpointError(
-        f"{path.name} {what} the weights of a model of fairseq's {state.named(prefix)}, without its settings, such as the number "
-        "of attention heads, which weights do not show; nothing was written",
+        f"{path.name} {what} the weights of a model of fairseq's {state.named(prefix)}, {lacks}; nothing was written",
         code="no-settings",
         key=path.name,
-        hint="the settings are in the pretrained checkpoint that the model was made from, as fairseq's trainer wrote it, "
-        "such as wav2vec_small.pt or xlsr2_300m.pt: --base PRETRAINED.pt",
+        hint="any checkpoint of the same architecture that fairseq's trainer wrote has the settings, such as the pretrained one "
+        "that the model was made from (wav2vec_small.pt, xlsr2_300m.pt): --base CHECKPOINT.pt",
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from convert.checkpoint.stored import Global, StoredTensor, Stub
@@ -19,6 +19,7 @@ from convert.errors import CheckpointError
 SECTIONS = ("model", "task", "criterion")
 _DEPTH, _NODES = 60, 200_000
 _TRAIL, _TEXT = 16, 4_000_000  # references that lead to one another; characters, and those that references expand to
+_GEOMETRY = {"conv_feature_layers", "encoder_attention_heads", "encoder_embed_dim", "encoder_layers"}
 _REFERENCE = re.compile(r"\$\{([A-Za-z_][\w.]*)\}")
 
 
@@ -27,10 +28,10 @@ class TooLargeError(Exception):
 
 
 def read_settings(top: Mapping[Any, Any], name: str) -> tuple[str, dict[str, Any]] | None:
-    """Read the settings that a file holds beside its state_dict.
+    """Read the settings that stand beside a state_dict.
 
     Args:
-        top: the unpickled top level: `cfg` (fairseq since 2020-11), `args` (before), or `model_cfg` and `task_cfg` (s3prl).
+        top: what holds it: with `cfg` (fairseq since 2020-11), `args` (before), or `model_cfg` and `task_cfg` (s3prl).
         name: the file's name, for errors.
 
     Returns:
@@ -41,26 +42,50 @@ def read_settings(top: Mapping[Any, Any], name: str) -> tuple[str, dict[str, Any
     Raises:
         CheckpointError: `corrupted-settings`, when they are not plain data.
     """
+    for key in ("cfg", "args"):
+        found = None if top.get(key) is None else read_any(top[key], name)
+        if found is not None:
+            return (key if key == "args" and found[0] != "unilm" else found[0]), found[1]
+    if isinstance(top.get("model_cfg"), (dict, Stub)):
+        with _bounded(name):
+            return "s3prl", _sections({part: plain_data(top.get(f"{part}_cfg")) for part in SECTIONS})
+    return None
+
+
+def read_any(value: Any, name: str) -> tuple[str, dict[str, Any]] | None:
+    """Read settings as `read_settings` does, wherever they stand: `None`, when they are those of another program."""
+    with _bounded(name):
+        plain = _resolved(plain_data(value))
+        if _is_unilms(plain):
+            return "unilm", _unilm(plain)
+        settings = _sections(plain)
+        if _is_fairseqs(plain, settings["model"]):
+            return "omegaconf" if isinstance(value, Stub) else "cfg", settings
+    return None
+
+
+@contextlib.contextmanager
+def _bounded(name: str) -> Iterator[None]:
     try:
-        for key in ("cfg", "args"):
-            if top.get(key) is None:
-                continue
-            plain = _resolved(plain_data(top[key]))
-            if _is_unilms(plain):
-                return "unilm", _unilm(plain)
-            settings = _sections(plain)
-            if _is_fairseqs(plain, settings["model"]):
-                return key if key == "args" or not isinstance(top[key], Stub) else "omegaconf", settings
-        if isinstance(top.get("model_cfg"), (dict, Stub)):
-            parts = {part: plain_data(top.get(f"{part}_cfg")) for part in SECTIONS}
-            return "s3prl", _sections(parts)
+        yield
     except (TooLargeError, RecursionError):
         raise CheckpointError(
             f"{name}: its settings are deeper or larger than any trainer writes; nothing was written",
             code="corrupted-settings",
             key=name,
         ) from None
-    return None
+
+
+def might_be_settings(parts: Mapping[Any, Any]) -> bool:
+    """Say whether a part of a file may be settings of a model of fairseq's, by its keys alone."""
+    model = parts.get("model")
+    inside = content_of(model) if isinstance(model, Stub) else model
+    return any(isinstance(one, dict) and _is_model(one) for one in (parts, inside))
+
+
+def _is_model(model: Mapping[Any, Any]) -> bool:
+    """Say whether settings are those of a model: it is fine-tuned from another one, or they say how large its encoder is."""
+    return bool({"w2v_args", "w2v_path"} & model.keys()) or len(_GEOMETRY & model.keys()) > 1
 
 
 def read_generation(top: Mapping[Any, Any]) -> dict[str, Any]:
@@ -75,7 +100,7 @@ def read_generation(top: Mapping[Any, Any]) -> dict[str, Any]:
 def _is_fairseqs(plain: Any, model: Mapping[str, Any]) -> bool:
     """Say whether settings are those of a model of fairseq's: another program's `args` lie beside a state_dict, too."""
     named = isinstance(model.get("_name"), str) and ("task" in plain or "criterion" in plain)
-    return named or bool({"encoder_layers", "encoder_embed_dim", "w2v_args", "w2v_path"} & model.keys())
+    return named or _is_model(model)
 
 
 def _sections(plain: Any) -> dict[str, Any]:
@@ -87,6 +112,8 @@ def _sections(plain: Any) -> dict[str, Any]:
         settings = {section: settings.get(section, {}) for section in SECTIONS}
         if "arch" in settings["model"]:  # a Namespace inside of `cfg`: a model without a dataclass in fairseq
             settings["model"]["flat"] = True
+    elif "_name" in plain and "arch" not in plain and not isinstance(plain.get("task"), str):  # of the model alone
+        settings = {"model": dict(plain), "task": {}, "criterion": {}}
     else:
         flat = {key: value for key, value in plain.items() if key not in ("arch", "task", "criterion", "_name")}
         names = {"model": plain.get("arch") or plain.get("_name"), "task": plain.get("task")}
@@ -134,7 +161,7 @@ def plain_data(value: Any) -> Any:
         if isinstance(item, (list, tuple)):
             return [walk(child, depth + 1) for child in item]
         if isinstance(item, Stub):
-            return walk(_content(item), depth + 1)
+            return walk(content_of(item), depth + 1)
         if isinstance(item, str):  # Python keeps a byte that is no UTF-8 as a lone surrogate, which JSON cannot hold
             return item if item.isascii() else item.encode("utf-8", "replace").decode()
         if isinstance(item, int) and not -(2**63) <= item < 2**63:
@@ -150,8 +177,8 @@ def plain_data(value: Any) -> Any:
     return walk(value, 0)
 
 
-def _content(stub: Stub) -> Any:
-    """What an object of a class that was not imported stands for."""
+def content_of(stub: Stub) -> Any:
+    """Return what an object of a class that was not imported stands for."""
     state = stub.state
     if isinstance(state, tuple) and len(state) == 2 and isinstance(state[1], dict):
         state = (state[0] or {}) | state[1] if isinstance(state[0], (dict, type(None))) else state[1]  # slots
@@ -164,6 +191,9 @@ def _content(stub: Stub) -> Any:
             if "_val" in state:  # AnyNode and its children
                 return state["_val"]
         return stub.items or None
+    if stub.items:  # of a class derived from dict or list
+        pairs = all(isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) for item in stub.items)
+        return dict(stub.items) if pairs else stub.items
     if isinstance(state, dict):  # argparse.Namespace, and settings that are dataclass instances
         return state
     if len(stub.args) == 1 and state is None:  # an enum member: Class(value); pathlib's paths

@@ -8,7 +8,7 @@ import click
 
 from convert.cli import Outcome
 from convert.cli import command as make
-from convert.commands.options import source
+from convert.commands.options import planning, source
 from convert.errors import Problem
 from convert.inspection import inspect
 from convert.report import fold, problem_lines, size
@@ -22,16 +22,18 @@ _NEVER = ("unsupported-architecture", "unsupported-setting")  # what no option h
     "inspect",
     "fairseq-to-hf inspect checkpoint_best.pt",
     "fairseq-to-hf inspect -v checkpoint_best.pt",
+    "fairseq-to-hf inspect model_state.pt --base hubert_base_ls960.pt",
     "fairseq-to-hf inspect --json checkpoint_best.pt",
 )
 @source
-def command(checkpoint: str) -> Outcome:
+@planning()
+def command(checkpoint: str, **asked: Any) -> Outcome:
     """Say what a file is, what it holds, and whether it can be converted, or what is missing and which option supplies it.
 
     Reads no tensors, and executes nothing in the file. Names the architecture, its size, the task, the dictionary, what
     stands beside the model, and every global of the pickle.
     """
-    data = inspect(checkpoint)
+    data = inspect(checkpoint, **asked)
     return Outcome(True, _text(data), data)
 
 

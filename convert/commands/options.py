@@ -36,7 +36,7 @@ _OPTIONS = {
     "normalize": click.option(
         "--normalize/--no-normalize",
         default=None,
-        help="Whether waveforms were normalised, of a checkpoint that lacks its config.yaml.",
+        help="Whether waveforms were normalised, where the settings do not say it.",
     ),
     "post_process": click.option(
         "--post-process",

@@ -16,6 +16,7 @@ from dataclasses import replace
 from convert.checkpoint import Checkpoint
 from convert.errors import PlanError
 from convert.families.base import Conversion, Family, Request, Sources
+from convert.families.encoder import ANCHORS as ENCODER
 from convert.families.encoder_settings import encoder_settings, origin_of
 from convert.families.interface import Interface, encoder_interface
 from convert.families.planning import unknown_language
@@ -23,6 +24,7 @@ from convert.families.settings import Reader
 from convert.rules import Drop
 
 __all__ = [
+    "ANCHORS",
     "FAMILIES",
     "Conversion",
     "Family",
@@ -45,6 +47,8 @@ def _found() -> dict[str, Family]:
 
 
 FAMILIES = _found()
+# what shows a model in files of other programs
+ANCHORS = tuple(dict.fromkeys((*ENCODER, *(one for family in FAMILIES.values() for one in family.anchors))))
 # fairseq's name of a model -> (the family that declares it, the kind of checkpoint)
 ARCHITECTURES = {name: (family, kind) for family in FAMILIES.values() for name, kind in family.architectures.items()}
 HEADS = [*sorted({kind.name for _, kind in ARCHITECTURES.values()}), "encoder"]  # what may be asked for of a model
@@ -74,6 +78,7 @@ def describe(checkpoint: Checkpoint, request: Request) -> Conversion:
     reason = f"does not start with {checkpoint.prefix}, as the model's names do: it belongs to another model"
     # a relic: fairseq's model does not have it, so that the way back leaves it out
     left_out = tuple(Drop(name, reason, relic=True) for name in checkpoint.outside)
+    left_out += tuple(Drop(name, "is not a tensor, and no weight of a model", relic=True) for name in checkpoint.aside)
     return replace(model, left_out=left_out, notes=(*model.notes, *checkpoint.notes))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from convert.checkpoint import Checkpoint
+from convert.checkpoint import Anchor, Checkpoint
 from convert.checkpoint.data_config import DataConfig
 from convert.checkpoint.dictionary import Dictionary
 from convert.errors import Problem
@@ -22,6 +22,24 @@ if TYPE_CHECKING:
 Shapes = Mapping[str, tuple[int, ...]]
 KEPT_HEAD = "final_proj.safetensors"  # the file of `--keep-final-proj`
 NO_HEAD = "belongs to the head, and the bare encoder was asked for"
+
+
+def anchor(first: Rename, layer: Rename, inner: str = "", trainer: str = "fairseq") -> Anchor:
+    """Make what shows a model in files of other programs, of two rules.
+
+    Args:
+        first: a rule of a tensor that every model has.
+        layer: a rule of a tensor of its layers.
+        inner: what stands before both in the model.
+        trainer: the project whose trainer writes it.
+
+    Example:
+        >>> first = Rename("conv_layers.{conv}.{p}", "convolutions.{conv}.{p}", "hidden")
+        >>> anchor(first, Rename("layers.{layer}.fc1.bias", "layers.{layer}.fc1.bias", "ffn"), "encoder.").key
+        'encoder.conv_layers.0.weight'
+    """
+    key = first.source.replace("{p}", "weight")
+    return Anchor(f"{inner}{re.sub('{[^}]*}', '0', key)}", inner + layer.source.partition("{")[0], inner, trainer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,6 +356,7 @@ class Family:
         inside: of models that have an encoder of another family in them: the families that it may be of.
         refused: fairseq's name of a model that is not supported -> the reason.
         mark: a regular expression that is found in a key of this family's checkpoints, and of no other's.
+        anchors: what shows its models in files of other programs, where they have not the encoder that most families share.
         general: whether `mark` is found in other families' checkpoints too, so that they are tried first.
         infer: reads the geometry off names and shapes.
         table: makes the table of (layout, head, edits).
@@ -370,6 +389,7 @@ class Family:
     inside: tuple[Family, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
     mark: str
+    anchors: tuple[Anchor, ...] = ()
     general: bool = False
     infer: Callable[[Shapes], Any]
     table: Callable[[Any, str, Iterable[Edit]], Table]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from convert.errors import PlanError, Problem
-from convert.families.base import NO_HEAD, Kind, Part, Shapes
+from convert.families.base import NO_HEAD, Kind, Part, Shapes, anchor
 from convert.rules import Drop, Edit, Fill, Identity, NormOf, Rename, Rule, Table, Zeros, add_prefix
 
 # fmt: off
@@ -67,6 +67,8 @@ LAYERS = (
 # kind of checkpoint -> what stands before the encoder's keys; no kind: of an encoder inside a larger model
 PREFIXES = {"ctc": "w2v_encoder.w2v_model.", "classification": "w2v_encoder.w2v_model.", "pretraining": ""}
 PREFIXES |= {"": "encoder.w2v_model."}
+# what shows such an encoder, alone or in a larger model
+ANCHORS = tuple(anchor(CONVOLUTIONS[0], LAYERS[0], prefix) for prefix in dict.fromkeys(PREFIXES.values()))
 Own = TypeVar("Own", bound=Part, covariant=True)
 
 
@@ -200,7 +202,7 @@ def assemble(
             hint="--head encoder" if native == "encoder" else f"--head {native} or --head encoder",
         )
     bare = head == "encoder"
-    dropped = kind.drops or [Drop(rule.source, NO_HEAD, rule.shape) for rule in kind.rules]
+    dropped = kind.drops or [Drop(rule.source, NO_HEAD, rule.shape, optional=True) for rule in kind.rules]
     chosen = add_prefix(rules, source=layout.prefix, target="" if bare else f"{base}.")
     chosen += dropped if bare else kind.rules
     return Table.build(f"{base} {head}", chosen, layout.axes, layout.dims, () if bare else edits)

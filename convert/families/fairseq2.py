@@ -12,7 +12,7 @@ from typing import Any
 
 from convert.checkpoint.dictionary import Dictionary
 from convert.errors import PlanError, Problem
-from convert.families.base import NO_HEAD, Conversion, Family, Kind, Part, Shapes, Sources
+from convert.families.base import NO_HEAD, Conversion, Family, Kind, Part, Shapes, Sources, anchor
 from convert.families.ctc import Symbols
 from convert.families.encoder import Encoder, Layout, count
 from convert.families.planning import classify, finish, prove
@@ -529,6 +529,7 @@ FAMILY = Family(
     name="fairseq2",
     architectures={"fairseq2.wav2vec2": PRETRAINING, "fairseq2.wav2vec2_asr": CTC},
     mark=r"^encoder_frontend\.",
+    anchors=(anchor(FRONTEND[0], LAYERS[0], trainer="fairseq2"),),
     infer=infer,
     table=table,
     describe=describe,

@@ -137,12 +137,17 @@ def classify(sources: Sources, fields: Settings) -> dict[str, Any]:
 def encoder_layout(sources: Sources) -> Layout[Any] | None:
     """State the geometry from the settings; what only tensors tell (weight norm removed, rows of the head) from them."""
     reader, checkpoint, family = sources.reader, sources.checkpoint, sources.family
+    shapes = {name: spec.shape for name, spec in checkpoint.inventory.items()}
     try:
-        seen: Layout[Any] = family.infer({name: spec.shape for name, spec in checkpoint.inventory.items()})
+        seen: Layout[Any] = family.infer(shapes)
     except PlanError as error:
         sources.problems.extend(error.reasons)
         return None
     stated = sources.kind.name if sources.kind.name in PREFIXES else ""
+    if (
+        seen.kind != stated and seen.prefix == PREFIXES[stated]
+    ):  # a head that is not there, or another one: the plan names it
+        seen = replace(seen, kind=stated, head=sources.kind.measure(shapes))
     if seen.kind != stated:
         found = f"a {seen.kind} model" if seen.kind else "a model with a decoder"
         sources.refuse("conflict", "_name", f"the settings say {sources.kind.name}, the tensors are those of {found}")
@@ -234,11 +239,25 @@ def prove(
                 inventory[name] = TensorSpec(name, ())
         proved = None if made is None or _too_much(sources, made) else plan(made, inventory)
     except PlanError as error:
-        sources.problems.extend(error.reasons)
+        reasons = error.reasons
+        missing = all(problem.code == "dead-rule" for problem in (*sources.problems, *reasons))
+        if layout is not None and missing and _without_head(layout, inventory, table or sources.family.table):
+            hint = "everything but the head is there: --head encoder converts the model without it"
+            reasons = tuple(replace(problem, hint=hint) for problem in reasons)
+        sources.problems.extend(reasons)
         return None
     if proved is not None:
         sources.problems.extend(not_repeated(checkpoint.container, proved, checkpoint.tensors))
     return proved
+
+
+def _without_head(layout: Any, inventory: Mapping[str, TensorSpec], table: Callable[..., Table]) -> bool:
+    """Say whether all tensors have a place once the head is left out."""
+    try:
+        plan(table(layout, "encoder", ()), inventory)
+    except PlanError:
+        return False
+    return True
 
 
 def choose(found: Mapping[str, Language], wanted: str, file: str) -> Language:

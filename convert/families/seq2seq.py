@@ -341,6 +341,8 @@ def _layout(sources: Sources) -> Layout | None:
         return None
     if encoder is None:
         return None
+    embeddings = sources.checkpoint.inventory.get("decoder.embed_tokens.weight")
+    rows = (embeddings.shape if embeddings else ()) or (0,)
     return Layout(
         family=NAME,
         encoder=encoder,
@@ -352,7 +354,7 @@ def _layout(sources: Sources) -> Layout | None:
         learned=outer.get("decoder_learned_pos", bool, False),
         pre_norm=outer.get("decoder_normalize_before", bool, False),
         shared=outer.get("share_decoder_input_output_embed", bool, False),
-        vocab=len(sources.dictionary or ()),
+        vocab=len(sources.dictionary or ()) or rows[0],
     )
 
 

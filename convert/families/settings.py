@@ -12,6 +12,10 @@ from typing import Any
 from convert.errors import Problem
 
 MISSING = object()
+# what supplies a setting that a checkpoint may lack
+_REMEDIES = {
+    "normalize": "say whether the waveforms were normalised, as task.normalize of the recipe does: --normalize or --no-normalize"
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +117,12 @@ class Reader:
         value = self.values.get(name, default)
         if value is MISSING or (value is None and default is MISSING):
             self.problems.append(
-                Problem("missing-setting", name, "the settings do not say it, and it cannot be guessed")
+                Problem(
+                    "missing-setting",
+                    name,
+                    "the settings do not say it, and it cannot be guessed",
+                    _REMEDIES.get(name, ""),
+                )
             )
             return kind()
         if value is None or value is default:

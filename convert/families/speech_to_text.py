@@ -17,7 +17,7 @@ from convert.checkpoint.dictionary import SPECIAL, Dictionary
 from convert.checkpoint.sentencepiece import pieces
 from convert.checkpoint.writer import NewNamespace
 from convert.errors import PlanError, Problem
-from convert.families.base import Conversion, Family, Kind, Restoring, Running, Shapes, Sources
+from convert.families.base import Conversion, Family, Kind, Restoring, Running, Shapes, Sources, anchor
 from convert.families.damages import Absent, Change, Configure, Converted, Damages, blocks, fewer, ones, pair, roll
 from convert.families.encoder import count
 from convert.families.encoder_settings import ACTIVATIONS
@@ -590,6 +590,7 @@ FAMILY = Family(
     name=NAME,
     architectures=dict.fromkeys(ARCHITECTURES, KIND),
     mark=r"^encoder\.subsample\.conv_layers\.",
+    anchors=(anchor(CONVOLUTIONS[0], ENCODER[0]),),
     infer=infer,
     table=table,
     describe=describe,

@@ -43,7 +43,8 @@ class Positions(Part):
         return {"heads": self.heads, "head": self.head, "buckets": self.buckets}
 
 
-PRETRAINING = Kind("pretraining", layout="unilm")
+MARK = r"\.self_attn\.grep_(a|linear\.)"
+PRETRAINING = Kind("pretraining", mark=MARK, layout="unilm")
 KINDS = {"pretraining": PRETRAINING}
 
 _ALWAYS = "every layer of WavLMModel has gated relative positions"
@@ -105,7 +106,7 @@ FAMILY = Family(
     name="wavlm",
     architectures={"wavlm": PRETRAINING},
     encoders=(("wavlm", "transformer"),),
-    mark=r"\.self_attn\.grep_(a|linear\.)",
+    mark=MARK,
     infer=infer,
     table=table,
     describe=describe_encoder,

@@ -23,12 +23,17 @@ _PLAIN = re.compile(r"\w*|[\d.,:e+ -]*", re.ASCII)
 
 
 def handed(
-    opened: Checkpoint, architecture: str, settings: Mapping[str, Any], training_only: Iterable[str]
+    opened: Checkpoint,
+    architecture: str,
+    settings: Mapping[str, Any],
+    training_only: Iterable[str],
+    dropped: Iterable[str] = (),
 ) -> dict[str, Any]:
     """Make the part of a request that is the checkpoint's.
 
     Args:
         opened: the checkpoint.
+        dropped: the tensors that a conversion leaves out, those too that a checkpoint may lack.
         architecture, settings, training_only: as for `plain_settings`.
     """
     files = [one.place for one in opened.container.files]
@@ -36,6 +41,7 @@ def handed(
         "settings": plain_settings(settings, architecture, training_only),
         "files": [{"path": str(file.path), "stamp": file.stamp} for file in files],
         "tensors": places(opened.container, opened.tensors),
+        "absent": sorted({*dropped} - opened.tensors.keys()),
         "groups": Groups(opened),
         "tokenizer": base64.b64encode(opened.tokenizer).decode(),
     }

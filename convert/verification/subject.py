@@ -33,7 +33,7 @@ def read_subject(opened: Checkpoint, request: Request, sha256: str = "") -> tupl
         name=opened.path.name.encode("utf-8", "backslashreplace").decode(),
         size=opened.size,
         sha256=sha256 or opened.sha256(),
-        handed=handed(opened, made.fairseq, opened.settings, made.training_only),
+        handed=handed(opened, made.fairseq, opened.settings, made.training_only, made.plan.table.drops),
     )
     return subject, Geometry(around.convolutions, around.multiple, around.splits)
 

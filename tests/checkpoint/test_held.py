@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import json
 from collections.abc import Callable
 from collections.abc import Set as AbstractSet
@@ -17,16 +18,20 @@ import held_models
 import hubert_models
 import pytest
 import seq2seq_models
+import speech_to_text_models
 import torch
 import wavlm_models
-from held_models import COMPLETE, WITHOUT_SETTINGS
+from held_models import COMPLETE, INVENTED, WITHOUT_SETTINGS
 from safetensors.torch import load_file
 from torch_files import read
 from verify_models import short_inputs
 
 import convert
 from convert.errors import ConvertError
-from convert.verification import verify
+from convert.files import sha256_of
+from convert.inspection import inspect
+from convert.publishing import publish
+from convert.verification import record, verify
 
 
 @dataclass(frozen=True)
@@ -122,16 +127,39 @@ PLACES = {
     "lightning": ("state_dict", "feature_extractors.0.ssl_model.", 1),
     "whole_module": ("", "module.ssl_model.model.", 7),
     "safetensors": ("", "", 0),
+    "deepspeed": ("module", "ssl.", 0),
+    "compiled": ("run.checkpoints.last.net.weights", "module._orig_mod.model.", 0),
+    "in_a_list": ("0", "", 0),
+    "with_other_values": ("model", "ssl.", 1),
+    "before_zip": ("", "", 0),
 }
+CLASSES_OF_CHOICES = ("wav2vec2-ctc", "hubert-ctc", "data2vec-ctc", "classifier", "seq2seq")
+
+
+def fits(kind: str, family: str) -> bool:
+    """Say whether there are such files of a family."""
+    if (
+        kind == "whole_module"
+    ):  # Python cannot pickle these: fairseq makes the classes of their choices as it is imported
+        return family not in CLASSES_OF_CHOICES
+    if kind in (
+        "s3prl",
+        "cfg_as_args",
+        "other_key",
+        "settings_elsewhere",
+    ):  # which need a task: unilm's files have none
+        return family != "wavlm"
+    # data2vec has several positional convolutions, each numbered
+    return kind != "later_pos_conv" or not family.startswith("data2vec")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kind", WITHOUT_SETTINGS)
+@pytest.mark.parametrize("kind", [*WITHOUT_SETTINGS, *INVENTED])
 def test_settings_from_the_base(kind: str, family: str, made: Callable[[str], Made], tmp_path: Path) -> None:
-    if kind == "whole_module" and family in ("wav2vec2-ctc", "hubert-ctc", "data2vec-ctc", "classifier", "seq2seq"):
-        pytest.skip("Python cannot pickle these models: fairseq makes the classes of their choices as it is imported")
+    if not fits(kind, family):
+        pytest.skip("fairseq writes no such file")
     like, path = made(family), tmp_path / "held.pt"
-    WITHOUT_SETTINGS[kind](like.state, like.model, path)
+    {**WITHOUT_SETTINGS, **INVENTED}[kind](like.state, like.model, path)
     record = converted(path, tmp_path / "out", like, base=like.path, dictionary=like.dictionary)
     where, prefix, others = PLACES[kind]
     source = {key: record["source"].get(key, usual) for key, usual in (("where", "model"), ("prefix", ""))}
@@ -144,10 +172,8 @@ def test_settings_from_the_base(kind: str, family: str, made: Callable[[str], Ma
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", COMPLETE)
 def test_everything_is_in_the_file(kind: str, family: str, made: Callable[[str], Made], tmp_path: Path) -> None:
-    if family == "wavlm" and kind in ("s3prl", "cfg_as_args", "other_key"):
-        pytest.skip("unilm's files have no task, which these kinds need")
-    if family.startswith("data2vec") and kind == "later_pos_conv":
-        pytest.skip("data2vec has several positional convolutions, each numbered")
+    if not fits(kind, family):
+        pytest.skip("fairseq writes no such file")
     like, path = made(family), tmp_path / "held.pt"
     COMPLETE[kind](like.state, like.model, path)
     if kind == "s3prl":  # which leaves the criterion out: nothing of it is in the weights
@@ -241,3 +267,176 @@ def test_ctc_around_hubert(made: Callable[[str], Made], tmp_path: Path) -> None:
     assert convert.convert(path, tmp_path / "out").model.target == "HubertForCTC"
     with short_inputs():
         assert verify(path, tmp_path / "out", devices=["cpu"]).problems == ()
+
+
+# --- every command on every kind ----------------------------------------------------------------------------------------
+
+# two families each, so that every family comes up
+ROUND = [
+    (kind, list(FAMILIES)[(index + shift) % len(FAMILIES)])
+    for index, kind in enumerate({**WITHOUT_SETTINGS, **INVENTED, **COMPLETE})
+    for shift in (0, 5)
+]
+
+
+@pytest.mark.parametrize(("kind", "family"), ROUND)
+def test_every_command(kind: str, family: str, made: Callable[[str], Made], tmp_path: Path) -> None:
+    if not fits(kind, family):
+        pytest.skip("fairseq writes no such file")
+    like, path = made(family), tmp_path / "held.pt"
+    {**WITHOUT_SETTINGS, **INVENTED, **COMPLETE}[kind](like.state, like.model, path)
+    asked: dict[str, Any] = {} if kind in COMPLETE else {"base": like.path}
+    asked |= {"dictionary": like.dictionary} if kind not in COMPLETE or kind == "s3prl" else {}
+    all_commands(path, tmp_path, **asked)
+
+
+def all_commands(path: Path, folder: Path, **asked: Any) -> str:
+    """Run every command on a checkpoint; return the card."""
+    assert inspect(path, **asked)["conversion"]["ok"]
+    target = convert.plan(path, **asked).target
+    assert convert.convert(path, folder / "out", **asked).model.target == target
+    given = {name: asked[name] for name in ("base", "dictionary") if name in asked}
+    with short_inputs():
+        record(path, folder / "answers.safetensors", long=False, **asked)
+        live = verify(path, folder / "out", devices=["cpu"], long=False, **given)
+        recorded = verify(
+            path, folder / "out", reference=folder / "answers.safetensors", devices=["cpu"], long=False, **given
+        )
+    assert live.problems == () and live.passed
+    assert recorded.problems == () and recorded.passed
+    card = publish(folder / "out", "me/model", dry_run=True).card_diff
+    if "base" in asked:
+        assert f"- Settings: from `{asked['base'].name}`, sha256 `{sha256_of(asked['base'])}`" in card.replace(
+            "+-", "-"
+        )
+    try:
+        convert.restore(folder / "out", folder / "back.pt")
+    except ConvertError as error:  # without the head that pretraining had
+        assert error.code == "dropped", error
+    else:
+        kept = {name: asked[name] for name in ("head", "data_config") if name in asked}
+        convert.convert(folder / "back.pt", folder / "again", **kept)
+        ours, theirs = (load_file(folder / name / "model.safetensors") for name in ("out", "again"))
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    return card
+
+
+def test_moving_average(made: Callable[[str], Made], tmp_path: Path) -> None:
+    like, path = made("wav2vec2-ctc"), tmp_path / "held.pt"
+    average = {key: value * 0.75 if value.is_floating_point() else value for key, value in like.state["model"].items()}
+    extra = like.state["extra_state"] | {"ema": average, "ema_fp32_params": average}
+    torch.save(like.state | {"extra_state": extra}, path)
+    card = all_commands(path, tmp_path, ema=True)
+    assert "- The model is in `extra_state.ema`" in card and "--ema`" in card
+    torch.save(like.state | {"model": average}, tmp_path / "average.pt")
+    convert.convert(tmp_path / "average.pt", tmp_path / "average")
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "average"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    convert.convert(path, tmp_path / "weights")
+    assert not torch.equal(load_file(tmp_path / "weights/model.safetensors")["lm_head.weight"], ours["lm_head.weight"])
+
+
+def test_dictionary_of_the_user_s_own_class(made: Callable[[str], Made], tmp_path: Path) -> None:
+    like, path = made("wav2vec2-ctc"), tmp_path / "held.pt"
+    own = Lexicon()
+    own.__dict__ |= vars(like.state["task_state"]["target_dictionary"])
+    own.language = "hi"
+    torch.save(like.state | {"task_state": {"target_dictionary": own}, "recipe": Recipe.FINE_TUNING}, path)
+    converted(path, tmp_path / "plain", like)
+    all_commands(path, tmp_path)
+
+
+class Lexicon:
+    """A dictionary of somebody's own, which has what fairseq's has."""
+
+    language: str
+
+
+class Recipe(enum.Enum):
+    """An enumeration of somebody's own."""
+
+    FINE_TUNING = "fine-tuning"
+
+
+# --- a model without its head ---------------------------------------------------------------------------------------------
+
+HEADS = ("final_proj.", "quantizer.", "project_q.", "w2v_encoder.proj.", "pooling_layer.")
+
+
+@pytest.mark.parametrize(
+    "family", ["wav2vec2", "wav2vec2-ctc", "hubert-ctc", "data2vec-ctc", "conformer", "classifier"]
+)
+def test_trimmed_to_its_encoder(family: str, made: Callable[[str], Made], tmp_path: Path) -> None:
+    like, path = made(family), tmp_path / "held.pt"
+    torch.save(like.state | {"model": {k: v for k, v in like.state["model"].items() if not k.startswith(HEADS)}}, path)
+    with pytest.raises(ConvertError) as raised:
+        convert.plan(path)
+    assert raised.value.hint == "everything but the head is there: --head encoder converts the model without it"
+    assert {problem.code for problem in raised.value.problems} == {"dead-rule"}
+    assert all(problem.key.startswith(HEADS) for problem in raised.value.problems)
+    all_commands(path, tmp_path, head="encoder")
+    cut = {k: v for k, v in like.state["model"].items() if ".layers.1." not in k and not k.startswith(HEADS)}
+    torch.save(like.state | {"model": cut}, path)
+    with pytest.raises(ConvertError) as raised:
+        convert.plan(path)
+    assert raised.value.hint == ""  # more than the head is missing
+
+
+# --- settings -------------------------------------------------------------------------------------------------------------
+
+
+def test_settings_of_the_model_alone(made: Callable[[str], Made], tmp_path: Path) -> None:
+    like, path = made("hubert"), tmp_path / "held.pt"
+    parameters = {"model": like.state["cfg"]["model"], "lr": 1e-4}
+    torch.save({"state_dict": like.state["model"], "hyper_parameters": {"upstream": parameters}}, path)
+    with pytest.raises(ConvertError) as raised:
+        convert.plan(path)
+    assert [str(problem) for problem in raised.value.problems] == [
+        "normalize: the settings do not say it, and it cannot be guessed"
+    ]
+    assert raised.value.hint == (
+        "say whether the waveforms were normalised, as task.normalize of the recipe does: --normalize or --no-normalize"
+    )
+    converted(path, tmp_path / "plain", like, normalize=False)
+    all_commands(path, tmp_path, normalize=False)
+    features = json.loads(
+        (convert.convert(path, tmp_path / "yes", normalize=True).path / "preprocessor_config.json").read_text()
+    )
+    assert features["do_normalize"] is True
+    with pytest.raises(ConvertError, match=r"trainer\.pt: its settings say normalize = False") as raised:
+        convert.plan(like.path, normalize=True)
+    assert raised.value.hint == "leave --normalize out"
+
+
+def test_settings_of_nobody_knows_which_model(made: Callable[[str], Made], tmp_path: Path) -> None:
+    like, path = made("hubert"), tmp_path / "held.pt"
+    settings = like.state["cfg"]
+    other = settings | {"model": settings["model"] | {"encoder_attention_heads": 8}}
+    held = {"net": like.state["model"], "runs": {"teacher": {"config": other}, "student": {"config": settings}}}
+    torch.save(held, path)
+    with pytest.raises(ConvertError) as raised:
+        convert.plan(path)
+    assert raised.value.message == (
+        "held.pt holds the weights of a model of fairseq's in `net`, and the settings of several models, of which none is "
+        "said to be this one's: `runs.teacher.config`, `runs.student.config`; nothing was written"
+    )
+    converted(path, tmp_path / "out", like, base=like.path)
+    held["runs"]["teacher"]["config"] = settings  # both are the same: whose they are does not matter
+    torch.save(held, path)
+    converted(path, tmp_path / "same", like)
+
+
+def test_wrapped_models_of_other_kinds(tmp_path: Path) -> None:
+    path, *_ = speech_to_text_models.save("tied", tmp_path)
+    state = read(path)["model"]
+    torch.save({"state_dict": {f"net.{key}": value for key, value in state.items()}}, tmp_path / "held.pt")
+    all_commands(tmp_path / "held.pt", tmp_path, base=path, data_config=tmp_path / "config.yaml")
+
+
+def test_numpy_arrays(made: Callable[[str], Made], tmp_path: Path) -> None:
+    arrays = {key: value.numpy() for key, value in made("hubert").state["model"].items()}
+    torch.save({"model": arrays}, tmp_path / "held.pt", pickle_protocol=2)
+    with pytest.raises(ConvertError) as raised:
+        inspect(tmp_path / "held.pt")
+    assert raised.value.message == "held.pt: its model holds no tensor, but arrays of numpy; nothing was written"
+    assert raised.value.hint == "save them as tensors: torch.from_numpy(array)"

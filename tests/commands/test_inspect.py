@@ -29,8 +29,8 @@ ANOTHER = "name a checkpoint of wav2vec 2.0 or another speech model of fairseq's
 A_CHECKPOINT = "name a checkpoint, such as checkpoint_best.pt"
 UNPACK = "unpack it, and name the checkpoint inside"
 THE_BASE = (
-    "the settings are in the pretrained checkpoint that the model was made from, as fairseq's trainer wrote it, such as "
-    "wav2vec_small.pt or xlsr2_300m.pt: --base PRETRAINED.pt"
+    "any checkpoint of the same architecture that fairseq's trainer wrote has the settings, such as the pretrained one that "
+    "the model was made from (wav2vec_small.pt, xlsr2_300m.pt): --base CHECKPOINT.pt"
 )
 
 
@@ -221,7 +221,8 @@ def test_model_without_settings(
 def test_model_with_everything(kind: str, hubert: tuple[Path, torch.nn.Module], tmp_path: Path) -> None:
     held_models.COMPLETE[kind](read(hubert[0]), hubert[1], tmp_path / "x.pt")
     found = inspect(tmp_path / "x.pt")
-    assert found["conversion"] == {"ok": True, "class": "HubertModel", "head": "encoder", "notes": []}
+    notes = ["settings from `hyper_parameters.upstream.config` in the file"] if kind == "settings_elsewhere" else []
+    assert found["conversion"] == {"ok": True, "class": "HubertModel", "head": "encoder", "notes": notes}
     assert found["architecture"] == "hubert" and len(found["pretraining_dictionaries"]) == 1
 
 

@@ -104,6 +104,66 @@ WITHOUT_SETTINGS: dict[str, Callable[[State, torch.nn.Module, Path], None]] = {
 }
 
 
+# --- kinds that nobody has reported yet -----------------------------------------------------------------------------------
+
+
+class Settings(dict):  # type: ignore[type-arg]
+    """Attributes and entries alike, as Lightning's `AttributeDict`."""
+
+    __getattr__ = dict.__getitem__
+
+
+def _under(prefix: str, state: State) -> dict[str, torch.Tensor]:
+    return {prefix + key: value for key, value in _weights(state).items()}
+
+
+def deepspeed(state: State, model: torch.nn.Module, path: Path) -> None:
+    """`mp_rank_00_model_states.pt` of DeepSpeed."""
+    made = {"module": _under("ssl.", state), "buffer_names": ["ssl.mask_emb"], "optimizer": None, "ds_version": "0.9"}
+    torch.save(made | {"global_steps": 3}, path)
+
+
+def compiled(state: State, model: torch.nn.Module, path: Path) -> None:
+    """The keys of `torch.compile` below those of DataParallel, and the model nested deep."""
+    torch.save({"run": {"checkpoints": {"last": {"net": {"weights": _under("module._orig_mod.model.", state)}}}}}, path)
+
+
+def in_a_list(state: State, model: torch.nn.Module, path: Path) -> None:
+    """`torch.save([model.state_dict(), epoch])`."""
+    torch.save([_weights(state), 3], path)
+
+
+def with_other_values(state: State, model: torch.nn.Module, path: Path) -> None:
+    """A state_dict among whose tensors texts, numbers and another program's own arguments stand."""
+    others = {"ssl.version": "1.0", "ssl.step": 7, "ssl.scale": None, "arguments": Namespace(encoder_layers=3, lr=1.0)}
+    torch.save({"model": _under("ssl.", state) | others, "args": Namespace(encoder_layers=3, lr=1.0)}, path)
+
+
+def before_zip(state: State, model: torch.nn.Module, path: Path) -> None:
+    """Saved by torch before 1.6, as parameters."""
+    weights = {
+        key: torch.nn.Parameter(value) if value.is_floating_point() else value for key, value in _weights(state).items()
+    }
+    torch.save(weights, path, _use_new_zipfile_serialization=False)
+
+
+INVENTED: dict[str, Callable[[State, torch.nn.Module, Path], None]] = {
+    function.__name__: function for function in (deepspeed, compiled, in_a_list, with_other_values, before_zip)
+}
+
+
+def whole_file_inside(state: State, model: torch.nn.Module, path: Path) -> None:
+    """fairseq's file as one part of another program's."""
+    torch.save({"upstream": dict(state), "head": {"weight": torch.zeros(2)}, "step": 3}, path)
+
+
+def settings_elsewhere(state: State, model: torch.nn.Module, path: Path) -> None:
+    """Lightning, whose hyper-parameters hold the settings of the model that was loaded, and its dictionary."""
+    parameters = Settings(lr=1e-4, upstream=Settings(config=state["cfg"], name="pretrained"))
+    made = {"pytorch-lightning_version": "2.0.0", "state_dict": _under("model.", state), "hyper_parameters": parameters}
+    torch.save(made | {"task_state": state["task_state"]}, path)
+
+
 def s3prl(state: State, model: torch.nn.Module, path: Path) -> None:
     """What s3prl's `load_and_convert_fairseq_ckpt` writes."""
     made = {"task_cfg": state["cfg"]["task"], "model_cfg": state["cfg"]["model"], "model_weight": state["model"]}
@@ -205,5 +265,8 @@ def around(state: State, name: str, head: dict[str, torch.Tensor], outer: State)
 # kinds that hold everything
 COMPLETE: dict[str, Callable[[State, torch.nn.Module, Path], None]] = {
     function.__name__: function
-    for function in (s3prl, cfg_as_args, other_key, prefixed, newer_weight_norm, later_pos_conv, zipped_again)
+    for function in (
+        *(s3prl, cfg_as_args, other_key, prefixed, newer_weight_norm, later_pos_conv, zipped_again),
+        *(whole_file_inside, settings_elsewhere),
+    )
 }

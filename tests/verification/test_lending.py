@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import conformer_models
+import fairseq_models
 import pytest
 import torch
 from verify_models import converted, short_inputs, subject_of
@@ -135,6 +136,20 @@ def test_both_sides_keep_what_the_files_hold(variant: str, tmp_path: Path) -> No
         target.run(waveform, None, lambda stage, values: kinds.update({stage: values.dtype}))
     assert [kept(reference.model), kept(target.model)] == before
     assert set(kinds.values()) - {torch.int64} == {torch.float64}
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float16])
+def test_a_checkpoint_of_another_type_is_the_same_model_rounded(kind: torch.dtype, tmp_path: Path) -> None:
+    """Weights that the conversion rounded again are so on fairseq's side too, whatever type the file has them in."""
+    state = torch.load(fairseq_models.save("ctc_base", tmp_path / "float32.pt"), weights_only=False)
+    state["model"] = {name: value.to(kind) for name, value in state["model"].items()}
+    torch.save(state, tmp_path / "model.pt")
+    convert(tmp_path / "model.pt", tmp_path / "out", dtype="bfloat16")
+    with short_inputs():
+        done = verify(tmp_path / "model.pt", tmp_path / "out", devices=["cpu"], write=False, long=False)
+    assert done.problems == ()
+    runs = {run["input"]: run["verdict"] for run in done.report["runs"] if run["dtype"].startswith("float32 with")}
+    assert runs["speech-even"] == runs["shortest"] == "identical"
 
 
 # --- files ----------------------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ class AdaptedReference(Reference):
         for name, parameter in self.model.named_parameters():
             if name in weights:
                 value = weights[name]
-                value = value if self.device.type == "cpu" else value.float().to(self.device)
+                if self.device.type != "cpu" or value.dtype == torch.float64:
+                    value = value.float().to(self.device)
                 parameter.data = value.reshape(parameter.shape)
         self._filled(weights)

@@ -58,12 +58,21 @@ class Reference:
             self.info["patches"].append("weight norm removed from pos_conv: the checkpoint has the plain weight")
         if hasattr(self.model, "upgrade_state_dict"):
             self.model.upgrade_state_dict(weights)
+        own = self.model.state_dict()
+        absent = [name for name in self.request.get("absent", ()) if name in own and name not in weights]
+        weights.update((name, torch.zeros(own[name].shape)) for name in absent)
+        if absent:
+            told = "zeros for what the checkpoint lacks, and no output that is compared depends on: %s"
+            self.info["patches"].append(told % ", ".join(absent))
         try:
             torch.nn.Module.load_state_dict(self.model, weights, strict=True, assign=True)
         except TypeError:  # before torch 2.1
             torch.nn.Module.load_state_dict(self.model, weights, strict=True)
         if self.device.type != "cpu":  # in memory of its own, once for all
             self.model.float().to(self.device)
+        for tensor in [*self.model.parameters(), *self.model.buffers()]:
+            if tensor.dtype == torch.float64:  # a converted model is loaded as float32
+                tensor.data = tensor.data.float()
         self.model.eval()
         self._filled(weights)
         for parameter in self.model.parameters():
