@@ -22,7 +22,7 @@ _NEVER = ("unsupported-architecture", "unsupported-setting")  # what no option h
     "inspect",
     "fairseq-to-hf inspect checkpoint_best.pt",
     "fairseq-to-hf inspect -v checkpoint_best.pt",
-    "fairseq-to-hf inspect model_state.pt --base hubert_base_ls960.pt",
+    "fairseq-to-hf inspect model_state.pt --base wav2vec_small.pt",
     "fairseq-to-hf inspect --json checkpoint_best.pt",
 )
 @source

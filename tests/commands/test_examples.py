@@ -14,10 +14,12 @@ import evaluate_fixtures
 import fairseq_models
 import hub_fixtures
 import pytest
+import torch
 from command_line import BUNDLED, HELDOUT, ROOT
 from download_server import Server
 from hub_server import Hub
 from hub_store import Blob
+from torch_files import read
 
 import convert
 from convert.cli import COMMANDS
@@ -52,6 +54,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("files")
     fairseq_models.save("ctc_base", folder / "checkpoint_best.pt")
     fairseq_models.save("ctc_base", folder / "wav2vec_small_960h.pt", layout="namespace")
+    fairseq_models.save("pretrained_base", folder / "wav2vec_small.pt")
+    torch.save(read(folder / "checkpoint_best.pt")["model"], folder / "model_state.pt")
     (folder / "dict.ltr.txt").write_text("".join(f"{symbol} 1\n" for symbol in fairseq_models.LETTERS))
     convert.convert(folder / "checkpoint_best.pt", folder / "my-model")
     shutil.copytree(folder / "my-model", folder / "model-trained-with-transformers")
