@@ -121,7 +121,7 @@ def save(
     return path
 
 
-def set_language(model: torch.nn.Module, checkpoint: dict[str, Any], name: str) -> Dictionary:
+def speak(model: torch.nn.Module, checkpoint: dict[str, Any], name: str) -> Dictionary:
     """Give a model one of MMS's languages with fairseq's own lines; return the dictionary that the task then has.
 
     They stand in the middle of `InferenceProcessor.__init__` (examples/speech_recognition/new/infer.py), which cannot run as a
