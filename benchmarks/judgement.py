@@ -6,8 +6,9 @@ Far: one number of one tensor is moved by one unit in float32's last place, many
 faults stands out in the outputs of one input (the byte comparison names every one).
 
 Usage: `python benchmarks/judgement.py [NAME ...] [--environments N] [--faults N] [--directory DIR] [--small]`. NAME is one of
-`tests/support/many_models.py`, by default all of them, or a family and a size, such as `wav2vec2-large`, for a model of a
-released size as fairseq initialises it (`base`: 94M parameters, `large`: 317M). `--small`: few models, environments and faults.
+`tests/support/many_models.py`, by default one of each family and norm; `all` of them; or a family and a size, such as
+`wav2vec2-large`, for a model of a released size as fairseq initialises it (`base`: 94M parameters, `large`: 317M). `--small`:
+one model, two environments and two faults.
 """
 
 from __future__ import annotations
@@ -33,9 +34,10 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, help="where to work; by default a temporary directory")
     parser.add_argument("--small", action="store_true", help="to see that it runs")
     asked = parser.parse_args()
-    from many_models import MODELS, make_models
+    from many_models import FEW, MODELS, make_models
 
-    names = asked.names or (["wav2vec2-ctc_base"] if asked.small else list(MODELS))
+    names = asked.names or (["wav2vec2-ctc_base"] if asked.small else list(FEW))
+    names = list(MODELS) if names == ["all"] else names
     with tempfile.TemporaryDirectory(dir=asked.directory) as folder:
         work = Path(folder)
         make_models(work, *names)

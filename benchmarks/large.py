@@ -1,17 +1,22 @@
 """Make a checkpoint with the shape of wav2vec2-large LV-60k fine-tuned on letters: 24 layers, 317M parameters, as initialised.
 
 As released in 2020: `args` a flat Namespace with the pretrained model's `w2v_args` inside, optionally with Adam's state
-beside the model, in the zip or in the legacy container. Usage: `python benchmarks/large.py FILE.pt [--adam] [--legacy]
-[--small]`.
+beside the model, in the zip or in the legacy container. With `--languages N`, as MMS: adapters and a head for each language,
+whose numbers are views of one random array, so that the file may be larger than the memory.
+Usage: `python benchmarks/large.py FILE.pt [--adam] [--legacy] [--small] [--languages N] [--layers N] [--width N]`.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import string
 from argparse import Namespace
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 LETTERS = list("|ETAONIHSRDLUMWCFGYPBVK'XJQZ")
@@ -73,6 +78,7 @@ FINE_TUNED = {
     "zero_infinity": True,
     "w2v_path": "libri960_big.pt",
 }
+ADAPTER = 16  # `adp_dim` of MMS
 
 
 def shapes(layers: int, width: int) -> OrderedDict[str, tuple[int, ...]]:
@@ -122,19 +128,65 @@ def state_dict(size: tuple[int, int] = LARGE, seed: int = 0) -> OrderedDict[str,
     return made
 
 
-def save(path: Path, *, adam: bool = False, legacy: bool = False, size: tuple[int, int] = LARGE) -> Path:
-    """Write a checkpoint in the layout of 2020."""
+def language_shapes(layers: int, width: int, symbols: int) -> dict[str, tuple[int, ...]]:
+    """List what MMS keeps for each language: the adapters, stacked for one, and the head."""
+    adapter = {"W_a": (ADAPTER, width), "b_a": (ADAPTER,), "W_b": (width, ADAPTER)}
+    adapter |= {"b_b": (width,), "ln_W": (width,), "ln_b": (width,)}
+    found: dict[str, tuple[int, ...]] = {}
+    for index in range(layers):
+        layer = f"w2v_encoder.w2v_model.encoder.layers.{index}.adapter_layer."
+        found |= {layer + name: (1, *shape) for name, shape in adapter.items()}
+    return found | {"w2v_encoder.proj.weight": (symbols, width), "w2v_encoder.proj.bias": (symbols,)}
+
+
+def languages(count: int, size: tuple[int, int], seed: int = 0) -> dict[str, Any]:
+    """Make the `adapter` of an MMS checkpoint: language -> its tensors, each a storage of its own, and its dictionary."""
+    from fairseq.data import Dictionary
+
+    random = np.random.default_rng(seed)
+    numbers = random.standard_normal(1 << 22, np.float32) * np.float32(0.02)
+    names = [
+        "eng",
+        *("".join(name) for name in itertools.product("bcd", string.ascii_lowercase, string.ascii_lowercase)),
+    ]
+    made = {}
+    for name in names[:count]:
+        dictionary = Dictionary()
+        for symbol in ["|", *random.permutation(LETTERS[1:])[: random.integers(20, len(LETTERS))]]:
+            dictionary.add_symbol(str(symbol))
+        tensors = OrderedDict()
+        for key, shape in language_shapes(*size, len(dictionary)).items():
+            length = int(np.prod(shape))
+            start = int(random.integers(len(numbers) - length))
+            tensors[key] = torch.from_numpy(numbers[start : start + length]).view(shape)
+        made[name] = {"model": tensors, "task_state": {"target_dictionary": dictionary}}
+    return made
+
+
+def save(
+    path: Path, *, adam: bool = False, legacy: bool = False, size: tuple[int, int] = LARGE, several: int = 0
+) -> Path:
+    """Write a checkpoint in the layout of 2020; of several languages, in that of MMS."""
     layers, width = size
     model = state_dict(size)
     strides = [(5 if index == 0 else 2) for index in range(len(KERNELS))]
     convolutions = [(width // 2, kernel, stride) for kernel, stride in zip(KERNELS, strides, strict=True)]
     encoder = ENCODER | {"encoder_layers": layers, "encoder_embed_dim": width, "encoder_ffn_embed_dim": 4 * width}
     encoder |= {"conv_feature_layers": str(convolutions)}
+    fine_tuned: dict[str, Any] = dict(FINE_TUNED)
+    adapters: dict[str, Any] = {}
+    if several:
+        adapters = {"adapter": languages(several, size)}
+        first = next(iter(adapters["adapter"].values()))
+        model.update(first["model"])
+        adapters["task_state"] = first["task_state"]
+        fine_tuned |= {"layer_type": "trf_adp", "adp_num": 1, "adp_dim": ADAPTER, "multi_corpus_keys": "eng"}
     state = {
-        "args": Namespace(**FINE_TUNED, w2v_args=Namespace(**encoder)),
+        "args": Namespace(**fine_tuned, w2v_args=Namespace(**encoder)),
         "model": model,
         "optimizer_history": [{"criterion_name": "CtcCriterion", "optimizer_name": "FairseqAdam", "num_updates": 1}],
         "extra_state": {"epoch": 1, "train_iterator": {"epoch": 1, "iterations_in_epoch": 0}},
+        **adapters,
     }
     if adam:
         moments = {i: {"step": 1, "exp_avg": t * 0.1, "exp_avg_sq": t * t} for i, t in enumerate(model.values())}
@@ -155,6 +207,11 @@ if __name__ == "__main__":
     parser.add_argument("--adam", action="store_true")
     parser.add_argument("--legacy", action="store_true")
     parser.add_argument("--small", action="store_true", help="two layers of 64 channels")
+    parser.add_argument("--languages", type=int, default=0, help="as MMS, with adapters for so many languages")
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--width", type=int)
     asked = parser.parse_args()
-    save(asked.file, adam=asked.adam, legacy=asked.legacy, size=SMALL if asked.small else LARGE)
+    layers, width = SMALL if asked.small else LARGE
+    size = asked.layers or layers, asked.width or width
+    save(asked.file, adam=asked.adam, legacy=asked.legacy, size=size, several=asked.languages)
     dictionary(asked.file.with_suffix(".dict.txt"))

@@ -16,13 +16,13 @@ from convert.conversion import record_of
 from convert.directory import ModelDirectory
 from convert.errors import ConvertError, MismatchError, Problem
 from convert.families import Conversion, Request, describe
+from convert.families.base import Sidecar
 from convert.families.tokenizers import SUBWORDS
-from convert.files import check_directory, create, new_directory
-from convert.reading import read_file
-from convert.report import json_bytes
+from convert.files import check_directory, create, new_directory, sha256_of
+from convert.report import json_pieces
 from convert.request import Options, request_again
 from convert.sources import open_source
-from convert.transfer import Transfer, Written, pieces, split
+from convert.transfer import Piece, Transfer, Written, pieces, split
 from convert.workspace import in_the_way, sweep
 
 MAX_SHARD_SIZE = 5_000_000_000  # what transformers' save_pretrained splits at
@@ -225,11 +225,11 @@ def _write(
     progress: Progress | None,
 ) -> tuple[dict[str, dict[str, Any]], str]:
     listed = pieces(opened.container, model.plan, opened.over(model.group), dtype)
-    beside_them = {
-        sidecar.file: pieces(opened.container, sidecar.plan, opened.tensors_of(sidecar.group), dtype)
-        for sidecar in model.sidecars
-    }
-    total = opened.size + sum(piece.count for some in (listed, *beside_them.values()) for piece in some)
+
+    def beside(sidecar: Sidecar) -> list[Piece]:
+        return pieces(opened.container, sidecar.plan, opened.tensors_of(sidecar.group), dtype)
+
+    total = opened.size + sum(piece.count for some in (listed, *map(beside, model.sidecars)) for piece in some)
     done = [0]
 
     def advance(count: int) -> None:
@@ -243,26 +243,26 @@ def _write(
     for index, shard in enumerate(shards, 1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{index:05}-of-{len(shards):05}.safetensors"
         written.append(transfer.write(work / name, shard))
-    sidecars = [transfer.write(work / name, some) for name, some in beside_them.items()]
+    sidecars = [transfer.write(work / sidecar.file, beside(sidecar)) for sidecar in model.sidecars]
     digest = transfer.source_sha256()
     if len(shards) > 1:
         names = {piece.spec.name: file.name for shard, file in zip(shards, written, strict=True) for piece in shard}
         size = sum(piece.count for piece in listed)
         written.append(
-            _json(work, "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": names})
+            _file(work, "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": names})
         )
     names_of_dtypes = {value: key for key, value in DTYPES.items()}
     config = model.configuration
     if dtype != "keep":
         config["torch_dtype"] = names_of_dtypes[dtype]
-    written.append(_json(work, "config.json", config))
+    written.append(_file(work, "config.json", config))
     written += [_file(work, name, content) for name, content in sorted(model.processor.files.items())]
     written += sidecars
     files = {
         file.name: {"size": file.size, "sha256": file.sha256} for file in sorted(written, key=lambda file: file.name)
     }
     named = names_of_dtypes.get(dtype, "keep")
-    _json(work, "conversion.json", record_of(opened, model, request, digest, named, files, tool_version()))
+    _file(work, "conversion.json", record_of(opened, model, request, digest, named, files, tool_version()))
     return files, digest
 
 
@@ -315,18 +315,17 @@ def tool_version() -> str:
         return "unknown"
 
 
-def _json(work: Path, name: str, content: Any) -> Written:
-    return _file(work, name, json_bytes(content))
-
-
 def _file(work: Path, name: str, content: Any) -> Written:
     """Write a small file, JSON unless its content is bytes already, and read it back."""
-    data = content if isinstance(content, bytes) else json_bytes(content)
+    digest, size = hashlib.sha256(), 0
     with create(work / name) as file:
-        file.write(data)
-    if read_file(work / name) != data:
+        for piece in [content] if isinstance(content, bytes) else json_pieces(content):
+            file.write(piece)
+            digest.update(piece)
+            size += len(piece)
+    if sha256_of(work / name) != digest.hexdigest():
         raise MismatchError(f"{name} read back differently from what was written", code="read-back", key=name)
-    return Written(name, len(data), hashlib.sha256(data).hexdigest())
+    return Written(name, size, digest.hexdigest())
 
 
 def _replaceable(out: Path, checkpoint: Path) -> set[str]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -153,20 +154,33 @@ def envelope(command: str, ok: bool, problems: Iterable[Problem] = (), **data: A
     """Write the one JSON object of a command; `data` follows the fixed fields."""
     rows = [problem.row for problem in problems]
     head: dict[str, Any] = {"schema": SCHEMA, "command": command, "ok": ok, "problems": rows}
-    return _json(head | data)
+    return b"".join(_encoded(head | data)).decode()
 
 
 def json_bytes(value: Mapping[str, Any]) -> bytes:
     """Write a JSON file's bytes the way every file of a model directory is written: sorted keys, UTF-8, one newline."""
-    return (_json(value, sort_keys=True) + "\n").encode()
+    return b"".join(json_pieces(value))
 
 
-def _json(value: Any, sort_keys: bool = False) -> str:
-    try:
-        text = json.dumps(value, indent=2, ensure_ascii=False, sort_keys=sort_keys, allow_nan=False)
-    except ValueError:  # a number that JSON does not have
-        text = json.dumps(_finite(value), indent=2, ensure_ascii=False, sort_keys=sort_keys)
-    return text.encode("utf-8", "backslashreplace").decode()  # a file's name may be no valid text
+def json_pieces(value: Mapping[str, Any]) -> Iterator[bytes]:
+    """Yield the same in pieces: the record of a model of 1,000 languages has 45 MB."""
+    yield from _encoded(value, sort_keys=True)
+    yield b"\n"
+
+
+def _encoded(value: Any, sort_keys: bool = False) -> Iterator[bytes]:
+    encoder = json.JSONEncoder(indent=2, ensure_ascii=False, sort_keys=sort_keys)
+    pieces = encoder.iterencode(value if _is_finite(value) else _finite(value))
+    while batch := "".join(itertools.islice(pieces, 10_000)):
+        yield batch.encode("utf-8", "backslashreplace")  # a file's name may be no valid text
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(map(_is_finite, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _finite(value: Any) -> Any:

@@ -10,7 +10,10 @@ import pytest
 import torch
 from command_line import ROOT
 from comparing import counterpart_outputs, load, outputs, write_dictionary
+from environments import recorded_elsewhere
 from fairseq_models import LETTERS, Variant, build, save
+from many_models import make_models
+from verify_models import short_inputs
 
 import convert
 
@@ -48,3 +51,18 @@ def test_a_released_size(tmp_path: Path) -> None:
     ours = counterpart_outputs(load(tmp_path / "out"), wave)
     assert ours[0].shape[1] % 2 == 0
     assert torch.equal(outputs(reference, wave)[0], ours[0])
+
+
+@pytest.mark.slow
+def test_a_released_size_as_fairseq_initialises_it_is_proved(tmp_path: Path) -> None:
+    """Live, and with what another environment recorded: rounding grows with depth and width, and is measured."""
+    make_models(tmp_path, "wav2vec2-large")
+    checkpoint, model = tmp_path / "checkpoints/wav2vec2-large/model.pt", tmp_path / "models/wav2vec2-large"
+    with short_inputs():
+        live = convert.verify(checkpoint, model, devices=["cpu"], write=False)
+        recording = recorded_elsewhere(checkpoint, model)
+        recorded = convert.verify(checkpoint, model, reference=recording, devices=["cpu"], write=False)
+    assert (live.problems, recorded.problems) == ((), ())
+    assert all(control["caught"] for done in (live, recorded) for control in done.report["controls"])
+    runs = live.report["runs"] + recorded.report["runs"]
+    assert max(one["float64_difference"] / one["float64_allowed"] for one in runs if one["float64_allowed"]) <= 0.25

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -87,7 +88,13 @@ def _tensor(args: tuple[Any, ...]) -> StoredTensor:
     last = storage.start + offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True)) + 1
     if 0 not in shape and last > storage.count:
         raise MalformedError(f"a tensor of shape {tuple(shape)} ends behind its storage of {storage.count} elements")
-    return StoredTensor(storage, storage.start + offset, tuple(shape), tuple(stride))
+    return StoredTensor(storage, storage.start + offset, shared(tuple(shape)), shared(tuple(stride)))
+
+
+@functools.lru_cache(10_000)
+def shared(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape that is kept for all that are equal; its numbers are no booleans."""
+    return shape
 
 
 def _dictionary(args: tuple[Any, ...]) -> dict[Any, Any]:

@@ -7,7 +7,7 @@ import hashlib
 import mmap
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -117,7 +117,7 @@ class Container:
     original: Opened
     value: Any
     globals: frozenset[Global]
-    storages: dict[str, Range]
+    storages: Mapping[str, Range]
     unpack: Callable[[], Opened] | None = None
     unpacked: int = 0
     others: tuple[Container, ...] = ()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
+from convert.checkpoint.constructors import shared
 from convert.checkpoint.container import Container, tensors_in
 from convert.checkpoint.dictionary import Dictionary, from_pickle, from_symbols, is_dictionary
 from convert.checkpoint.stacks import is_unstacked, stacked, unstack
@@ -77,7 +78,7 @@ def read_tensors(model: Parts, room: Room) -> dict[str, StoredTensor]:
 
 def _row(tensor: StoredTensor, index: int) -> StoredTensor:
     offset = tensor.offset + index * tensor.stride[0]
-    return replace(tensor, offset=offset, shape=tensor.shape[1:], stride=tensor.stride[1:])
+    return StoredTensor(tensor.storage, offset, shared(tensor.shape[1:]), shared(tensor.stride[1:]))
 
 
 def holds_numbers(value: Any, name: str) -> bool:
@@ -96,12 +97,13 @@ def is_array(value: Any) -> bool:
 
 
 def read_groups(holders: Iterable[Parts], room: Room) -> dict[str, Group]:
-    """Read `adapter`, which the MMS files hold: language -> its tensors and its dictionary."""
+    """Take `adapter`, which the MMS files hold, out of its holder: language -> its tensors and its dictionary."""
     found: dict[Any, Any] = next(
         (holder["adapter"] for holder in holders if isinstance(holder.get("adapter"), dict)), {}
     )
     groups = {}
-    for language, part in found.items():
+    for language in list(found):
+        part = found.pop(language)  # the 300,000 tensors of MMS are not kept twice
         model = part.get("model") if isinstance(part, dict) else None
         strange = not isinstance(language, str) or not re.fullmatch(r"[\w-]{1,80}", language, re.ASCII)
         if strange or not isinstance(model, dict) or not all(map(_is_tensor, model.items())):

@@ -81,19 +81,20 @@ def _open_legacy(path: Path, original: Opened) -> Container:
     texts = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
     if not texts or not loaded.storages.keys() <= set(keys):
         raise unreadable(path, "names storages that it does not hold", "corrupted-pickle")
-    container = Container(path, "legacy", original, loaded.value, loaded.globals, {}, unpacked=len(data))
+    storages: dict[str, Range] = {}
+    container = Container(path, "legacy", original, loaded.value, loaded.globals, storages, unpacked=len(data))
     for _ in tensors_in(loaded.value, path.name):  # refuses what nests too deep, here as in the zip layout
         pass
     for key in keys:
         count = int.from_bytes(peek(data, at, 8), "little")
         if key not in loaded.storages:
             raise unreadable(path, f"holds storage {key} that nothing refers to", "corrupted-pickle")
-        kind, expected = loaded.storages[key]
-        width = container.width_of(kind)
-        if count != expected or at + 8 + count * width > len(data):
+        storage = loaded.storages[key]
+        width = container.width_of(storage.type)
+        if count != storage.count or at + 8 + count * width > len(data):
             have = len(data) - at - 8
             raise unreadable(path, f"storage {key}: {count * width} bytes expected, {have} are left", "truncated")
-        container.storages[key] = Range(at + 8, count * width, None, key)
+        storages[key] = Range(at + 8, count * width, None, key)
         at += 8 + count * width
     return container
 

@@ -6,6 +6,7 @@ Each is named by its index, as Python would: `...adapter_layer.W_a[2]`. So a tab
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
@@ -34,7 +35,8 @@ def unstack(
         rows = stacked(name, shape(value))
         if len(made) + rows > MOST:  # a small file may name one storage as many adapters; what stays whole is refused
             rows = 0
-        made |= {f"{name}[{row}]": take(value, row) for row in range(rows)} if rows else {name: value}
+        # each language has the same names
+        made |= {sys.intern(f"{name}[{row}]"): take(value, row) for row in range(rows)} if rows else {name: value}
     return made
 
 

@@ -8,7 +8,9 @@ the handful of constructors that torch, numpy and the standard library use to re
 from __future__ import annotations
 
 import mmap
+import re
 import struct
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -27,13 +29,13 @@ class Loaded:
     Args:
         value: the value.
         globals: every global it names.
-        storages: type and number of elements of every storage it names, by key, in use or not.
+        storages: every storage it names as a whole, by key, in use or not.
         end: the position after its last byte.
     """
 
     value: Any
     globals: frozenset[Global]
-    storages: dict[str, tuple[str, int]]
+    storages: dict[str, Storage]
     end: int
 
 
@@ -42,6 +44,8 @@ _MARK = object()
 # in proportion to it), elements handed to constructors beyond those that were read, sets, bytes of one number, bytes of all
 # texts together (a sparse file can claim gigabytes of them and take none of the disk).
 _STEPS, _COPIES, _SETS, _NUMBER, _TEXTS = 1_000_000, 1_000_000, 10_000, 256, 1 << 26
+_PICKLE, _RECALLED = 1 << 28, 100_000  # bytes of a pickle that are searched, numbers of the memo that are told apart
+_LONG_GET = re.compile(rb"j(?=(.{4}))|g(?=(\d{1,9})\n)", re.DOTALL)
 
 
 def load(data: Buffer, start: int, name: str, end: int | None = None) -> Loaded:
@@ -91,8 +95,9 @@ class _Machine:
         self.end = end
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
+        self.recalled = _recalled(data, start, end)
         self.globals: set[Global] = set()
-        self.storages: dict[str, tuple[str, int]] = {}
+        self.storages: dict[str, Storage] = {}
         self.copied = 0
         self.taken = 0
         self.sets = 0
@@ -195,11 +200,12 @@ class _Machine:
         _, kind, key, _, count = identity[:5]
         if not (isinstance(kind, Global) and isinstance(key, str) and key.isprintable() and is_count(count)):
             raise MalformedError(f"a storage without type, key or size at byte {self.position}")
-        if self.storages.setdefault(key, (kind.name, count)) != (kind.name, count):
+        whole = self.storages.setdefault(key, Storage(key, kind.name, count))
+        if (whole.type, whole.count) != (kind.name, count):
             raise MalformedError(f"a storage of two types or sizes at byte {self.position}")
         view = identity[5] if len(identity) == 6 else None
         if view is None:
-            return Storage(key, kind.name, count)
+            return whole
         _, start, view_count = view
         if not (is_count(start) and is_count(view_count) and start + view_count <= count):
             raise MalformedError(f"a view leaves its storage at byte {self.position}")
@@ -229,7 +235,7 @@ class _Machine:
         pairs = zip(values[::2], values[1::2], strict=True)
         if isinstance(target, dict):
             for key, value in pairs:
-                target[checked_key(key)] = value
+                target[sys.intern(key) if type(key) is str else checked_key(key)] = value  # each language has the same
         elif isinstance(target, Stub):
             target.items.extend(pairs)
         else:
@@ -253,7 +259,9 @@ class _Machine:
             return piece
 
     def remember(self, index: int) -> None:
-        self.memo[checked_key(index)] = self.top()
+        value = self.top()
+        if self.recalled is None or index in self.recalled:
+            self.memo[checked_key(index)] = value
 
     def recall(self, index: int) -> None:
         if index not in self.memo:
@@ -270,6 +278,22 @@ class _Machine:
         if self.sets > _SETS:
             raise MalformedError(f"more than {_SETS:,} sets, which no trainer writes")
         return set()
+
+
+def _recalled(data: Buffer, start: int, end: int) -> set[int] | None:
+    """Say which numbers of the memo a pickle may ask for again, if not any.
+
+    torch remembers eight values a tensor and asks for a few again. These are the numbers behind every byte that could be the
+    code of a GET; the small ones are all kept.
+    """
+    if end - start > _PICKLE or data[start : start + 2] not in (b"\x80\x02", b"\x80\x03"):  # MEMOIZE counts the memo
+        return None
+    found = set(range(256))
+    for match in _LONG_GET.finditer(data, start, end):
+        found.add(int(match[2]) if match[2] else int.from_bytes(match[1], "little"))
+        if len(found) > _RECALLED:
+            return None
+    return found
 
 
 def _push(make: Callable[[_Machine], Any]) -> Callable[[_Machine], None]:
@@ -397,7 +421,7 @@ _TABLE: dict[int, Callable[[_Machine], None]] = {
     ord("u"): lambda m: m.setitems(m.to_mark()),
     ord("p"): lambda m: m.remember(_text_number(m)),
     ord("q"): lambda m: m.memo.__setitem__(m.byte(), m.top()),      # these two are half of all steps
-    ord("r"): lambda m: m.memo.__setitem__(m.number(4), m.top()),
+    ord("r"): lambda m: m.remember(m.number(4)),
     0x94: lambda m: m.remember(len(m.memo)),                        # MEMOIZE
     ord("g"): lambda m: m.recall(_text_number(m)),
     ord("h"): lambda m: m.recall(m.byte()),

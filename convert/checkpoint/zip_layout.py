@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import heapq
 import io
 import mmap
+import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from convert.checkpoint.container import Container, Opened, Range, corrupted, peek, release, tensors_in, unreadable
+from convert.checkpoint.container import Container, Opened, Range, corrupted, release, tensors_in, unreadable
 from convert.checkpoint.foreign import archive_of
 from convert.checkpoint.unpickle import load
 from convert.errors import CheckpointError
@@ -36,26 +39,31 @@ def open_zip(path: Path, original: Opened) -> Container:
     if f"{prefix}constants.pkl" in entries:
         what = "is a TorchScript program, in which the names of fairseq's tensors and its settings are lost"
         raise unreadable(path, what, "foreign-file", "name the checkpoint that it was made from")
-    if f"{prefix}byteorder" in entries and _read(path, data, entries[f"{prefix}byteorder"]) != b"little":
+    if f"{prefix}byteorder" in entries and _read(path, original, entries[f"{prefix}byteorder"]) != b"little":
         raise unreadable(path, "was written on a big-endian machine", "byteorder")
     index, folder = entries[pickles[0]], f"{prefix}data/"
     if index.file_size > _PICKLE:
         what = f"has a pickle of {index.file_size} bytes, larger than any trainer writes"
         raise unreadable(path, what, "hostile-zip")
-    listed = {name[len(folder) :]: info for name, info in entries.items() if name.startswith(folder) and name != folder}
-    ranges = {key: _range(path, data, info) for key, info in listed.items()}
-    where, behind = _range(path, data, index), 0
-    for place in sorted((where, *ranges.values()), key=lambda place: (place.start, place.count)):
+    where, behind = _range(path, original, index), 0
+    inside = [name for name in entries if name.startswith(folder) and name != folder]
+    stored = all(_is_stored(entries[name]) for name in inside)
+    listed = {} if stored else {name[len(folder) :]: entries[name] for name in inside}
+    ranges = _Ranges(folder)
+    for name in inside:  # the entries of 300,000 tensors take more memory than all else that is kept of them
+        ranges.add(name[len(folder) :], _range(path, original, entries.pop(name)))
+    for place in ranges.in_order(where):
         if place.start < behind and place.count:  # a small file that pretends to be a large one
             raise unreadable(path, f"entry {place.entry} overlaps another one", "hostile-zip")
         behind = max(behind, place.start + place.count)
     if _is_stored(index):
         _check_crc(path, data, where)
         loaded = load(data, where.start, path.name, where.start + where.count)
+        release(data, where.start, where.count)
     else:
-        loaded = load(_read(path, data, index), 0, path.name)
+        loaded = load(_read(path, original, index), 0, path.name)
     container = Container(path, "zip", original, loaded.value, loaded.globals, ranges, unpacked=len(data))
-    if not all(map(_is_stored, listed.values())):
+    if not stored:
         _pack(container, listed)
     for tensor in tensors_in(loaded.value, path.name):
         found = container.storages.get(tensor.storage.key)
@@ -66,16 +74,45 @@ def open_zip(path: Path, original: Opened) -> Container:
     return container
 
 
+class _Ranges(Mapping[str, Range]):
+    """The places of a zip's entries by the name in their folder; an object for each would take four times the memory."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.index: dict[str, int] = {}
+        self.starts, self.counts, self.crcs = array("Q"), array("Q"), array("L")
+
+    def add(self, key: str, where: Range) -> None:
+        self.index[key] = len(self.starts)
+        self.starts.append(where.start)
+        self.counts.append(where.count)
+        self.crcs.append(where.crc or 0)
+
+    def __getitem__(self, key: str) -> Range:
+        at = self.index[key]
+        return Range(self.starts[at], self.counts[at], self.crcs[at], self.folder + key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.index)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def in_order(self, other: Range) -> Iterator[Range]:
+        """Yield all places, and another one, as they come in the file."""
+        keys = sorted(self.index, key=lambda key: (self.starts[self.index[key]], self.counts[self.index[key]]))
+        return heapq.merge(map(self.__getitem__, keys), [other], key=lambda place: (place.start, place.count))
+
+
 def _entries(path: Path, original: Opened) -> dict[str, zipfile.ZipInfo]:
-    entries: dict[str, zipfile.ZipInfo] = {}
     if _directory_size(original.data) > _DIRECTORY:
         raise unreadable(path, "has a larger zip directory than any trainer writes", "hostile-zip")
     try:
         with zipfile.ZipFile(original.file) as archive:
-            for info in archive.infolist():
-                if info.filename in entries:
-                    raise unreadable(path, f"holds the entry {info.filename!r} twice", "corrupted-zip")
-                entries[info.filename] = info
+            entries, listed = archive.NameToInfo, archive.infolist()
+            if len(entries) < len(listed):
+                twice = next(info.filename for info in listed if entries[info.filename] is not info)
+                raise unreadable(path, f"holds the entry {twice!r} twice", "corrupted-zip")
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error, OSError) as error:
         raise unreadable(path, f"is a truncated or damaged zip file ({error})", "truncated") from None
     for name in entries:
@@ -100,7 +137,7 @@ def _is_stored(info: zipfile.ZipInfo) -> bool:
     return info.compress_type == zipfile.ZIP_STORED
 
 
-def _range(path: Path, data: mmap.mmap, info: zipfile.ZipInfo) -> Range:
+def _range(path: Path, original: Opened, info: zipfile.ZipInfo) -> Range:
     """Find an entry's bytes: its local header may be longer than the directory says (torch pads it to align tensors)."""
     if info.flag_bits & 1:
         raise unreadable(path, "is an encrypted zip file", "compressed-entry", "unzip it, and zip it again: zip -0 -r")
@@ -110,21 +147,21 @@ def _range(path: Path, data: mmap.mmap, info: zipfile.ZipInfo) -> Range:
     if _is_stored(info) and info.compress_size != info.file_size:
         raise unreadable(path, f"entry {info.filename} is stored, and has two sizes", "corrupted-zip")
     at = info.header_offset
-    header = peek(data, at, 30)
-    if at < 0 or len(header) < 30 or header[:4] != b"PK\x03\x04":
+    header = os.pread(original.file.fileno(), 30, at) if at >= 0 else b""
+    if len(header) < 30 or header[:4] != b"PK\x03\x04":
         raise unreadable(path, f"entry {info.filename} has no header", "corrupted-zip")
     start = at + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-    if start + info.compress_size > len(data):
+    if start + info.compress_size > len(original.data):
         raise unreadable(path, f"entry {info.filename} ends behind the file", "truncated")
     return Range(start, info.compress_size, info.CRC, info.filename)
 
 
-def _read(path: Path, data: mmap.mmap, info: zipfile.ZipInfo) -> bytes:
+def _read(path: Path, original: Opened, info: zipfile.ZipInfo) -> bytes:
     """Read a small entry into memory."""
-    if info.file_size > _GROWTH * len(data) + _SLACK:
+    if info.file_size > _GROWTH * len(original.data) + _SLACK:
         raise _too_large(path, info.file_size)
     made = io.BytesIO()
-    _inflate(path, data, info, made)
+    _inflate(path, original, info, made)
     return made.getvalue()
 
 
@@ -132,8 +169,9 @@ def _pack(container: Container, listed: dict[str, zipfile.ZipInfo]) -> None:
     """Give the storages of a compressed file the places that they will have once it is unpacked."""
     path, original = container.path, container.original
     at = 0
+    places: dict[str, Range] = {}
     for key, info in listed.items():
-        container.storages[key] = Range(at, info.file_size, info.CRC, info.filename)
+        places[key] = Range(at, info.file_size, info.CRC, info.filename)
         at += -(-info.file_size // _ALIGNED) * _ALIGNED
     if at > _GROWTH * len(original.data) + _SLACK:
         raise _too_large(path, at)
@@ -142,8 +180,8 @@ def _pack(container: Container, listed: dict[str, zipfile.ZipInfo]) -> None:
         file = scratch_file()  # closed, and removed, with the container
         try:
             for key, info in listed.items():
-                file.seek(container.storages[key].start)
-                _inflate(path, original.data, info, file)
+                file.seek(places[key].start)
+                _inflate(path, original, info, file)
             file.truncate(at)
             file.flush()
             return Opened(file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
@@ -151,13 +189,13 @@ def _pack(container: Container, listed: dict[str, zipfile.ZipInfo]) -> None:
             file.close()
             raise
 
-    container.unpack, container.unpacked = unpack, at
+    container.storages, container.unpack, container.unpacked = places, unpack, at
 
 
-def _inflate(path: Path, data: mmap.mmap, info: zipfile.ZipInfo, file: Any) -> None:
+def _inflate(path: Path, original: Opened, info: zipfile.ZipInfo, file: Any) -> None:
     """Write an entry's bytes, no more than the directory says that there are, and hold them against its CRC-32."""
-    where, crc, count = _range(path, data, info), 0, 0
-    for piece in _pieces(path, data, info, where):
+    where, crc, count = _range(path, original, info), 0, 0
+    for piece in _pieces(path, original.data, info, where):
         crc, count = zlib.crc32(piece, crc), count + len(piece)
         if count > info.file_size:
             break

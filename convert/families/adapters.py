@@ -22,7 +22,7 @@ from convert.families.encoder import Layout, assemble, encoder_rules, infer_enco
 from convert.families.planning import choose, describe_encoder
 from convert.families.settings import Limit, Reader, Value, only
 from convert.families.tokenizers import Processor, is_plain, vocab
-from convert.rules import Drop, Edit, Fill, Rename, Rule, Table, TensorSpec, Zeros, add_prefix, plan
+from convert.rules import Drop, Edit, Fill, Plan, Rename, Rule, Table, TensorSpec, Zeros, add_prefix, plan
 
 # fmt: off
 ADAPTER = (
@@ -274,7 +274,8 @@ def _sidecars(
         layout = infer({name: spec.shape for name, spec in view.inventory.items()})
     except PlanError:  # which the model's own plan says, too
         return []
-    made = []
+    made: list[Sidecar] = []
+    plans: dict[Any, Plan] = {}
     for one in found:
         inventory = checkpoint.inventory_of(one.group)
         if not one.group:
@@ -284,9 +285,9 @@ def _sidecars(
                 Problem("no-dictionary", f"adapter[{one.name}]", "the checkpoint has no dictionary of it", _ALONE)
             )
         file = f"adapter.{one.name}.safetensors"
-        made += _sidecar(file, one.group, inventory, layout, one.row, problems)
+        made += _sidecar(file, one.group, inventory, layout, one.row, problems, plans)
     if any(one.group for one in found):
-        made += _sidecar(OWN, "", _of_language(checkpoint.inventory, 0), layout, 0, problems)
+        made += _sidecar(OWN, "", _of_language(checkpoint.inventory, 0), layout, 0, problems, plans)
     return made
 
 
@@ -306,11 +307,17 @@ def _sidecar(
     layout: Layout[Own],
     row: int,
     problems: list[Problem],
+    plans: dict[Any, Plan],
 ) -> list[Sidecar]:
+    """Plan the file of one language; those with equal shapes share the plan."""
     head = inventory.get("w2v_encoder.proj.bias")
     layout = replace(layout, head=Symbols(head.shape[0] if head and head.shape else 0))
+    known = plans.get((layout.head, row))
+    if known is not None and known.source == inventory:
+        return [Sidecar(file, known, group)]
     try:
-        return [Sidecar(file, plan(_language_table(layout, row), inventory), group)]
+        made = plans[layout.head, row] = plan(_language_table(layout, row), inventory)
+        return [Sidecar(file, made, group)]
     except PlanError as error:
         problems += [replace(one, key=f"{file}: {one.key}", hint=one.hint or _ALONE) for one in error.problems]
         return []

@@ -321,11 +321,13 @@ class FromConfig:
         kinds: the kinds of checkpoint that can be made.
         settings: translates (config, preprocessor_config, kind) into fairseq's settings.
         layout: states the geometry by (config, kind, rows of `lm_head`).
+        numbers: the keys of `config.json` whose numbers become settings as they are.
     """
 
     kinds: tuple[str, ...]
     settings: Callable[[Mapping[str, Any], Mapping[str, Any], str], dict[str, Any]]
     layout: Callable[[Mapping[str, Any], str, int], Any]
+    numbers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

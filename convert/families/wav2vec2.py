@@ -283,6 +283,8 @@ FAMILY = Family(
     kinds=KINDS,
     settings=SETTINGS,
     values=quantizer_values,
-    from_config=FromConfig(("ctc", "pretraining"), settings_of, layout_of),
+    from_config=FromConfig(
+        ("ctc", "pretraining"), settings_of, layout_of, (*SETTINGS.same.values(), "mask_time_prob", "final_dropout")
+    ),
     paper="2006.11477",
 )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convert.errors import ConvertError, MismatchError
+from convert.errors import ConvertError, MismatchError, needing
 from convert.files import check_file
 from convert.sources import locate
 
@@ -24,6 +24,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+@needing("verify")
 def verify(
     checkpoint: str | Path,
     model_dir: str | Path,
@@ -130,6 +131,7 @@ def assert_identical(
     return done
 
 
+@needing("record")
 def record(
     checkpoint: str | Path,
     out: str | Path,

@@ -12,6 +12,7 @@ from convert.checkpoint import Checkpoint
 from convert.directory import ModelDirectory
 from convert.errors import ConvertError, MismatchError, Problem
 from convert.files import Hashes
+from convert.loading import quiet
 from convert.package import compare_opened
 from convert.report import quoted
 from convert.request import request_again
@@ -81,19 +82,18 @@ def verify(
         _check_files(opened, directory, digest, files, {"dictionary": dictionary}, findings)
         work = Work(subject, directory, clips, wanted, pieces, half, rounded, require, steps.tell)
         description = None
-        with steady():
+        with steady(), quiet():
             for device in chosen:
                 steps.tell("loading both models", 2 * len(wanted))
                 side: Reference = recorded if recorded is not None else Live(subject, clips, device)
                 description = side.description
                 try:
                     on_device(work, side, device, findings, first=device == chosen[0])
-                except ConvertError as error:
-                    if error.code != "load":
-                        raise
-                    findings.problems += error.problems
+                except Exception as error:  # noqa: BLE001
+                    # what makes transformers fail in a directory that is not the expected one is its own fault
+                    findings.problems += _failure(error, directory.path.name, bool(findings.problems))
                 del side
-            surroundings = describe(chosen, attention_of((directory.config.get("architectures") or [""])[0]))
+            surroundings = describe(chosen, attention_of(directory.architecture))
         findings.problems += controls.missing(findings.controls)
         findings.skipped |= dict(description.skipped) if description else {}
         known.check()  # what was compared and computed with is what was hashed
@@ -109,6 +109,18 @@ def verify(
         write(directory.path, done.report)
     steps.end()
     return done
+
+
+def _failure(error: Exception, name: str, differs: bool) -> Sequence[Problem]:
+    """List what an error says about the model directory; one that says nothing about it is raised again."""
+    if isinstance(error, ConvertError):
+        if error.code == "load":
+            return error.problems
+        raise error
+    if not differs or isinstance(error, (ImportError, MemoryError, OSError)):
+        raise error
+    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    return [Problem("load", name, f"transformers cannot run it ({reason})")]
 
 
 class Steps:
@@ -182,7 +194,7 @@ def _recording(path: Path, subject: Subject) -> Recorded:
             f"{path.name} was recorded in the language {recorded.language!r}, the model is of {subject.language!r}",
             code="other-language",
             key=path.name,
-            hint=f"record it: fairseq-to-hf record {quoted(subject.name)} FILE --lang {subject.language}",
+            hint=f"record it: fairseq-to-hf record {quoted(subject.name)} FILE --lang {quoted(subject.language)}",
         )
     return recorded
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,16 @@ from fairseq.data import Dictionary
 from fairseq.modules import SinusoidalPositionalEmbedding
 from fairseq.sequence_generator import SequenceGenerator
 from fairseq_models import dictionary
-from safetensors.numpy import load_file, save_file
+from faults import SILENT, Fault, perturbed, reported, swapped
+from safetensors.numpy import load_file
 from seq2seq_models import DECODER, REFUSED, VARIANTS, Seq2Seq, build, save
 from verify_models import edit, few_inputs, one_reference, short_inputs
 
 import convert
-from convert.errors import ConvertError, PlanError
+from convert.errors import PlanError
 from convert.mapping import TensorSpec, infer_layout, map_state_dict
 from convert.transfer import sinusoids
-from convert.verification import Verification, verify
+from convert.verification import verify
 from convert.verification.fairseq_side.numerics import sinusoids as sinusoids_of_the_reference
 
 torch.serialization.add_safe_globals([Dictionary])  # fairseq's loader leaves torch.load at its default, weights only
@@ -306,34 +306,9 @@ def test_fairseqs_loader_takes_it(tmp_path: Path) -> None:
 
 # --- faults ---------------------------------------------------------------------------------------------------------
 
-Fault = Callable[[Path], None]
-# Faults that outputs cannot show: the mask is for training; a bias on all keys alike leaves the attention as it is
-SILENT = ("masked_spec_embed", "k_proj.bias")
-
-
-def in_weights(change: Callable[[dict[str, Any]], None]) -> Fault:
-    def fault(model: Path) -> None:
-        tensors = load_file(model / "model.safetensors")
-        change(tensors)
-        made = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-        save_file(made, model / "model.safetensors", metadata={"format": "pt"})
-
-    return fault
-
 
 def weight_faults(model: Path) -> dict[str, Fault]:
     """Perturb every weight of the decoder's last layer and around it, and swap neighbours of one shape in it."""
-
-    def perturbed(name: str) -> Fault:
-        def change(tensors: dict[str, Any]) -> None:
-            flat = tensors[name].reshape(-1)
-            flat[flat.size // 2] += 0.05
-
-        return in_weights(change)
-
-    def swapped(one: str, other: str) -> Fault:
-        return in_weights(lambda tensors: tensors.update({one: tensors[other], other: tensors[one]}))
-
     tensors = load_file(model / "model.safetensors")
     tensors = {
         name: tensors[name]
@@ -379,21 +354,6 @@ def other_faults() -> dict[str, Fault]:
         edit(model / "tokenizer.json", model=content["model"])
 
     return faults | {"E and T exchanged": exchanged}
-
-
-def reported(pair: tuple[Path, Path], fault: Fault, work: Path) -> set[str]:
-    """The codes that a damaged copy is reported with."""
-    copy = Path(shutil.copytree(pair[1], work / "damaged"))
-    try:
-        fault(copy)
-        with few_inputs("speech-even", "quiet"):
-            found: Verification = verify(pair[0], copy, devices=["cpu"], write=False, long=False)
-        return {problem.code for problem in found.problems}
-    except ConvertError as error:
-        assert error.status == 1
-        return {error.code}
-    finally:
-        shutil.rmtree(copy)
 
 
 def test_every_fault_in_the_weights_is_reported(base: tuple[Path, Path], tmp_path: Path) -> None:

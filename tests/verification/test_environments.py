@@ -16,7 +16,7 @@ CHAIN = ("default-SSE41-1", list(environments.ENVIRONMENTS)[-2], "other-products
 def test_no_correct_model_is_blamed(tmp_path: Path) -> None:
     """Each of these computes other bits than the one before, and takes what that one recorded.
 
-    Left to `benchmarks/judgement.py`: all of `environments.ENVIRONMENTS` and all of `many_models.MODELS`.
+    Left to `benchmarks/judgement.py all`: every one of `environments.ENVIRONMENTS` and of `many_models.MODELS`.
     """
     make_models(tmp_path, *FEW)
     found = {name: environments.run(tmp_path, name, CHAIN[max(0, at - 1) : at]) for at, name in enumerate(CHAIN)}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ from verify_models import converted, short_inputs, subject_of
 
 from convert.package import convert
 from convert.verification import record, verify
+from convert.verification.devices import steady
 from convert.verification.fairseq_side import numerics, shelf
 from convert.verification.fairseq_side.lending import Lending
 from convert.verification.inputs import bundled
@@ -136,6 +139,47 @@ def test_both_sides_keep_what_the_files_hold(variant: str, tmp_path: Path) -> No
         target.run(waveform, None, lambda stage, values: kinds.update({stage: values.dtype}))
     assert [kept(reference.model), kept(target.model)] == before
     assert set(kinds.values()) - {torch.int64} == {torch.float64}
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="anonymous memory is measured on Linux alone")
+def test_the_weights_take_no_memory_of_their_own(tmp_path: Path) -> None:
+    """Neither while both sides are opened, nor while they compute in float64."""
+    wide = {"encoder_embed_dim": 512, "encoder_ffn_embed_dim": 4096, "encoder_layers": 12}
+    checkpoint = fairseq_models.save(fairseq_models.Variant("ctc", fairseq_models.BASE | wide), tmp_path / "model.pt")
+    model = convert(checkpoint, tmp_path / "out").path
+    subject, weights = subject_of(checkpoint)[0], checkpoint.stat().st_size
+    waveform = torch.from_numpy(bundled()[:4000])[None]
+
+    def both_sides() -> None:
+        reference, target = Live(subject, {}, "cpu").inner, load(model, "cpu")
+        with reference.arithmetic("float64"), target.arithmetic("float64"):
+            reference.run(waveform)
+            target.run(waveform, None, lambda stage, values: None)
+
+    with steady():
+        both_sides()  # what is imported and allocated once is there
+        gc.collect()
+        before, peak, done = anonymous(), 0, threading.Event()
+
+        def watch() -> None:
+            nonlocal peak
+            while not done.wait(0.002):
+                peak = max(peak, anonymous())
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        try:
+            both_sides()
+        finally:
+            done.set()
+            watcher.join()
+    assert before < peak < before + weights * 2 / 3
+
+
+def anonymous() -> int:
+    """This process's anonymous memory, in bytes."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
 
 
 @pytest.mark.parametrize("kind", [torch.float64, torch.float16])

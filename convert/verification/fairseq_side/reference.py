@@ -10,7 +10,7 @@ import torch
 
 from .arithmetic import forget_positions, lifted, nothing
 from .importing import CannotBuildError, import_fairseq
-from .lending import Lending
+from .lending import Lending, release
 from .numerics import NAMES, crop, same, swap_first, swap_last
 from .shelf import shelved
 from .tokens import dictionary_of
@@ -78,6 +78,7 @@ class Reference:
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
         self._hook()
+        release()
 
     def _filled(self, weights: Any) -> None:
         """What is to be done once the tensors are in their places."""

@@ -1,0 +1,139 @@
+"""Time and memory of every command on checkpoints of many languages, as MMS's: narrow layers, the real names and number of tensors.
+
+Prints each command's time and peak memory at each number of languages, and what 100 further languages cost.
+Usage: `python benchmarks/languages.py [--languages N ...] [--layers N] [--width N] [--directory DIR] [--small]`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests/support"))
+COUNTS = (100, 300, 1162)
+TOKEN = "hf_" + "AliceWritesHere" * 3
+LOAD = """
+import sys, torch
+from transformers import AutoProcessor, Wav2Vec2ForCTC
+processor = AutoProcessor.from_pretrained(sys.argv[1])
+model = Wav2Vec2ForCTC.from_pretrained(sys.argv[1]).eval()
+for language in sys.argv[2:]:
+    processor.tokenizer.set_target_lang(language)
+    model.load_adapter(language, force_load=True)
+    with torch.no_grad():
+        shape = model(torch.randn(1, 16000)).logits.shape
+    assert shape[-1] == len(processor.tokenizer.encoder), (language, shape)
+"""
+
+
+def run(*words: str | Path, **environment: str) -> tuple[float, float, float]:
+    """Run a command; return its wall time, its processor time (both in seconds), and its peak memory in MB."""
+    started = time.perf_counter()
+    command = [str(word) for word in words]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | environment)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"failed: {' '.join(command)}")
+    return time.perf_counter() - started, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1000
+
+
+def measure(work: Path, languages: int, layers: int, width: int) -> dict[str, tuple[float, float, float]]:
+    """Run every command on one checkpoint."""
+    checkpoint, model, back = work / "mms.pt", work / "model", work / "back.pt"
+    shape = ["--layers", str(layers), "--width", str(width)]
+    large = [sys.executable, str(Path(__file__).with_name("large.py"))]
+    subprocess.run([*large, checkpoint, "--languages", str(languages), *shape], check=True, capture_output=True)
+    tool = [sys.executable, "-m", "convert"]
+    done = {
+        "inspect": run(*tool, "inspect", checkpoint, "-q"),
+        "convert": run(*tool, "convert", checkpoint, model, "-q"),
+        "verify": run(*tool, "verify", checkpoint, model, "--lang", "baa", "--no-long", "--device", "cpu", "-q"),
+        "restore": run(*tool, "restore", model, back, "-q"),
+    }
+    back.unlink()
+    checkpoint.unlink()
+    with Served() as where:
+        home = {"HF_ENDPOINT": where, "HF_HOME": str(work / "home"), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}
+        done["publish"] = run(*tool, "publish", model, "alice/mms", "-q", **home)
+        done["publish again"] = run(*tool, "publish", model, "alice/mms", "-q", **home)
+        done["load_adapter"] = run(sys.executable, "-c", LOAD, "alice/mms", "baa", "eng", **home)
+    return done
+
+
+class Served:
+    """The tests' Hub, in a process of its own, so that its memory is not the publisher's."""
+
+    def __enter__(self) -> str:
+        code = f"import sys; sys.path.insert(0, {str(ROOT / 'tests/support')!r}); import languages; languages.serve()"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=Path(__file__).parent,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def __exit__(self, *_: object) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def serve() -> None:
+    """Serve until the standard input ends."""
+    import hub_server
+
+    hub_server.PAGE = 1000  # rows of a listing, as the Hub's
+    hub_server.CHUNK = 1 << 24
+    hub = hub_server.Hub()
+    hub.store.users = {TOKEN: {"name": "alice", "role": "write"}}
+    print(hub.endpoint, flush=True)
+    sys.stdin.read()
+    hub.close()
+
+
+def report(found: dict[int, dict[str, tuple[float, float, float]]]) -> None:
+    """Print times and peaks, and the growth between the two largest counts."""
+    counts = sorted(found)
+    for name in found[counts[0]]:
+        row = [found[count][name] for count in counts]
+        cells = [f"{wall:7.1f} s ({cpu:6.1f} s CPU) {peak:6.0f} MB" for wall, cpu, peak in row]
+        print(f"{name:<14}" + "".join(f"{cell:>36}" for cell in cells))
+    print()
+    if len(counts) < 2:
+        return
+    first, last = counts[0], counts[-1]
+    for name in found[first]:
+        per: Any = [(b - a) / (last - first) * 100 for a, b in zip(found[first][name], found[last][name], strict=True)]
+        print(f"{name + ', a further 100':<28} {per[1]:6.1f} s CPU {per[2]:6.1f} MB   aim: at most 20 MB")
+
+
+def main() -> None:
+    """Measure at each number of languages."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--languages", type=int, nargs="+", default=COUNTS)
+    parser.add_argument("--layers", type=int, default=48)
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--directory", type=Path, help="where to work; by default a temporary directory")
+    parser.add_argument("--small", action="store_true", help="two layers, to see that this runs")
+    asked = parser.parse_args()
+    counts = (3, 6) if asked.small else asked.languages
+    found = {}
+    for count in counts:
+        with tempfile.TemporaryDirectory(dir=asked.directory) as name:
+            found[count] = measure(Path(name), count, 2 if asked.small else asked.layers, asked.width)
+    print("".join(f"{f'{count} languages':>36}" for count in sorted(found)).rjust(14))
+    report(found)
+
+
+if __name__ == "__main__":
+    main()
