@@ -417,7 +417,7 @@ def _from_class(config: Mapping[str, Any]) -> tuple[Family, FromConfig, str, lis
             )
         )
     if config.get("hidden_act", "gelu") not in list(ACTIVATIONS.values()):
-        problems.append(Problem("unsupported-setting", "hidden_act", f"{config.get('hidden_act')!r} has no twin"))
+        problems.append(Problem("unsupported-setting", "hidden_act", f"{config.get('hidden_act')!r} has no equivalent"))
     if config.get("feat_extract_activation", "gelu") != "gelu" or config.get("layer_norm_eps", 1e-5) != 1e-5:
         problems.append(Problem("unsupported-setting", "feat_extract_activation, layer_norm_eps", "gelu and 1e-5 only"))
     return family, way, head, problems

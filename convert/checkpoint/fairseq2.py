@@ -48,7 +48,7 @@ def read_settings(run: Run, family: str, options: Options) -> tuple[dict[str, An
     Args:
         run: where it is.
         family: fairseq2's name of its family.
-        options: what the user said.
+        options: what the user asked for.
 
     Returns:
         `model` with every field of fairseq2's configuration, those of the encoder among them; `task` with `normalize` where

@@ -195,7 +195,7 @@ def join(
             for rank, (_, one) in enumerate(parts)
             if key in one and (rank == 0 or 0 not in one[key].shape)
         ]
-        found = found if tensor.shape else found[:1]  # a number is no rows: every rank has the same
+        found = found if tensor.shape else found[:1]  # a number has no rows: every rank has the same
         if 0 in tensor.shape and len(found) > 1:
             found = found[1:]
         pieces = tuple(

@@ -240,7 +240,7 @@ def _open(seen: Survey, state: State, prefix: str, ema: bool) -> Checkpoint:
     strange = [key for key in state.entries if not isinstance(key, str) or not key.isprintable()]
     if strange:
         raise CheckpointError(
-            f"{name}: its model names a tensor {ascii(strange[0])[:60]}, which is no text; nothing was written",
+            f"{name}: its model names a tensor {ascii(strange[0])[:60]}, which is not text; nothing was written",
             code="corrupted-model",
             key=name,
         )

@@ -168,12 +168,12 @@ def infer(shapes: Shapes) -> Layout[Part]:
     """Read the geometry of a wav2vec 2.0 model off its names and shapes; see `convert.mapping.infer_layout`.
 
     Raises:
-        PlanError: `missing-source`, when it is no wav2vec 2.0 model.
+        PlanError: `missing-source`, when it is not a wav2vec 2.0 model.
 
     Example:
         >>> infer({})
         Traceback (most recent call last):
-        convert.errors.PlanError: this is no wav2vec 2.0 state_dict: 4 tensors that each has are missing
+        convert.errors.PlanError: this is not a wav2vec 2.0 state_dict: 4 tensors that each has are missing
     """
     return Layout("wav2vec2", *infer_encoder(shapes, KINDS), Part())
 

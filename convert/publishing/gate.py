@@ -1,4 +1,4 @@
-"""The gate: only the bytes that the verification speaks of are published as verified."""
+"""The gate: only the bytes that the verification names are published as verified."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def client(timeout: float, progress: bool) -> Iterator[HfApi]:
     previous = utils._http._GLOBAL_CLIENT_FACTORY
 
     def limited() -> Any:
-        made = utils._http.default_client_factory()  # it carries the hook that refuses to speak when offline
+        made = utils._http.default_client_factory()  # it carries the hook that refuses requests when offline
         made.timeout = http_library().Timeout(timeout, connect=min(timeout, 10.0))
         hooks: dict[str, list[Callable[..., Any]]] = {"request": [_patience()], "response": [_bounded, _no_long_wait]}
         made.event_hooks = {name: [*made.event_hooks.get(name, ()), *more] for name, more in hooks.items()}
@@ -204,7 +204,7 @@ def hub_utils() -> Any:
 
 
 def http_library() -> Any:
-    """Return what the client speaks HTTP with: httpx in huggingface_hub 1.x, httpx2 in 2.x."""
+    """Return what the client sends requests with: httpx in huggingface_hub 1.x, httpx2 in 2.x."""
     return getattr(hub_utils(), "httpx", None) or importlib.import_module("httpx")
 
 

@@ -55,7 +55,7 @@ def verify(
             both sides have the same weights and do the same arithmetic, and `rounding` elsewhere.
         dictionary, base: as for `convert`.
         long: whether 30 seconds of speech are among the inputs.
-        languages: of a model with several, those to run beside the one that its weights speak; by default all. The bytes of
+        languages: of a model with several, those to run beside that of its weights; by default all. The bytes of
             all are compared.
         write: whether `verification.json` is written into the directory.
         progress: called with (steps done, steps in all that are known of so far).

@@ -149,7 +149,7 @@ class Steps:
 
 
 def _others(subject: Subject, asked: str, languages: Sequence[str]) -> list[str]:
-    """List the languages to run beside the one that the weights speak: those that were named, or all."""
+    """List the languages to run beside that of the weights: those that were named, or all."""
     unknown = [name for name in languages if name not in subject.languages and name != subject.language]
     if unknown:
         raise ConvertError(
@@ -191,7 +191,7 @@ def _recording(path: Path, subject: Subject) -> Recorded:
         )
     if recorded.language != subject.language:
         raise ConvertError(
-            f"{path.name} was recorded in the language {recorded.language!r}, the model speaks {subject.language!r}",
+            f"{path.name} was recorded in the language {recorded.language!r}, the model is of {subject.language!r}",
             code="other-language",
             key=path.name,
             hint=f"record it: fairseq-to-hf record {quoted(subject.name)} FILE --lang {quoted(subject.language)}",
