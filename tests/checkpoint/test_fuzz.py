@@ -16,11 +16,11 @@ import pytest
 import seq2seq_models
 from command_line import ROOT
 from damage import BYTES, CASES, ENVIRONMENT, MUTATIONS, PICKLED
-from fairseq_models import BASE, LARGE, LETTERS, SIZES, TINY, WIDTHS, Variant, save
+from fairseq_models import BASE, FEW, LARGE, SIZES, TINY, WIDTHS, Variant, save
 
 SUPPORT = ROOT / "tests/support"
 DECODER = {"decoder_embed_dim": 8, "decoder_ffn_embed_dim": 8, "decoder_layers": 1, "decoder_attention_heads": 2}
-ADAPTED = Variant("ctc", LARGE | WIDTHS, mms_models.ADAPTERS | {"adp_dim": 4}, normalize=True, symbols=LETTERS)
+ADAPTED = Variant("ctc", LARGE | WIDTHS, mms_models.ADAPTERS | {"adp_dim": 4}, normalize=True, symbols=FEW)
 # Other kinds of models: how one is saved, and what is asked of its conversion
 KINDS: dict[str, tuple[Callable[[Path], Path], dict[str, object]]] = {
     "hubert": (
@@ -35,7 +35,7 @@ KINDS: dict[str, tuple[Callable[[Path], Path], dict[str, object]]] = {
     ),
     "seq2seq": (
         lambda path: seq2seq_models.save(
-            seq2seq_models.Seq2Seq("wav2vec2", BASE | WIDTHS, seq2seq_models.DECODER | DECODER, symbols=LETTERS), path
+            seq2seq_models.Seq2Seq("wav2vec2", BASE | WIDTHS, seq2seq_models.DECODER | DECODER, symbols=FEW), path
         ),
         {},
     ),

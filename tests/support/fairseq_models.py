@@ -261,5 +261,5 @@ SIZES |= {"conv_feature_layers": "[(8, 10, 5)] + [(8, 3, 2)]", "conv_pos": 4, "c
 
 
 WIDTHS = SIZES | {"latent_vars": 2, "latent_dim": 4}
-LETTERS = tuple("|ETAO")
-TINY = Variant("ctc", BASE | WIDTHS, symbols=LETTERS)  # the smallest that converts
+FEW = tuple("|ETAO")
+TINY = Variant("ctc", BASE | WIDTHS, symbols=FEW)  # the smallest that converts
