@@ -29,7 +29,7 @@ KINDS: dict[str, tuple[Callable[[Path], Path], dict[str, object]]] = {
     ),
     "mms": (
         lambda path: mms_models.save(
-            mms_models.Adapted(ADAPTED, "eng", (("eng", LETTERS), ("hin", ("|", "ा", "क")))), path
+            mms_models.Adapted(ADAPTED, "eng", (("eng", FEW), ("hin", ("|", "ा", "क")))), path
         ),
         {},
     ),
