@@ -66,6 +66,12 @@ class ModelDirectory:
         subwords = self.path / SUBWORDS
         return DataConfig(values, dictionary, read_file(subwords) if subwords.is_file() else b"")
 
+    @property
+    def architecture(self) -> str:
+        """The class that config.json names; empty where it names none."""
+        named = self.config.get("architectures")
+        return named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
+
     def json(self, name: str) -> dict[str, Any]:
         """Read one of its JSON files."""
         self._there(name)

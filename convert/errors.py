@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from convert.report import shown, without_user
@@ -105,6 +106,22 @@ class MismatchError(ConvertError, AssertionError):
     """Two things that had to be the same are not (exit status 1)."""
 
     default_status = 1
+
+
+@contextlib.contextmanager
+def needing(command: str) -> Iterator[None]:
+    """Name the extra that a function needs, where a package is missing.
+
+    Args:
+        command: the command of the function's name.
+
+    Raises:
+        ConvertError: `missing-package`.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise explained(error, command) from error
 
 
 def explained(error: BaseException, command: str = "") -> ConvertError:

@@ -49,7 +49,7 @@ class Entry:
         return "a dictionary, of which fairseq lists none: --dict FILE, unless the checkpoint carries it"
 
     def matches(self, words: Iterable[str]) -> bool:
-        """Say whether an entry speaks of all of these words."""
+        """Say whether an entry has all of these words."""
         text = " ".join((self.name, self.title, self.description, *(self.language or ()), *self.datasets)).lower()
         return all(word.lower() in text for word in words)
 

@@ -79,7 +79,7 @@ def _refused(error: ConvertError) -> dict[str, Any]:
 
 
 def _unusable(source: str | Path, error: CheckpointError) -> dict[str, Any]:
-    """Describe a file of tensors that cannot be opened as a checkpoint; anything else is said by its error."""
+    """Describe a file of tensors that cannot be opened as a checkpoint; anything else is reported by its error."""
     if error.code not in ("no-settings", "ambiguous", "foreign-file", "shard"):
         raise error
     try:

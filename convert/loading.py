@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.errors import ConvertError, MismatchError, Problem
+from convert.reading import check_folder
 
 
 @contextlib.contextmanager
@@ -42,6 +43,8 @@ def load(part: Any, source: str | Path, *, status: int = 2, **options: Any) -> A
         ConvertError: `load`: transformers cannot load it.
     """
     local = isinstance(source, Path)
+    if isinstance(source, Path):
+        check_folder(source)
     with trying(_name(source), f"{part.__name__} cannot load it", status=status), quiet():
         return part.from_pretrained(source, local_files_only=local, trust_remote_code=False, **options)
 

@@ -40,7 +40,7 @@ def infer_layout(source: Mapping[str, TensorSpec] | Mapping[str, tuple[int, ...]
         The family's layout, for `table`.
 
     Raises:
-        PlanError: `missing-source`, when it is no such model; `unknown-family`.
+        PlanError: `missing-source`, when it is not such a model; `unknown-family`.
     """
     shapes = {key: spec.shape if isinstance(spec, TensorSpec) else tuple(spec) for key, spec in source.items()}
     if family and family not in FAMILIES:

@@ -162,6 +162,7 @@ class _SecureHandler(request.HTTPSHandler):
 
 class _Redirects(request.HTTPRedirectHandler):
     def redirect_request(self, req: request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        fp.read = bytes  # the page that comes with it is not read: it may have no end
         if req.type == "https" and not newurl.lower().startswith("https:"):
             key = public_address(req.full_url)
             message = (

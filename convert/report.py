@@ -88,7 +88,7 @@ def fold(keys: Iterable[str]) -> list[str]:
     for template, rows in groups.items():
         columns = list(zip(*rows, strict=True))
         total = 1
-        for column in set(columns):  # a number that stands there twice counts once
+        for column in set(columns):  # a number that is repeated counts once
             total *= len(set(column))
         if total == len(rows):  # the rows are a full grid, so that columns can be folded one by one
             folded.append(template.format(*(_numbers(sorted(set(column))) for column in columns)))

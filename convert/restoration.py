@@ -28,6 +28,7 @@ from convert.files import WIDTHS, check_file, new_file, sha256_of
 from convert.reading import open_file
 from convert.request import request_again
 from convert.rules import Table, TensorSpec
+from convert.typed import Misfit, read
 
 # What a model in transformers may still call the positional convolution's weight norm (before torch 2.1).
 _ALIASES = {"conv.weight_g": "conv.parametrizations.weight.original0"}
@@ -327,11 +328,55 @@ def _loadable(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {"cfg": {"_name": None, "common": {}, **section(settings)}}
 
 
+@dataclass(frozen=True, slots=True)
+class _Config:
+    """The types of what is read of a config.json that transformers saved; what is absent has transformers' default."""
+
+    conv_dim: tuple[int, ...]
+    conv_kernel: tuple[int, ...]
+    conv_stride: tuple[int, ...]
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_conv_pos_embeddings: int = 1
+    num_conv_pos_embedding_groups: int = 1
+    num_codevector_groups: int = 1
+    num_codevectors_per_group: int = 1
+    codevector_dim: int = 1
+    proj_codevector_dim: int = 1
+    pad_token_id: int | None = None
+    conv_bias: bool = False
+    apply_spec_augment: bool = False
+    ctc_zero_infinity: bool = False
+    feat_extract_norm: str = ""
+
+    def __post_init__(self) -> None:
+        convolutions = (self.conv_dim, self.conv_kernel, self.conv_stride)
+        if not 0 < len(self.conv_dim) == len(self.conv_kernel) == len(self.conv_stride):
+            raise ValueError("conv_dim")
+        counts = {name: getattr(self, name) for name, kind in self.__annotations__.items() if kind == "int"}
+        for name, count in [*counts.items(), *(("conv_dim", count) for counted in convolutions for count in counted)]:
+            if not 0 < count < 2**31:
+                raise ValueError(name)
+
+
 def _from_config(directory: ModelDirectory) -> _Draft:
     config = directory.config
     family, way, head, problems = _from_class(config)
     if problems:
         raise PlanError(f"{directory.path} has no fairseq counterpart", code="unsupported", problems=problems)
+    try:
+        said = read(_Config, config)
+        numbers = {key: config[key] for key in way.numbers if config.get(key) is not None}
+        wrong = [
+            key for key, value in numbers.items() if not isinstance(value, (int, float)) or not math.isfinite(value)
+        ]
+        if wrong or said.num_hidden_layers > len(directory.tensors):
+            raise Misfit((*wrong, "num_hidden_layers")[0])
+    except (Misfit, OverflowError) as error:
+        message = f"{directory.path}: config.json: {error}: not what a {config['architectures'][0]} has"
+        raise PlanError(message, code="bad-setting", key=str(error)) from None
     names = {_alias(name): name for name in directory.tensors}
     mask = f"{family.name}.masked_spec_embed"  # transformers has none without masking
     lm_head = directory.tensors.get("lm_head.bias")
@@ -360,7 +405,8 @@ def _from_class(config: Mapping[str, Any]) -> tuple[Family, FromConfig, str, lis
     """Find the family and the kind of checkpoint of a class of transformers, and what of its configuration fairseq lacks."""
     ways = [(family, family.from_config) for family in FAMILIES.values() if family.from_config]
     known = {family.classes[kind]: (family, way, kind) for family, way in ways for kind in way.kinds}
-    named = [name for name in config.get("architectures") or [] if name in known]
+    stated = config.get("architectures")
+    named = [name for name in stated if name in list(known)] if isinstance(stated, list) else []
     family, way, head = known[named[0]] if named else (*ways[0], "")
     problems = []
     if config.get("model_type") != family.model_type or not head:
@@ -376,8 +422,8 @@ def _from_class(config: Mapping[str, Any]) -> tuple[Family, FromConfig, str, lis
                 "adapters are restored from a directory of this tool, not from config.json",
             )
         )
-    if config.get("hidden_act", "gelu") not in ACTIVATIONS.values():
-        problems.append(Problem("unsupported-setting", "hidden_act", f"{config.get('hidden_act')!r} has no twin"))
+    if config.get("hidden_act", "gelu") not in list(ACTIVATIONS.values()):
+        problems.append(Problem("unsupported-setting", "hidden_act", f"{config.get('hidden_act')!r} has no equivalent"))
     if config.get("feat_extract_activation", "gelu") != "gelu" or config.get("layer_norm_eps", 1e-5) != 1e-5:
         problems.append(Problem("unsupported-setting", "feat_extract_activation, layer_norm_eps", "gelu and 1e-5 only"))
     return family, way, head, problems
@@ -422,7 +468,7 @@ def _settings(way: FromConfig, head: str, directory: ModelDirectory) -> dict[str
         features = directory.json("preprocessor_config.json")
     elif (directory.path / "processor_config.json").is_file():
         features = directory.json("processor_config.json").get("feature_extractor", {})
-    if "do_normalize" not in features:
+    if not isinstance(features, dict) or not isinstance(features.get("do_normalize"), bool):
         raise PlanError(
             f"{directory.path} does not say whether its input is normalised (no preprocessor_config.json)",
             code="missing-setting",
@@ -442,8 +488,8 @@ def _vocabulary(directory: ModelDirectory, config: Mapping[str, Any], draft: _Dr
     rows = draft.specs["w2v_encoder.proj.bias"].shape[0]
     symbols = [token for token, _ in sorted(ids.items(), key=lambda item: item[1])]
     blank = config.get("pad_token_id", 0)
-    if sorted(ids.values()) != list(range(rows)):
-        detail = f"vocab.json names {len(ids)} ids, the head has {rows} rows"
+    if sorted(ids.values()) != list(range(rows)) or blank not in range(rows):
+        detail = f"vocab.json names {len(ids)} ids, the head has {rows} rows, config.json's pad_token_id is {blank}"
         raise PlanError(f"{directory.path}: {detail}", code="dictionary-size", key="vocab.json")
     if blank == 0 and len(symbols) > 4 and symbols[2:4] == list(SPECIAL[2:]) and set(symbols[:2]) == set(SPECIAL[:2]):
         symbols[:2] = SPECIAL[:2]

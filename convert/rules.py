@@ -40,7 +40,7 @@ class Rename:
         source: fairseq's key, with named axes such as `{layer}`.
         target: Hugging Face's key, with the same axes.
         shape: the names of its dimensions (or numbers), separated by spaces; axes may stand in them.
-        dtype: what it must be where that is no floating point type, such as `I64` for a counter; no conversion changes it.
+        dtype: what it must be where that is not a floating point type, such as `I64` for a counter; no conversion changes it.
         skip: how many rows (of its first axis) the source has before those that the target takes.
 
     Raises:
@@ -220,7 +220,7 @@ class Table:
         fills: target key -> rule.
         shapes: the shape of every target key.
         edits: changes of single rows.
-        dtypes: target key -> its dtype, of those that are no floating point numbers.
+        dtypes: target key -> its dtype, of those that are not floating point numbers.
         skips: target key -> how many rows of its source come before those that it takes.
 
     Build one with `Table.build`.

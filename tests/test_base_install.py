@@ -95,6 +95,30 @@ def test_what_needs_more_says_what(base: Base, words: list[object], package: str
     assert sorted(path.name for path in base.folder.iterdir()) == before
 
 
+@pytest.mark.parametrize(
+    ("call", "extra"),
+    [
+        (f"convert.verify({str(BUNDLED)!r}, 'model')", "verify"),
+        (f"convert.assert_identical({str(BUNDLED)!r}, 'model')", "verify"),
+        (f"convert.record({str(BUNDLED)!r}, 'out.safetensors')", "verify"),
+        ("convert.evaluate('model', manifest='set.tsv')", "evaluate"),
+    ],
+    ids=["verify", "assert_identical", "record", "evaluate"],
+)
+def test_from_python_too(base: Base, call: str, extra: str) -> None:
+    (base.folder / "set.tsv").touch()
+    program = f"""
+import convert
+try:
+    {call}
+except convert.ConvertError as error:
+    print(error.code, error.status, error.hint)
+"""
+    done = base_install.run(base.environment, "-c", program, cwd=base.folder)
+    assert done.stdout == f"missing-package 2 pip install 'fairseq-to-hf[{extra}]'\n", done.stderr
+    (base.folder / "set.tsv").unlink()
+
+
 def test_a_verified_model_is_published(base: Base, hub: Hub) -> None:
     folder = Path(shutil.copytree(base.folder / "model", base.folder / "verified"))
     prove(folder)

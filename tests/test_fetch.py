@@ -102,6 +102,11 @@ def test_follows_a_redirect_and_resumes_behind_it(server: Server, tmp_path: Path
     assert server.gets[-1] == (f"bytes={HALF}-", '"one"')
 
 
+def test_the_page_of_a_redirect_is_not_read(server: Server, tmp_path: Path) -> None:
+    assert bring(server, tmp_path, path="/paged.pt").checkpoint.read_bytes() == FIRST
+    assert server.ticks < 100_000_000
+
+
 # ---- interruptions
 
 

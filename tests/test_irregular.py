@@ -97,6 +97,18 @@ def test_a_folder_that_another_library_reads_in(tmp_path: Path) -> None:
         check_folder(tmp_path)
 
 
+def test_a_model_directory_that_transformers_reads_in(tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    from convert.loading import load
+
+    (tmp_path / "config.json").write_text('{"model_type": "wav2vec2"}')
+    load(AutoConfig, tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConvertError, match="pipe is not a regular file"):
+        load(AutoConfig, tmp_path)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_command_with_what_is_not_a_file(kind: str, tmp_path: Path) -> None:
     (tmp_path / "work").mkdir()

@@ -108,7 +108,7 @@ def read_groups(holders: Iterable[Parts], room: Room) -> dict[str, Group]:
         strange = not isinstance(language, str) or not re.fullmatch(r"[\w-]{1,80}", language, re.ASCII)
         if strange or not isinstance(model, dict) or not all(map(_is_tensor, model.items())):
             raise CheckpointError(
-                f"{room.name}: its adapter of {ascii(language)[:60]} is no language's tensors; nothing was written",
+                f"{room.name}: its adapter of {ascii(language)[:60]} is not a language's tensors; nothing was written",
                 code="corrupted-model",
                 key=room.name,
             )

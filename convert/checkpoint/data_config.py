@@ -70,7 +70,10 @@ def _subwords(path: Path) -> bytes:
     data = read_beside(path, "sentencepiece model", partial(_bad, path))
     if not any(pieces(data)):
         raise CheckpointError(
-            f"{path.name} is no sentencepiece model", code="bad-data-config", key=path.name, hint="it ends with .model"
+            f"{path.name} is not a sentencepiece model",
+            code="bad-data-config",
+            key=path.name,
+            hint="it ends with .model",
         )
     return data
 

@@ -60,14 +60,14 @@ def from_pickle(value: Any, name: str) -> Dictionary | None:
         name: the file's name, for errors.
 
     Raises:
-        CheckpointError: `corrupted-dictionary`, when its symbols are no list of distinct texts.
+        CheckpointError: `corrupted-dictionary`, when its symbols are not a list of distinct texts.
     """
     if not is_dictionary(value):
         return None
     state = value.state
     symbols, counts = state.get("symbols"), state.get("count")
     if not isinstance(symbols, list) or not all(isinstance(symbol, str) for symbol in symbols):
-        raise _corrupted(name, "its symbols are no list of texts")
+        raise _corrupted(name, "its symbols are not a list of texts")
     numbers = isinstance(counts, list) and all(type(n) is int and -(2**63) <= n < 2**63 for n in counts)
     if not isinstance(counts, list) or not numbers or len(counts) != len(symbols):
         counts = [1] * len(symbols)
@@ -112,7 +112,7 @@ def from_file(path: Path) -> Dictionary:
             )
         if token in seen and not overwrite:
             raise CheckpointError(
-                f"{path.name}, line {number}: {token!r} stands there a second time",
+                f"{path.name}, line {number}: {token!r} is a duplicate",
                 code="bad-dictionary",
                 key=path.name,
                 hint="fairseq refuses it too, unless the line ends with #fairseq:overwrite",
@@ -142,7 +142,7 @@ def _bad(path: Path, what: str) -> CheckpointError:
 
 def _checked(symbols: Sequence[str], counts: Sequence[int], special: tuple[str, ...], name: str) -> Dictionary:
     if any("\ud800" <= letter <= "\udfff" for symbol in symbols for letter in symbol):
-        raise _corrupted(name, "a symbol is no valid text")
+        raise _corrupted(name, "a symbol is not valid text")
     return Dictionary(tuple(symbols), tuple(counts), special)
 
 

@@ -110,6 +110,6 @@ def directory(path: Path) -> CheckpointError:
         )
     models = [name for name in there if name.endswith(".pt")]
     if models:
-        hint = f"name one of them, such as {models[0]}; `convert {path.name} OUT --all` converts each"
+        hint = f"name one of them, such as {models[0]}; `convert {quoted(path.name)} OUT --all` converts each"
         return unreadable(path, f"is a directory that holds {len(models)} .pt files", "directory", hint)
     return unreadable(path, "is a directory, and holds no .pt file", "directory", _CHECKPOINT)

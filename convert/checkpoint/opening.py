@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from convert.checkpoint import fairseq2
+from convert.checkpoint import fairseq2, fairseq2_files
 from convert.checkpoint.container import Container
 from convert.checkpoint.contents import (
     Room,
@@ -110,7 +110,7 @@ def open_checkpoint(
 
     Args:
         path: the file: of fairseq's trainer of any generation, of another program that has kept fairseq's names of the
-            tensors, perhaps under a prefix, or of safetensors; or a folder of fairseq2's trainer, see `fairseq2.find_run`.
+            tensors, perhaps under a prefix, or of safetensors; or a folder of fairseq2's trainer, see `fairseq2_files.find_run`.
         anchors: what shows models in files of other programs, such as `convert.families.ANCHORS`; without, the model is where
             fairseq's trainer puts it.
         base: the pretrained checkpoint, whose settings count where this one has none; of fairseq2, a model.yaml or asset card.
@@ -130,7 +130,7 @@ def open_checkpoint(
         ...     checkpoint.settings["model"]["_name"]
         'wav2vec_ctc'
     """
-    run = fairseq2.find_run(Path(path))
+    run = fairseq2_files.find_run(Path(path))
     with contextlib.ExitStack() as stack:
         chosen = []
         for file in run.files:
@@ -156,12 +156,12 @@ def _path(named: str | Path | None) -> Path | None:
     return None if named is None else Path(named)
 
 
-def _of_fairseq2(run: fairseq2.Run, parts: Sequence[Checkpoint], options: fairseq2.Options) -> Checkpoint:
+def _of_fairseq2(run: fairseq2_files.Run, parts: Sequence[Checkpoint], options: fairseq2.Options) -> Checkpoint:
     """Join the shards of a model of fairseq2's, and take what belongs to it from the files beside it."""
     first, name = parts[0], run.path.name
     names = [*(first.prefix + key for key in first.tensors), *first.outside]
-    family = fairseq2.family_of(names, name)
-    container, tensors = fairseq2.join([(part.container, part.tensors) for part in parts], name)
+    family = fairseq2_files.family_of(names, name)
+    container, tensors = fairseq2_files.join([(part.container, part.tensors) for part in parts], name)
     settings, base = fairseq2.read_settings(run, family, options)
     file = fairseq2.find_tokenizer(run, options) if family == ASR else None
     dictionary, tokenizer = None, b""
@@ -240,7 +240,7 @@ def _open(seen: Survey, state: State, prefix: str, ema: bool) -> Checkpoint:
     strange = [key for key in state.entries if not isinstance(key, str) or not key.isprintable()]
     if strange:
         raise CheckpointError(
-            f"{name}: its model names a tensor {ascii(strange[0])[:60]}, which is no text; nothing was written",
+            f"{name}: its model names a tensor {ascii(strange[0])[:60]}, which is not text; nothing was written",
             code="corrupted-model",
             key=name,
         )

@@ -27,7 +27,7 @@ _OTHERS = {
     ),
     "modality_encoders.": (
         "a model with an encoder for each modality, which transformers has no class for",
-        "name the checkpoint of a model that hears only",
+        "name the checkpoint of a model of audio alone",
     ),
     "encoder.transformer.layers.": ("torchaudio", "name the fairseq checkpoint that torchaudio imported"),
     ".feed_forward.intermediate_dense.": (

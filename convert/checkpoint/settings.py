@@ -40,7 +40,7 @@ def read_settings(top: Mapping[Any, Any], name: str) -> tuple[str, dict[str, Any
         `settings["model"]["w2v_args"]`, where a fine-tuned model has it, is a dict of the same sections, or `None`.
 
     Raises:
-        CheckpointError: `corrupted-settings`, when they are no plain data.
+        CheckpointError: `corrupted-settings`, when they are not plain data.
     """
     for key in ("cfg", "args"):
         found = None if top.get(key) is None else read_any(top[key], name)

@@ -47,7 +47,7 @@ def is_unstacked(name: str) -> bool:
 
 
 def stacked(name: str, shape: tuple[int, ...]) -> int:
-    """Count the adapters in a tensor; none in those that are no stack."""
+    """Count the adapters in a tensor; none in those that are not a stack."""
     found = STACKED.search(name)
     whole = found is not None and found.end() == len(name) and not found[3] and len(shape) > 1
     return shape[0] if whole else 0

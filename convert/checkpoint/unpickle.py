@@ -83,7 +83,7 @@ def load(data: Buffer, start: int, name: str, end: int | None = None) -> Loaded:
             f"{name}: the pickle cannot be read: {detail}; nothing in it was executed",
             code="corrupted-pickle",
             key=name,
-            hint="copy or download the file again; if it is whole, it is no checkpoint of fairseq's",
+            hint="copy or download the file again; if it is whole, it is not a checkpoint of fairseq's",
         ) from None
     return Loaded(value, frozenset(machine.globals), machine.storages, machine.position)
 
@@ -182,7 +182,7 @@ class _Machine:
 
     def make(self, function: Any, args: Any) -> Any:
         if not isinstance(function, Global) or not isinstance(args, tuple):
-            raise MalformedError(f"a call of something that is no global at byte {self.position}")
+            raise MalformedError(f"a call of something that is not a global at byte {self.position}")
         # constructors copy: without a limit, a list that is named again and again would grow without being read again
         self.copied += sum(len(value) for value in args if isinstance(value, (str, bytes, list, tuple, dict, set)))
         if self.copied > _COPIES + self.position - self.start:
@@ -192,11 +192,11 @@ class _Machine:
     def persistent(self, identity: Any) -> Storage | Global:
         """`torch.serialization`'s persistent ids: ('storage', type, key, location, count[, view]), ('module', class, ...)."""
         if not isinstance(identity, tuple):
-            raise MalformedError(f"a persistent id that is no tuple at byte {self.position}")
+            raise MalformedError(f"a persistent id that is not a tuple at byte {self.position}")
         if len(identity) == 4 and identity[0] == "module" and isinstance(identity[1], Global):
             return identity[1]  # a class whose source the legacy layout keeps
         if len(identity) not in (5, 6) or identity[0] != "storage":
-            raise MalformedError(f"a persistent id that is no storage at byte {self.position}")
+            raise MalformedError(f"a persistent id that is not a storage at byte {self.position}")
         _, kind, key, _, count = identity[:5]
         if not (isinstance(kind, Global) and isinstance(key, str) and key.isprintable() and is_count(count)):
             raise MalformedError(f"a storage without type, key or size at byte {self.position}")

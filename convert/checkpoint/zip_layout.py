@@ -115,10 +115,23 @@ def _entries(path: Path, original: Opened) -> dict[str, zipfile.ZipInfo]:
                 raise unreadable(path, f"holds the entry {twice!r} twice", "corrupted-zip")
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error, OSError) as error:
         raise unreadable(path, f"is a truncated or damaged zip file ({error})", "truncated") from None
+    for info in listed:
+        # cut at a NUL; or, for Python from 3.12 on and not before, replaced by a name in the extra field 0x7075
+        if info.filename != info.orig_filename or b"up" in _fields(info.extra):
+            raise unreadable(path, f"holds an entry with two names, {info.filename!r} one of them", "hostile-zip")
     for name in entries:
         if ".." in name.split("/") or name.startswith("/") or "\\" in name:
             raise unreadable(path, f"holds the entry {name!r}, which torch never writes", "hostile-zip")
     return entries
+
+
+def _fields(extra: bytes) -> list[bytes]:
+    """The ids of an entry's extra fields."""
+    ids, at = [], 0
+    while at + 4 <= len(extra):
+        ids.append(extra[at : at + 2])
+        at += 4 + int.from_bytes(extra[at + 2 : at + 4], "little")
+    return ids
 
 
 def _directory_size(data: mmap.mmap) -> int:

@@ -51,7 +51,7 @@ def command(checkpoint: str, out: Path, every: bool, **asked: Any) -> Outcome:
     lines = [
         f"{out}: {model.target}, {len(model.plan.target)} tensors, {size(weights)}, each byte read back and compared",
         f"dropped {len(model.dropped)}, made {len(model.plan.fills)}: see conversion.json",
-        *(model.spoken or model.kept),
+        *(model.chosen or model.kept),
         *(f"note: {note}" for note in model.notes),
         f"next: fairseq-to-hf verify {quoted(checkpoint)} {quoted(out)}{base}",
     ]

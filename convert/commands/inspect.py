@@ -15,13 +15,14 @@ from convert.report import fold, problem_lines, size
 
 _SHAPE = {"encoder_layers": "layers", "encoder_embed_dim": "wide", "encoder_attention_heads": "heads"}
 _SHAPE |= {"num_encoder_layers": "layers", "model_dim": "wide", "num_encoder_attn_heads": "heads"}
+_NEVER = ("unsupported-architecture", "unsupported-setting")  # what no option helps
 
 
 @make(
     "inspect",
     "fairseq-to-hf inspect checkpoint_best.pt",
     "fairseq-to-hf inspect -v checkpoint_best.pt",
-    "fairseq-to-hf inspect model_state.pt --base hubert_base_ls960.pt",
+    "fairseq-to-hf inspect model_state.pt --base wav2vec_small.pt",
     "fairseq-to-hf inspect --json checkpoint_best.pt",
 )
 @source
@@ -96,7 +97,8 @@ def _conversion(answer: dict[str, Any]) -> list[str]:
         return [f"to {answer['class']}", *(f"  note: {note}" for note in answer["notes"])]
     message = answer["message"].removesuffix("; nothing was written")
     problems = [Problem(**row) for row in answer["problems"]]
-    lines = [f"not as it is: {message}"]
+    never = any(problem.code in _NEVER for problem in problems)
+    lines = [f"{'not supported' if never else 'not as it is'}: {message}"]
     if [problem.detail for problem in problems] != [answer["message"]]:
         lines += [f"  {line}" for line in problem_lines(problems)]
     return [*lines, *([f"  hint: {answer['hint']}"] if answer["hint"] else [])]

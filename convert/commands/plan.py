@@ -58,7 +58,7 @@ def describe(model: Conversion) -> list[str]:
     """Write a plan for people."""
     lines = [
         f"{model.fairseq} becomes {model.target}",
-        *model.spoken,
+        *model.chosen,
         *(f"note: {note}" for note in model.notes),
         "",
         f"tensors renamed: {len(model.plan.renames)}",

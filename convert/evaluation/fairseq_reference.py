@@ -75,7 +75,7 @@ class FairseqReference:
 
         with answering(), without_tf32():
             try:
-                return str(self.reference.hear(samples, self.subject.rate))
+                return str(self.reference.recognize(samples, self.subject.rate))
             except CannotBuildError as error:
                 hint = "leave --reference out"
                 raise ConvertError(f"{self.subject.name}: {error}", code="fairseq", hint=hint) from error

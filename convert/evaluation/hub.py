@@ -44,9 +44,10 @@ def hub_source(options: Options, rate: int) -> Source:
         with quiet():
             stream = datasets.load_dataset(name, name=options.config, split=split, revision=revision, streaming=True)
         columns = stream.features or dict.fromkeys(next(iter(stream.take(1)), {}))
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConvertError(f"{shown}: cannot be opened: {reason}", code="dataset", key=shown) from error
+    except (ConvertError, ImportError, MemoryError):
+        raise
+    except Exception as error:  # whatever a file or an answer of the Hub makes `datasets` raise
+        raise _unreadable(shown, "opened", error) from error
     audio = [column for column, feature in columns.items() if isinstance(feature, datasets.Audio)]
     wanted = (options.text_column,) if options.text_column else TEXT_COLUMNS
     text = [column for column in wanted if column in columns]
@@ -55,7 +56,14 @@ def hub_source(options: Options, rate: int) -> Source:
     stream = stream.cast_column(audio[0], datasets.Audio(decode=False))
     counts = (stream.info.splits or {}).get(split)
     identity = Dataset("local" if local else name, shown.rpartition("/")[2], options.config, split, revision)
-    return Source(identity, _items(stream, audio[0], text[0], rate), counts.num_examples if counts else None, local)
+    return Source(
+        identity, _items(shown, stream, audio[0], text[0], rate), counts.num_examples if counts else None, local
+    )
+
+
+def _unreadable(name: str, what: str, error: Exception) -> ConvertError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ConvertError(f"{name}: cannot be {what}: {reason}", code="dataset", key=name)
 
 
 def _single(name: str, what: str, found: list[str], columns: list[str], hint: str) -> None:
@@ -65,7 +73,7 @@ def _single(name: str, what: str, found: list[str], columns: list[str], hint: st
         raise ConvertError(message, code="columns", key=name, hint=hint)
 
 
-def _items(stream: Any, audio: str, text: str, rate: int) -> Iterator[Item]:
+def _items(shown: str, stream: Any, audio: str, text: str, rate: int) -> Iterator[Item]:
     rows = enumerate(stream)
     while True:
         try:
@@ -80,6 +88,8 @@ def _items(stream: Any, audio: str, text: str, rate: int) -> Iterator[Item]:
                 key=missing,
                 hint=f"pip install {missing}, or give a folder with .txt files or *.trans.txt to --folder",
             ) from error
+        except Exception as error:
+            raise _unreadable(shown, "read", error) from error
         content, path = row[audio].get("bytes"), row[audio].get("path")
         name = str(row.get("id") or Path(path or f"{index:06d}").name)
         yield Item(name, str(row[text]).strip(), partial(_decode, name, content, path, rate))
@@ -98,10 +108,10 @@ def _decode(name: str, content: bytes | None, path: str | None, rate: int) -> Wa
 
 def _commit(name: str, revision: str | None) -> str | None:
     """Return the commit of a revision, or the revision itself when the Hub cannot be asked."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from convert.publishing.hub import client, recoverable, text_of
 
-    try:
-        return str(HfApi().dataset_info(name, revision=revision, timeout=30).sha or revision)
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError):
-        return revision  # `load_dataset` has a cache, and reports what is wrong
+    with client(30.0, False) as api:
+        try:
+            return text_of(api.dataset_info(name, revision=revision).sha)
+        except recoverable():
+            return revision  # `load_dataset` has a cache, and reports what is wrong

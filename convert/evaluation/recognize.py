@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from convert.errors import ConvertError
 from convert.evaluation.data import Utterance
 from convert.families import of_class
-from convert.loading import load, load_model, quiet
+from convert.loading import load, load_model, quiet, trying
 from convert.reading import read_file
 from convert.report import parse_json
 from convert.verification.devices import without_tf32
@@ -55,7 +55,8 @@ def open_recognizer(model_dir: Path, device: str, language: str = "") -> Recogni
     match says.get("architectures"):
         case [str() as name]:
             family = of_class(name)
-    return (Generator if family and family.generates else Recognizer)(model_dir, device, language)
+    with trying(model_dir.name, "transformers cannot use it"):
+        return (Generator if family and family.generates else Recognizer)(model_dir, device, language)
 
 
 class Recognizer:

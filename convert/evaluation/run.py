@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from convert.directory import ModelDirectory
-from convert.errors import ConvertError
+from convert.errors import ConvertError, needing
 from convert.evaluation.data import Source, Utterance
 from convert.evaluation.fairseq_reference import FairseqReference
 from convert.evaluation.hub import hub_source
 from convert.evaluation.local import folder_source, manifest_source
 from convert.evaluation.options import Options
 from convert.evaluation.processes import join
-from convert.evaluation.recognize import batches, open_recognizer
+from convert.evaluation.recognize import Recognizer, batches, open_recognizer
 from convert.evaluation.result import Evaluation, Row, write_result
 from convert.evaluation.score import case_hint, score
 from convert.evaluation.transcripts import Transcribe, Transcripts, default_path, key_of
+from convert.loading import trying
 from convert.verification.expected import hashes
 
 
+@needing("evaluate")
 def evaluate(
     model_dir: str | Path,
     *,
@@ -118,7 +120,7 @@ def run(options: Options, *, progress: bool = False) -> Evaluation:
     kept = Transcripts(options.transcripts or default_path(key_of(model, other, str(source.dataset))))
     finished = False
     try:
-        ours = kept.of(recognizer.transcribe, framework="transformers", model=model)
+        ours = kept.of(_trying(recognizer, options.model_dir.name), framework="transformers", model=model)
         theirs = kept.of(_one_by_one(fairseq), framework="fairseq", model=other) if fairseq else None
         share = batches(source.utterances(here.rank, here.count), options.batch_size, recognizer.may_pad)
         bar = tqdm(
@@ -160,6 +162,14 @@ def _fairseq(options: Options, device: str) -> FairseqReference | None:
         return FairseqReference(options.checkpoint, device, language=options.language, base=options.base)
     directory = ModelDirectory(options.model_dir)
     return FairseqReference(options.checkpoint, device, directory, options.language, options.base)
+
+
+def _trying(recognizer: Recognizer, name: str) -> Transcribe:
+    def transcribe(utterances: Sequence[Utterance]) -> list[str]:
+        with trying(name, "transformers cannot transcribe with it"):
+            return recognizer.transcribe(utterances)
+
+    return transcribe
 
 
 def _one_by_one(fairseq: FairseqReference) -> Transcribe:

@@ -79,7 +79,7 @@ def describe(checkpoint: Checkpoint, request: Request) -> Conversion:
     # a relic: fairseq's model does not have it, so that the way back leaves it out
     left_out = tuple(Drop(name, reason, relic=True) for name in checkpoint.outside)
     left_out += tuple(Drop(name, "is not a tensor, and no weight of a model", relic=True) for name in checkpoint.aside)
-    return replace(model, left_out=left_out, notes=checkpoint.notes)
+    return replace(model, left_out=left_out, notes=(*model.notes, *checkpoint.notes))
 
 
 def interface_of(checkpoint: Checkpoint, request: Request, made: Conversion) -> Interface:

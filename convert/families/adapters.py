@@ -95,7 +95,7 @@ def infer(shapes: Shapes) -> Layout[Own]:
     """Read the geometry of a wav2vec 2.0 model with adapters off its names and shapes; see `convert.mapping.infer_layout`.
 
     Raises:
-        PlanError: `missing-source`, when it is no wav2vec 2.0 model.
+        PlanError: `missing-source`, when it is not a wav2vec 2.0 model.
     """
     shapes = unstack(shapes, lambda shape: shape, lambda shape, _: shape[1:])
     kind, prefix, encoder, head = infer_encoder(shapes, wav2vec2.KINDS)
@@ -336,7 +336,7 @@ def _processor(made: Processor, found: Mapping[str, Language], chosen: str, prob
             continue
         wrong = ""
         if len(ids) < len(one.dictionary):
-            wrong = "symbols stand there twice"
+            wrong = "it has duplicate symbols"
         elif {token: ids.get(token) for token in special} != meant:
             wrong = f"its special symbols are not those of {chosen}"
         elif ("|" in ids) != (delimiter == "|"):

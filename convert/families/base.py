@@ -86,7 +86,7 @@ class Conversion:
         processor: the vocabulary and the feature extractor.
         dictionary: fairseq's target dictionary, where there is one.
         sidecars: files of further tensors.
-        language: the language that the weights speak, where the checkpoint names it.
+        language: the language of the weights, where the checkpoint names it.
         group: where that language's tensors are, a key of `Checkpoint.groups`; empty for those of the model.
         languages: the dictionaries of all languages that the model directory has, where there are several.
         left_out: what stands beside the model in the checkpoint, and belongs to another one.
@@ -134,11 +134,11 @@ class Conversion:
         return [f"kept beside the model: {len(one.plan.renames)} tensors in {one.file}" for one in self.sidecars]
 
     @property
-    def spoken(self) -> list[str]:
-        """Say for people which language the weights speak, and how to change it, where there are several."""
+    def chosen(self) -> list[str]:
+        """Say for people which of several languages the weights are of, and how to change it."""
         if not self.languages:
             return []
-        others = f"{len(self.languages)} languages: the weights speak {self.language}"
+        others = f"{len(self.languages)} languages: the weights are of {self.language}"
         return [f"{others}; target_lang=... and load_adapter(...) of transformers change it, --lang takes one alone"]
 
 
@@ -321,11 +321,13 @@ class FromConfig:
         kinds: the kinds of checkpoint that can be made.
         settings: translates (config, preprocessor_config, kind) into fairseq's settings.
         layout: states the geometry by (config, kind, rows of `lm_head`).
+        numbers: the keys of `config.json` whose numbers become settings as they are.
     """
 
     kinds: tuple[str, ...]
     settings: Callable[[Mapping[str, Any], Mapping[str, Any], str], dict[str, Any]]
     layout: Callable[[Mapping[str, Any], str, int], Any]
+    numbers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

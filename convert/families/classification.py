@@ -24,7 +24,7 @@ DROPS = (
     Drop("pooling_layer.weights",                   NO_HEAD, optional=True),  # LayerWeightedMeanPooling
 )
 # fmt: on
-# setting -> what Wav2Vec2ClassificationConfig says where it is absent, the only value with a twin, and why
+# setting -> what Wav2Vec2ClassificationConfig says where it is absent, the only value with an equivalent, and why
 # fmt: off
 POOLING = {
     "pooling":       ("first_token", "mean",   "Wav2Vec2ForSequenceClassification takes the mean over the frames"),
@@ -66,8 +66,8 @@ def _values(sources: Sources) -> list[Value]:
             detail = f"no classifier on an encoder of {name} is supported; --head encoder leaves the classifier out"
             sources.refuse("unsupported-architecture", name, detail)
         return values
-    for name, (default, twin, why) in POOLING.items():
-        if outer.get(name, str, default) != twin:
+    for name, (default, known, why) in POOLING.items():
+        if outer.get(name, str, default) != known:
             detail = (
                 f"the pooling's is {outer.values.get(name, default)!r}: {why}; --head encoder leaves the pooling out"
             )
@@ -75,7 +75,7 @@ def _values(sources: Sources) -> list[Value]:
     labels = sources.dictionary.symbols if sources.dictionary else ()
     repeated = sorted(label for label, count in Counter(labels).items() if count > 1)
     if repeated:
-        sources.refuse("bad-dictionary", "dictionary", f"labels stand there twice: {repeated[:5]}")
+        sources.refuse("bad-dictionary", "dictionary", f"duplicate labels: {repeated[:5]}")
     hidden = sources.reader.get("encoder_embed_dim", int)
     width = outer.get("latent_embed_dim", int, 0) or hidden
     linear = sources.checkpoint.inventory.get("pooling_layer.linear.weight")

@@ -171,7 +171,7 @@ def _damages(model: Converted) -> Damages:
 
 
 def _rounds(config: Any) -> str:
-    """Of widths that are no power of 4 the root is no power of 2, and both what is done with it rounds."""
+    """Of widths that are not a power of 4 the root is not a power of 2, and both what is done with it rounds."""
     width = config.hidden_size // config.num_attention_heads
     exact = width.bit_count() == 1 and width.bit_length() % 2 == 1
     return "" if exact else f"transformers multiplies scores by {width} ** -0.5, fairseq divides them by its root"

@@ -37,7 +37,7 @@ class Generate:
 
 
 @dataclass(frozen=True, slots=True)
-class Speak:
+class SetLanguage:
     """Load the adapters of another language."""
 
     language: str
@@ -50,7 +50,7 @@ class Absent:
     reason: str
 
 
-Damage = Exchange | Change | Configure | Generate | Speak | Absent
+Damage = Exchange | Change | Configure | Generate | SetLanguage | Absent
 Damages = dict[str, Damage]
 
 

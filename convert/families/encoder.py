@@ -239,7 +239,7 @@ def infer_encoder(shapes: Shapes, kinds: Mapping[str, Kind], inner: str = "fc1")
     lost = [prefix + key for key in needed if key not in encoder]
     if lost:
         problems = [Problem("missing-source", key, "is not there") for key in lost]
-        message = f"this is no wav2vec 2.0 state_dict: {len(lost)} tensors that each has are missing"
+        message = f"this is not a wav2vec 2.0 state_dict: {len(lost)} tensors that each has are missing"
         raise PlanError(message, code="missing-source", problems=problems)
     ranks = {prefix + key: rank for key, rank in zip(needed, (3, 2, 3, 1), strict=True)}
     convolution = re.compile(r"feature_extractor\.conv_layers\.\d+\.0\.weight")

@@ -13,6 +13,7 @@ from convert.checkpoint import Checkpoint
 from convert.errors import PlanError, Problem
 from convert.families.base import Sources
 from convert.families.settings import MISSING, Reader, Value
+from convert.report import quoted
 
 # fairseq.utils.get_activation_fn -> transformers.activations.ACT2FN
 ACTIVATIONS = {
@@ -134,7 +135,7 @@ def encoder_settings(checkpoint: Checkpoint) -> Reader:
             f"{checkpoint.path.name} was fine-tuned, and the pretrained model's settings are not in it (w2v_args is empty)",
             code="no-base-settings",
             key="w2v_args",
-            hint=f"pass the pretrained checkpoint: --base {_last(outer.get('w2v_path')) or 'PRETRAINED.pt'}",
+            hint=f"pass the pretrained checkpoint: --base {quoted(_last(outer.get('w2v_path')) or 'PRETRAINED.pt')}",
         )
     values = dict(inner["model"])
     origins = dict.fromkeys(values, origin)

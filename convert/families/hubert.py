@@ -59,7 +59,7 @@ class Own(Part):
         batch_norm: whether the positional convolution has batch norm instead of weight norm.
         clusters, label: the rows of `label_embs_concat`, and its width: `final_dim`.
         final: the rows of `final_proj`: `label`, or with `untie_final_proj` as many for each dictionary.
-        speaker: the indices of ContentVec's layers that hear the speaker.
+        speaker: the indices of ContentVec's layers that depend on the speaker.
     """
 
     batch_norm: bool
@@ -117,7 +117,7 @@ def infer(shapes: Shapes) -> Layout[Own]:
     """Read the geometry of a HuBERT model off its names and shapes; see `convert.mapping.infer_layout`.
 
     Raises:
-        PlanError: `missing-source`, when it is no such model.
+        PlanError: `missing-source`, when it is not such a model.
     """
     prefix = kind_of(shapes)[1]
     norm, convolution = f"{prefix}encoder.pos_conv.0.", f"{prefix}encoder.pos_conv.1."
@@ -181,20 +181,16 @@ def _values(sources: Sources) -> list[Value]:
 
 
 def _contentvec(sources: Sources) -> list[Value]:
-    """ContentVec without what hears the speaker is HuBERT; with it, there is no class."""
+    """ContentVec without the layers of the speaker is HuBERT; with it, there is no class."""
     reader, count = sources.reader, len(_speaker_layers(sources.checkpoint.tensors))
     if sources.request.head != "encoder":
-        detail = (
-            "transformers has no class for the layers that hear the speaker; --head encoder leaves them out, as its "
-        )
+        detail = "transformers has no class for the layers that depend on the speaker; --head encoder leaves them out, as its "
         sources.refuse("unsupported-setting", "encoder_layers_1", detail + "author's own `legacy` files do")
     if reader.get("encoder_layers_1", int, 3) != count and count:  # in some files they were removed
         detail = f"is {reader.values.get('encoder_layers_1')}, and {count} of the layers have norms made of the speaker"
         sources.refuse("conflict", "encoder_layers_1", detail)
     if reader.values.get("layer_norm_first"):
-        detail = (
-            "is True: ContentVec has its last norm behind the layers that hear the speaker, HubertModel before them"
-        )
+        detail = "is True: ContentVec has its last norm behind the layers that depend on the speaker, HubertModel before them"
         sources.refuse("unsupported-setting", "layer_norm_first", detail)
     return []
 

@@ -234,7 +234,7 @@ def prove(
         made = None if layout is None else (table or sources.family.table)(layout, sources.head, edits)
         for name in checkpoint.others:
             if made is None or name not in made.drops:
-                sources.refuse("unmapped-source", name, "is no tensor")
+                sources.refuse("unmapped-source", name, "is not a tensor")
             else:
                 inventory[name] = TensorSpec(name, ())
         proved = None if made is None or _too_much(sources, made) else plan(made, inventory)

@@ -1,4 +1,4 @@
-"""Settings: what each means to transformers, said as data, and typed access to them that collects every problem."""
+"""Settings: what each means to transformers, as data, and typed access to them that collects every problem."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ class Reader:
         """Translate a setting that is one of a few words; another word is refused."""
         value = self.get(name, str)
         if value and value not in words:
-            detail = f"{value!r} has no twin in transformers; known: {', '.join(words)}"
+            detail = f"{value!r} has no equivalent in transformers; known: {', '.join(words)}"
             self.problems.append(Problem("unsupported-setting", name, detail))
         return Value(target, words.get(value), self.origin(name))
 
@@ -175,7 +175,7 @@ def parse_convolutions(text: str) -> list[tuple[int, int, int]]:
         text: such as `[(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512,2,2)] + [(512,2,2)]`.
 
     Raises:
-        ValueError: anything else stands there.
+        ValueError: it is anything else.
 
     Example:
         >>> parse_convolutions("[(512, 10, 5)] + [(512, 3, 2)] * 2")

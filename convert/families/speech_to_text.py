@@ -143,12 +143,12 @@ def infer(shapes: Shapes) -> Layout:
         shapes: fairseq's keys with their shapes.
 
     Raises:
-        PlanError: `missing-source`, when it is no speech-to-text transformer; `shape`, when a tensor has other axes.
+        PlanError: `missing-source`, when it is not a speech-to-text transformer; `shape`, when a tensor has other axes.
 
     Example:
         >>> infer({})
         Traceback (most recent call last):
-        convert.errors.PlanError: this is no speech-to-text transformer: 5 tensors that each has are missing
+        convert.errors.PlanError: this is not a speech-to-text transformer: 5 tensors that each has are missing
     """
     convolutions = count(shapes, r"encoder\.subsample\.conv_layers\.(\d{1,3})\.weight")
     needed = {"encoder.transformer_layers.0.fc1.weight": 2, "decoder.layers.0.fc1.weight": 2}
@@ -156,7 +156,7 @@ def infer(shapes: Shapes) -> Layout:
     needed |= {"decoder.embed_tokens.weight": 2}
     lost = [Problem("missing-source", key, "is not there") for key in needed if key not in shapes]
     if lost:
-        message = f"this is no speech-to-text transformer: {len(lost)} tensors that each has are missing"
+        message = f"this is not a speech-to-text transformer: {len(lost)} tensors that each has are missing"
         raise PlanError(message, code="missing-source", problems=lost)
     kernels = [shapes.get(f"encoder.subsample.conv_layers.{index}.weight", (0, 0, 0)) for index in range(convolutions)]
     needed |= {f"encoder.subsample.conv_layers.{index}.weight": 3 for index in range(convolutions)}
@@ -287,8 +287,14 @@ def describe(sources: Sources) -> Conversion:
     config.append(Value("vocab_size", len(sources.dictionary or ()), "dictionary"))
     layout = None if any(p.code == "missing-setting" for p in sources.problems) else _layout(sources)
     made = finish(sources, prove(sources, layout), CLASS, config, training_only, processor)
-    tagged = "forced_bos_token_id" in processor.files["generation_config.json"]
-    return replace(made, language=request.language if tagged else "")
+    symbols = sources.dictionary.symbols if sources.dictionary else ()
+    languages = [found[1] for symbol in symbols if (found := LANGUAGE.fullmatch(symbol))]
+    first = processor.files["generation_config.json"].get("forced_bos_token_id")
+    if first is None:
+        return made
+    written = LANGUAGE.sub(r"\1", symbols[first])
+    several = f"{len(languages)} languages: texts are written in {written}; --lang changes it"
+    return replace(made, language=request.language, notes=(several,) if len(languages) > 1 else ())
 
 
 def _config(sources: Sources) -> list[Value]:
@@ -514,8 +520,8 @@ def _generation(sources: Sources, data: Reader, dictionary: Dictionary, language
             made["forced_bos_token_id"] = dictionary.symbols.index(tag)
         else:
             found = ", ".join(LANGUAGE.sub(r"\1", symbol) for symbol in languages) or "none"
-            said = f"{language!r} was asked for" if language else "none was named"
-            detail = f"each text starts with its language's tag: {said}, there are {found}"
+            asked = f"{language!r} was asked for" if language else "none was named"
+            detail = f"each text starts with its language's tag: {asked}, there are {found}"
             sources.refuse("no-language", "--lang", detail)
     return made
 

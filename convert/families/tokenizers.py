@@ -99,10 +99,10 @@ def make_processor(
     vocabulary, mark = vocab(dictionary), mark_of(dictionary.symbols)
     again = [unique(dictionary.symbols)[0], mark] if mark else []  # `Dictionary.string` never writes id 0
     marks = [text for text in again if text.endswith(mark)]
-    said = post_process_of(criterion, task.values, post_process)
-    if said not in POST_PROCESS:
-        problems.append(_unknown(said, "criterion.post_process"))
-    decoding = "phonemes" if said == "none" else said
+    named = post_process_of(criterion, task.values, post_process)
+    if named not in POST_PROCESS:
+        problems.append(_unknown(named, "criterion.post_process"))
+    decoding = "phonemes" if named == "none" else named
     tokenizer: dict[str, Any] = {
         "bos_token": "<s>",
         "clean_up_tokenization_spaces": False,
@@ -128,7 +128,7 @@ def make_processor(
         special = ("<pad>", *(name for name in ("<s>", "</s>", "<unk>") if name in vocabulary))
         delimiter = "▁" if decoding == "sentencepiece" else "|"  # which nothing reads, without `cleanup`
         collapse = {"type": "CTC", "pad_token": "<pad>", "word_delimiter_token": delimiter, "cleanup": False}
-        files["tokenizer.json"] = _fast(vocabulary, special, _decoder(POST_PROCESS.get(said, ()), marks, collapse))
+        files["tokenizer.json"] = _fast(vocabulary, special, _decoder(POST_PROCESS.get(named, ()), marks, collapse))
     files["tokenizer_config.json"] = tokenizer
     ids = {
         "pad_token_id": vocabulary.get("<pad>", 0),
@@ -150,9 +150,9 @@ def post_process_of(criterion: Mapping[str, Any], task: Mapping[str, Any], asked
     return asked or str(criterion.get("post_process") or criterion.get("remove_bpe") or "letter")
 
 
-def _unknown(said: str, where: str) -> Problem:
+def _unknown(named: str, where: str) -> Problem:
     known = ", ".join(POST_PROCESS)
-    detail = f"{said[:60]!r} is not a way of making text that fairseq has: --post-process NAME names one of {known}; "
+    detail = f"{named[:60]!r} is not a way of making text that fairseq has: --post-process NAME names one of {known}; "
     return Problem("unsupported-setting", where, detail + "--head encoder leaves the vocabulary out")
 
 
@@ -202,10 +202,10 @@ def sequence_decoding(symbols: Sequence[str], task: Mapping[str, Any], asked: st
         return asked
     if task.get("labels") in ("phn", "phones"):
         return "none"
-    said = str(task.get("eval_wer_post_process") or "letter")
-    if said == "letter" and not task.get("eval_wer") and any("▁" in symbol for symbol in symbols):
+    named = str(task.get("eval_wer_post_process") or "letter")
+    if named == "letter" and not task.get("eval_wer") and any("▁" in symbol for symbol in symbols):
         return "sentencepiece"
-    return said
+    return named
 
 
 def vocab(dictionary: Dictionary) -> dict[str, int]:

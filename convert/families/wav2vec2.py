@@ -168,12 +168,12 @@ def infer(shapes: Shapes) -> Layout[Part]:
     """Read the geometry of a wav2vec 2.0 model off its names and shapes; see `convert.mapping.infer_layout`.
 
     Raises:
-        PlanError: `missing-source`, when it is no wav2vec 2.0 model.
+        PlanError: `missing-source`, when it is not a wav2vec 2.0 model.
 
     Example:
         >>> infer({})
         Traceback (most recent call last):
-        convert.errors.PlanError: this is no wav2vec 2.0 state_dict: 4 tensors that each has are missing
+        convert.errors.PlanError: this is not a wav2vec 2.0 state_dict: 4 tensors that each has are missing
     """
     return Layout("wav2vec2", *infer_encoder(shapes, KINDS), Part())
 
@@ -283,6 +283,8 @@ FAMILY = Family(
     kinds=KINDS,
     settings=SETTINGS,
     values=quantizer_values,
-    from_config=FromConfig(("ctc", "pretraining"), settings_of, layout_of),
+    from_config=FromConfig(
+        ("ctc", "pretraining"), settings_of, layout_of, (*SETTINGS.same.values(), "mask_time_prob", "final_dropout")
+    ),
     paper="2006.11477",
 )

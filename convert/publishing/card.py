@@ -32,7 +32,7 @@ def compose(facts: Facts, existing: bytes | None = None) -> bytes:
 
     Args:
         facts: what is known about the model.
-        existing: the card that stands there now.
+        existing: the present card.
 
     Raises:
         ConvertError: with status 1: the card cannot be edited without harm, or contradicts the facts.

@@ -110,7 +110,7 @@ def read(directory: str | Path) -> Inventory:
         directory: the model directory.
 
     Raises:
-        ConvertError: it is no model directory (status 2), or a file holds or points to what must not leave (status 1).
+        ConvertError: it is not a model directory (status 2), or a file holds or points to what must not leave (status 1).
     """
     root = Path(directory)
     if not root.is_dir():

@@ -1,4 +1,4 @@
-"""The gate: only the bytes that the verification speaks of are published as verified."""
+"""The gate: only the bytes that the verification names are published as verified."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from convert.conversion import NAME as CONVERSION
 from convert.errors import ConvertError, Problem
 from convert.publishing.files import MODEL, Inventory
 from convert.publishing.verified import VERIFICATION, Verified
+from convert.report import quoted
 
 # Written after the verification, and read by no model.
 AFTERWARDS = frozenset({"verification.json", "evaluation.json", "README.md"})
@@ -23,14 +24,14 @@ def check(inventory: Inventory) -> Verified:
     Raises:
         ConvertError: with status 1 and every reason: no verification, not passed, a file changed, added or removed.
     """
-    value = inventory.json(VERIFICATION)
+    value, remedy = inventory.json(VERIFICATION), f"fairseq-to-hf verify CHECKPOINT {quoted(inventory.directory)}"
     if value is None:
         raise ConvertError(
             "verification.json is missing: the model was not verified; nothing was sent",
             code="no-verification",
             key="verification.json",
             status=1,
-            hint="fairseq-to-hf verify CHECKPOINT MODEL_DIR; or publish it as what it is, with --unverified",
+            hint=f"{remedy}; or publish it as what it is, with --unverified",
         )
     proof = Verified.of(value)
     problems = [*_verdict(proof), *_files(proof, inventory), *_source(proof, inventory)]
@@ -40,7 +41,7 @@ def check(inventory: Inventory) -> Verified:
             code="gate",
             status=1,
             problems=problems,
-            hint="fairseq-to-hf verify CHECKPOINT MODEL_DIR",
+            hint=remedy,
         )
     return proof
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from convert.errors import ConvertError
 from convert.network import Pace
-from convert.report import without_user
+from convert.report import size, without_user
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -49,10 +49,10 @@ def client(timeout: float, progress: bool) -> Iterator[HfApi]:
     previous = utils._http._GLOBAL_CLIENT_FACTORY
 
     def limited() -> Any:
-        made = utils._http.default_client_factory()  # it carries the hook that refuses to speak when offline
+        made = utils._http.default_client_factory()  # it carries the hook that refuses requests when offline
         made.timeout = http_library().Timeout(timeout, connect=min(timeout, 10.0))
-        hooks = {"request": _patience(), "response": _no_long_wait}
-        made.event_hooks = {name: [*made.event_hooks.get(name, ()), hook] for name, hook in hooks.items()}
+        hooks: dict[str, list[Callable[..., Any]]] = {"request": [_patience()], "response": [_bounded, _no_long_wait]}
+        made.event_hooks = {name: [*made.event_hooks.get(name, ()), *more] for name, more in hooks.items()}
         for transport in (made._transport, *made._mounts.values()):
             pool: Any = getattr(transport, "_pool", None)
             if hasattr(pool, "_network_backend"):
@@ -111,6 +111,30 @@ class _PacedStream:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+def _bounded(response: Any) -> None:
+    """A hook that ends an answer that is too large, unpacked: of a file, where its size was not declared."""
+    pieces = response.iter_bytes
+    declared = "Content-Length" in response.headers and "Content-Encoding" not in response.headers
+
+    def counted(chunk_size: int | None = None) -> Iterator[bytes]:
+        count = 0
+        for piece in pieces(chunk_size):
+            count += len(piece)
+            if count > LARGEST:
+                raise _nonsense(f"an answer of more than {size(LARGEST)}")
+            yield piece
+
+    def read() -> bytes:
+        if not hasattr(response, "_content"):
+            response._content = b"".join(counted())
+        content: bytes = response._content
+        return content
+
+    response.read = read
+    if not declared:
+        response.iter_bytes = counted
 
 
 def _no_long_wait(response: Any) -> None:
@@ -180,7 +204,7 @@ def hub_utils() -> Any:
 
 
 def http_library() -> Any:
-    """Return what the client speaks HTTP with: httpx in huggingface_hub 1.x, httpx2 in 2.x."""
+    """Return what the client sends requests with: httpx in huggingface_hub 1.x, httpx2 in 2.x."""
     return getattr(hub_utils(), "httpx", None) or importlib.import_module("httpx")
 
 

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert.errors import ConvertError, Problem
-from convert.files import scratch_directory
 from convert.publishing.files import CARD, LocalFile
-from convert.publishing.hub import LARGEST, ask, hub_utils, text_of
-from convert.reading import read_file
+from convert.publishing.hub import ask, hub_utils, text_of
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -206,8 +203,12 @@ def was_published(api: HfApi, repo_id: str, head: str, card: LocalFile) -> bool:
 
 def _card(api: HfApi, repo_id: str, head: str) -> bytes:
     def look() -> bytes:
-        with scratch_directory() as cache:
-            return read_file(Path(api.hf_hub_download(repo_id, CARD, revision=head, cache_dir=cache)), LARGEST)
+        utils = hub_utils()
+        address = f"{api.endpoint}/{repo_id}/resolve/{head}/{CARD}"
+        response = utils.get_session().get(address, headers=utils.build_hf_headers())
+        utils.hf_raise_for_status(response)
+        content: bytes = response.content
+        return content
 
     return ask(look, f"read the card of {repo_id}", repo_id)
 

@@ -117,7 +117,7 @@ def publish(
         Published(repo_id='me/my-model', ...)
     """
     if not _NAME.fullmatch(repo_id):
-        raise ConvertError(f"{repo_id!r} is no repository name", code="name", key=repo_id, hint="USER/NAME")
+        raise ConvertError(f"{repo_id!r} is not a repository name", code="name", key=repo_id, hint="USER/NAME")
     if create_pr and (tag or revision != "main"):
         message = "a pull request goes to main and has no tag before it is merged"
         raise ConvertError(message, code="usage", hint="leave --tag and --revision out, or --create-pr")
@@ -197,7 +197,7 @@ def _finish(
         prove(api, plan, receipt.commit)
     if facts.pin and commit and not dry_run:
         title = "" if facts.verified else UNVERIFIED
-        message = f"{title}the files that {facts.repo_id}'s card speaks of"
+        message = f"{title}the files that {facts.repo_id}'s card names"
         tags.place(api, facts.repo_id, facts.pin, model, commit, message)
     content = plan.write[-1].content or b""
     if not dry_run:

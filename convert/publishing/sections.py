@@ -164,7 +164,7 @@ def _usage(facts: Facts) -> str:
         several = f"{len(facts.languages)} languages, each with an adapter and a vocabulary of its own"
         section += (
             f"\n\nThe model knows {several}: {', '.join(map(code, facts.languages))}. "
-            f"Without being asked it speaks {code(facts.record.language)}. To change the language of "
+            f"By default its language is {code(facts.record.language)}. To change the language of "
             "a loaded model: `processor.tokenizer.set_target_lang(name)` and `model.load_adapter(name)`."
         )
     return section

@@ -163,5 +163,5 @@ def _load(facts: Facts, parts: str = _PROCESSOR) -> str:
 
 
 def _pin(facts: Facts) -> str:
-    remark = "  # exactly the files this card speaks of" if facts.pin else "  # pin the commit that you have checked"
+    remark = "  # exactly the files this card names" if facts.pin else "  # pin the commit that you have checked"
     return f'repository = "{facts.repo_id}"\nrevision = {json.dumps(facts.pin or "main")}{remark}\n'

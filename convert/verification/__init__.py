@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convert.errors import ConvertError, MismatchError
+from convert.errors import ConvertError, MismatchError, needing
 from convert.files import check_file
 from convert.sources import locate
 
@@ -24,6 +24,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+@needing("verify")
 def verify(
     checkpoint: str | Path,
     model_dir: str | Path,
@@ -54,7 +55,7 @@ def verify(
             both sides have the same weights and do the same arithmetic, and `rounding` elsewhere.
         dictionary, base: as for `convert`.
         long: whether 30 seconds of speech are among the inputs.
-        languages: of a model with several, those to run beside the one that its weights speak; by default all. The bytes of
+        languages: of a model with several, those to run beside that of its weights; by default all. The bytes of
             all are compared.
         write: whether `verification.json` is written into the directory.
         progress: called with (steps done, steps in all that are known of so far).
@@ -130,6 +131,7 @@ def assert_identical(
     return done
 
 
+@needing("record")
 def record(
     checkpoint: str | Path,
     out: str | Path,

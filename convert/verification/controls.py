@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from convert.conversion import differences
 from convert.errors import ConvertError, Problem
 from convert.families import of_class
-from convert.families.damages import Absent, Change, Configure, Damage, Damages, Exchange, Generate, Speak
+from convert.families.damages import Absent, Change, Configure, Damage, Damages, Exchange, Generate, SetLanguage
 from convert.files import header_bytes, scratch_directory, write_file
 from convert.reading import read_file
 from convert.verification.compare import Difference, first_different
@@ -148,7 +148,7 @@ def _damages(target: Target, others: Sequence[str]) -> Damages:
     made = dict(family.damages(target))
     for kind in family.kinds.values():
         made |= kind.damages(target)
-    return made | {f"the adapters of {one}": Speak(one) for one in others[:1]}
+    return made | {f"the adapters of {one}": SetLanguage(one) for one in others[:1]}
 
 
 @contextlib.contextmanager
@@ -168,9 +168,9 @@ def damaged(target: Target, damage: Damage) -> Iterator[Target]:
         config = target.model.generation_config
         undo = functools.partial(_set, config, {name: getattr(config, name) for name in damage.values})
         _set(config, damage.values)
-    elif isinstance(damage, Speak):
-        target.speak(damage.language)
-        undo = functools.partial(target.speak, "")
+    elif isinstance(damage, SetLanguage):
+        target.set_language(damage.language)
+        undo = functools.partial(target.set_language, "")
     try:
         yield target
     finally:

@@ -10,6 +10,8 @@ from typing import Any
 
 from convert.errors import ConvertError
 
+WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+
 
 def available() -> list[str]:
     """List the devices here: the CPU, then every CUDA device."""
@@ -69,7 +71,8 @@ def steady() -> Iterator[None]:
     """Compute without TF32 and with deterministic algorithms; afterwards everything is as before."""
     import torch
 
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with a fixed workspace only
+    workspace = os.environ.get(WORKSPACE)
+    os.environ.setdefault(WORKSPACE, ":4096:8")  # cuBLAS is deterministic with a fixed workspace only
     filled: Any = torch.utils.deterministic
     kept = torch.backends.cudnn.benchmark, torch.get_deterministic_debug_mode(), filled.fill_uninitialized_memory
     torch.backends.cudnn.benchmark = False
@@ -82,6 +85,8 @@ def steady() -> Iterator[None]:
         torch.backends.cudnn.benchmark = kept[0]
         torch.set_deterministic_debug_mode(kept[1])
         filled.fill_uninitialized_memory = kept[2]
+        if workspace is None:
+            os.environ.pop(WORKSPACE, None)
 
 
 def describe(devices: Sequence[str], attention: Any) -> dict[str, Any]:

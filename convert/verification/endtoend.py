@@ -96,12 +96,12 @@ def run(
     target.run(torch.from_numpy(mine)[None], None, visit)
     difference = compare(last, answer.stages[last], values[last])
     path = None
-    spoken, spelled = None, text
+    written, spelled = None, text
     if last == "logits" or GENERATED in values:
         stage = last if last == "logits" else GENERATED
         ours, other = (_path(stage, found) for found in (values[stage], _whole(answer.stages[stage])))
         path = None if "pooled" in values else _agreement(ours, other)
-        spoken = spell(ours) if spell else None
+        written = spell(ours) if spell else None
         spelled = spell(other) if spell and reference.blank is not None else text
     if difference.note:
         wrong, why = True, difference.note
@@ -125,7 +125,7 @@ def run(
         stage=last,
         same_path=path,
         fairseq_text=text if last == "logits" or GENERATED in values else None,
-        hf_text=spoken,
+        hf_text=written,
         why=why,
     )
 
@@ -207,7 +207,7 @@ def generate(
     piece: Cut,
     subject: Subject,
 ) -> list[EndToEnd]:
-    """Let both sides write what they hear in one waveform, from the same features: with a beam of one, and with the recipe's.
+    """Let both sides transcribe one waveform, from the same features: with a beam of one, and with the recipe's.
 
     Args:
         reference, target: the models.
@@ -255,7 +255,7 @@ def generate(
             hf_std=spread,
             max_abs_difference=difference.greatest if difference.greatest < float("inf") else None,
             stage=target.output,
-            same_path=None,  # what is the same is said of the texts
+            same_path=None,  # the texts say what is the same
             fairseq_text=theirs,
             hf_text=ours,
             why=why,

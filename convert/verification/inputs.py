@@ -96,7 +96,7 @@ class Probe:
         exact: whether both sides do the same arithmetic, so that their bits can be the same.
         why: why they cannot be.
         follows: whether transformers is given an attention mask of as many frames as fairseq counts.
-        language: what the models speak, of those with several; their own, if it is empty.
+        language: the language, of models with several; their own, if it is empty.
     """
 
     name: str

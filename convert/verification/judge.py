@@ -108,7 +108,7 @@ def judge(
     judged = []
     with reference.arithmetic(arithmetic), target.arithmetic(arithmetic):
         for left, probe in zip(range(len(probes), 0, -1), probes, strict=True):
-            target.speak(probe.language)
+            target.set_language(probe.language)
             tell(f"{probe.name}, fairseq", 2 * left - 1)
             answer = replace(given.reference) if given else reference.run(probe, arithmetic)
             tell(f"{probe.name}, transformers", 2 * left - 2)
@@ -140,7 +140,7 @@ def judge(
     ):
         one.differences = with_floors(one.differences, numbers.floors, numbers.apart, allowed, arithmetic)
         one.differences = [_tie(difference, one, sure) for difference in one.differences]
-    target.speak("")
+    target.set_language("")
     for one in judged:
         if one.probe.name != measured:
             one.reference, one.target = Answer([]), Answer([])
@@ -226,7 +226,7 @@ def _measure(
     one: Judged, target: Target, batch: tuple[torch.Tensor, list[int] | None], exact: Answer, numbers: _Measured
 ) -> None:
     """Run the converted model in float64, twice, and measure."""
-    target.speak(one.probe.language)
+    target.set_language(one.probe.language)
     ours: dict[str, Stage] = {}
     again: dict[str, Stage] = {}
     apart: dict[str, float] = {}

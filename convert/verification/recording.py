@@ -234,7 +234,7 @@ class Recorded:
         except OSError as error:
             raise _bad(path, f"cannot be read: {error.strerror or error}") from None
         except (ValueError, KeyError, ConvertError, Misfit) as error:
-            raise _bad(path, f"is no recording of fairseq-to-hf, or a damaged one ({error})") from None
+            raise _bad(path, f"is not a recording of fairseq-to-hf, or a damaged one ({error})") from None
         self.checkpoint = asdict(self.about.description.checkpoint)
         self.language = self.about.description.language
         keys = ("fairseq", "settings", "ignored_settings", "patches", "environment")

@@ -161,7 +161,7 @@ class Live:
         """Compute every stage."""
         batch, lengths = tensor(self.clips, probe, self.subject.normalize)
         with answering():
-            self.inner.speak(probe.language)
+            self.inner.set_language(probe.language)
             frames, stages = self.inner.run(batch, lengths, probe.multiple)
         return Answer(frames, {key: Stage(tuple(value.shape), value) for key, value in stages.items()})
 
@@ -181,7 +181,7 @@ class Live:
     def end_to_end(self, piece: Cut) -> tuple[Waveform | None, Answer, str]:
         """Go from a raw waveform to text."""
         with answering():
-            self.inner.speak("")
+            self.inner.set_language("")
             signal = self.inner.normalise(cut(self.clips, piece), self.subject.rate)
             frames, stages = self.inner.run(signal[None])
             beams = self.inner.beams()
@@ -216,10 +216,10 @@ def run_interpreter(python: str, request: Mapping[str, Any], arrays: Mapping[str
         ConvertError: `no-fairseq`, status 2: the interpreter, fairseq in it, or the model in that fairseq fails.
     """
     with scratch_directory() as work:
-        spoken = {request["language"], *(run["language"] for run in request["runs"])}
+        languages = {request["language"], *(run["language"] for run in request["runs"])}
         tensorfile.write(str(work / "waveforms"), dict(arrays), "{}")
         asked = dict(request) | {"waveforms": str(work / "waveforms"), "out": str(work / "answers")}
-        asked["groups"] = {name: asked["groups"][name] for name in spoken if name in asked["groups"]}
+        asked["groups"] = {name: asked["groups"][name] for name in languages if name in asked["groups"]}
         with create(work / "request.json") as file:
             file.write(json.dumps(asked).encode())
         command = [python, str(Path(fairseq_side.__path__[0]).resolve()), "request.json"]
@@ -228,6 +228,6 @@ def run_interpreter(python: str, request: Mapping[str, Any], arrays: Mapping[str
         except OSError as error:
             raise ConvertError(f"{python}: {error.strerror}", code="no-fairseq", key=python, hint=HINT) from None
         if done.returncode or not (work / "answers").is_file():
-            last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+            last = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
             raise ConvertError(f"{python}: {last}", code="no-fairseq", key=python, hint=HINT)
         yield work / "answers"

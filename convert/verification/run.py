@@ -89,12 +89,11 @@ def verify(
                 description = side.description
                 try:
                     on_device(work, side, device, findings, first=device == chosen[0])
-                except ConvertError as error:
-                    if error.code != "load":
-                        raise
-                    findings.problems += error.problems
+                except Exception as error:  # noqa: BLE001
+                    # what makes transformers fail in a directory that is not the expected one is its own fault
+                    findings.problems += _failure(error, directory.path.name, bool(findings.problems))
                 del side
-            surroundings = describe(chosen, attention_of((directory.config.get("architectures") or [""])[0]))
+            surroundings = describe(chosen, attention_of(directory.architecture))
         findings.problems += controls.missing(findings.controls)
         findings.skipped |= dict(description.skipped) if description else {}
         known.check()  # what was compared and computed with is what was hashed
@@ -110,6 +109,18 @@ def verify(
         write(directory.path, done.report)
     steps.end()
     return done
+
+
+def _failure(error: Exception, name: str, differs: bool) -> Sequence[Problem]:
+    """List what an error says about the model directory; one that says nothing about it is raised again."""
+    if isinstance(error, ConvertError):
+        if error.code == "load":
+            return error.problems
+        raise error
+    if not differs or isinstance(error, (ImportError, MemoryError, OSError)):
+        raise error
+    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    return [Problem("load", name, f"transformers cannot run it ({reason})")]
 
 
 class Steps:
@@ -138,7 +149,7 @@ class Steps:
 
 
 def _others(subject: Subject, asked: str, languages: Sequence[str]) -> list[str]:
-    """List the languages to run beside the one that the weights speak: those that were named, or all."""
+    """List the languages to run beside that of the weights: those that were named, or all."""
     unknown = [name for name in languages if name not in subject.languages and name != subject.language]
     if unknown:
         raise ConvertError(
@@ -180,10 +191,10 @@ def _recording(path: Path, subject: Subject) -> Recorded:
         )
     if recorded.language != subject.language:
         raise ConvertError(
-            f"{path.name} was recorded in the language {recorded.language!r}, the model speaks {subject.language!r}",
+            f"{path.name} was recorded in the language {recorded.language!r}, the model is of {subject.language!r}",
             code="other-language",
             key=path.name,
-            hint=f"record it: fairseq-to-hf record {quoted(subject.name)} FILE --lang {subject.language}",
+            hint=f"record it: fairseq-to-hf record {quoted(subject.name)} FILE --lang {quoted(subject.language)}",
         )
     return recorded
 

@@ -49,7 +49,7 @@ def load(model_dir: Path, device: str) -> Target:
     if half != torch.float32 and _computed(model):
         model = loading.load_model(getattr(transformers, name), model_dir, status=1, **{key: torch.float32}, **options)
     target = _kind(model)(model, device)
-    target.spoken = target.native = language_of(model_dir)
+    target.current = target.native = language_of(model_dir)
     return target
 
 
@@ -60,7 +60,7 @@ def _computed(model: Any) -> bool:
 
 
 def language_of(model_dir: Path) -> str:
-    """Say which of several languages the weights speak, by the tokenizer's configuration; nothing where it names none."""
+    """Say which of several languages the weights are of, by the tokenizer's configuration; nothing where it names none."""
     try:
         found = json.loads(read_file(model_dir / "tokenizer_config.json")).get("target_lang")
     except (OSError, ValueError, AttributeError):

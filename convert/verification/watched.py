@@ -34,7 +34,7 @@ class Target:
         self.running = running_of(type(model).__name__)
         self.visit: Visit | None = None
         self.frames: list[int] = []
-        self.spoken = self.native = ""  # the language that is loaded, and the one that the weights speak
+        self.current = self.native = ""  # the language that is loaded, and that of the weights
         self.stages: list[str] = []  # what it is compared at, in no order
         self._hook()
         self.stages = [name for name in self.stages if name not in self.running.unused]
@@ -141,10 +141,10 @@ class Target:
             self.visit = None
         return self.frames
 
-    def speak(self, language: str) -> None:
-        """Load the adapters and the head of a language as users do; of the one that the weights speak, if it is empty."""
+    def set_language(self, language: str) -> None:
+        """Load the adapters and the head of a language as users do; of that of the weights, if it is empty."""
         language = language or self.native
-        if language == self.spoken:
+        if language == self.current:
             return
         before = self.model.lm_head
         try:
@@ -158,7 +158,7 @@ class Target:
                 status=1,
                 hint="convert the checkpoint again",
             ) from error
-        self.spoken = language
+        self.current = language
         if self.model.lm_head is not before:
             self._watch(self.model.lm_head, "logits")
             self.model.lm_head.requires_grad_(False)
@@ -200,10 +200,10 @@ class Target:
         with torch.device("meta"):
             other = type(self.model)(config)
         other.load_state_dict(self.model.state_dict(), strict=True, assign=True)
-        for module, twin in zip(other.modules(), self.model.modules(), strict=True):
+        for module, own in zip(other.modules(), self.model.modules(), strict=True):
             for name, buffer in module.named_buffers(recurse=False):
                 if buffer.is_meta:  # no part of the state_dict
-                    setattr(module, name, twin.get_buffer(name))
+                    setattr(module, name, own.get_buffer(name))
         if hasattr(self.model, "generation_config"):
             other.generation_config = self.model.generation_config
         made = type(self)(other, self.device)

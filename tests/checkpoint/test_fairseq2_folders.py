@@ -15,10 +15,10 @@ import sentencepiece
 import torch
 import yaml
 
-from convert.checkpoint import fairseq2
 from convert.checkpoint.container import Container
-from convert.checkpoint.fairseq2 import Options, find_run, find_tokenizer, join, read_settings, read_tokenizer
+from convert.checkpoint.fairseq2 import Options, find_tokenizer, read_settings, read_tokenizer
 from convert.checkpoint.fairseq2_architectures import ARCHITECTURES, ASR, PRETRAINED
+from convert.checkpoint.fairseq2_files import family_of, find_run, join
 from convert.checkpoint.layouts import open_container
 from convert.checkpoint.sentencepiece import read_model
 from convert.checkpoint.stored import StoredTensor
@@ -299,7 +299,7 @@ def test_where_normalisation_is_said(dataset: Any, normalize: bool | None, copy:
 )
 def test_other_models_are_refused_by_name(key: str, what: str) -> None:
     with pytest.raises(CheckpointError) as caught:
-        fairseq2.family_of(["encoder_frontend.post_extract_layer_norm.weight", "final_proj.weight", key], "model.pt")
+        family_of(["encoder_frontend.post_extract_layer_norm.weight", "final_proj.weight", key], "model.pt")
     assert caught.value.code == "unsupported-model" and what in str(caught.value)
 
 

@@ -15,14 +15,12 @@ import mms_models
 import pytest
 import seq2seq_models
 from command_line import ROOT
-from damage import BYTES, CASES, ENVIRONMENT, MUTATIONS
-from fairseq_models import BASE, LARGE, SIZES, WIDTHS, Variant, save
+from damage import BYTES, CASES, ENVIRONMENT, MUTATIONS, PICKLED
+from fairseq_models import BASE, FEW, LARGE, SIZES, TINY, WIDTHS, Variant, save
 
 SUPPORT = ROOT / "tests/support"
-LETTERS = tuple("|ETAO")
-TINY = Variant("ctc", BASE | WIDTHS, symbols=LETTERS)
 DECODER = {"decoder_embed_dim": 8, "decoder_ffn_embed_dim": 8, "decoder_layers": 1, "decoder_attention_heads": 2}
-ADAPTED = Variant("ctc", LARGE | WIDTHS, mms_models.ADAPTERS | {"adp_dim": 4}, normalize=True, symbols=LETTERS)
+ADAPTED = Variant("ctc", LARGE | WIDTHS, mms_models.ADAPTERS | {"adp_dim": 4}, normalize=True, symbols=FEW)
 # Other kinds of models: how one is saved, and what is asked of its conversion
 KINDS: dict[str, tuple[Callable[[Path], Path], dict[str, object]]] = {
     "hubert": (
@@ -31,13 +29,13 @@ KINDS: dict[str, tuple[Callable[[Path], Path], dict[str, object]]] = {
     ),
     "mms": (
         lambda path: mms_models.save(
-            mms_models.Adapted(ADAPTED, "eng", (("eng", LETTERS), ("hin", ("|", "ा", "क")))), path
+            mms_models.Adapted(ADAPTED, "eng", (("eng", FEW), ("hin", ("|", "ा", "क")))), path
         ),
         {},
     ),
     "seq2seq": (
         lambda path: seq2seq_models.save(
-            seq2seq_models.Seq2Seq("wav2vec2", BASE | WIDTHS, seq2seq_models.DECODER | DECODER, symbols=LETTERS), path
+            seq2seq_models.Seq2Seq("wav2vec2", BASE | WIDTHS, seq2seq_models.DECODER | DECODER, symbols=FEW), path
         ),
         {},
     ),
@@ -48,7 +46,6 @@ KINDS: dict[str, tuple[Callable[[Path], Path], dict[str, object]]] = {
         {},
     ),
 }
-PICKLED = "zip-letters,zip-values,zip-tokens,zip-flip,zip-splice"
 
 
 @pytest.fixture(scope="module")

@@ -208,7 +208,7 @@ def test_contentvec_without_what_hears_the_speaker(made: Callable[[str], Made], 
     like, path = made("hubert"), tmp_path / "checkpoint_best_500.pt"
     torch.save(held_models.contentvec(like.state, layers=2), path)
     assert problems_of(path) == {
-        "encoder_layers_1": "transformers has no class for the layers that hear the speaker; --head encoder leaves them out, "
+        "encoder_layers_1": "transformers has no class for the layers that depend on the speaker; --head encoder leaves them out, "
         "as its author's own `legacy` files do"
     }
     record = converted(path, tmp_path / "out", like, head="encoder")
@@ -228,7 +228,7 @@ def test_contentvec_without_what_hears_the_speaker(made: Callable[[str], Made], 
     torch.save(changed, path)
     assert problems_of(path, head="encoder") == {
         "encoder_layers_1": "is 3, and 2 of the layers have norms made of the speaker",
-        "layer_norm_first": "is True: ContentVec has its last norm behind the layers that hear the speaker, HubertModel "
+        "layer_norm_first": "is True: ContentVec has its last norm behind the layers that depend on the speaker, HubertModel "
         "before them",
     }
 

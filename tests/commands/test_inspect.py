@@ -17,7 +17,7 @@ import hubert_models
 import pytest
 import torch
 from command_line import Ran
-from fairseq_models import REFUSED, VARIANTS, build, save, settings, write
+from fairseq_models import LETTERS, REFUSED, VARIANTS, build, save, settings, write
 from safetensors.torch import save as safetensors_bytes
 from torch_files import entries, read
 
@@ -224,6 +224,19 @@ def test_model_with_everything(kind: str, hubert: tuple[Path, torch.nn.Module], 
     notes = ["settings from `hyper_parameters.upstream.config` in the file"] if kind == "settings_elsewhere" else []
     assert found["conversion"] == {"ok": True, "class": "HubertModel", "head": "encoder", "notes": notes}
     assert found["architecture"] == "hubert" and len(found["pretraining_dictionaries"]) == 1
+
+
+def test_an_option_supplies_it(
+    hubert: tuple[Path, torch.nn.Module], command: Callable[..., Ran], tmp_path: Path
+) -> None:
+    held_models.lightning(read(hubert[0]), hubert[1], tmp_path / "x.pt")
+    done = command("inspect", "x.pt", "--base", hubert[0])
+    assert done.status == 0 and "\nconversion    to HubertModel\n  note: settings from hubert.pt (SHA-256 " in done.text
+    assert "architecture  hubert (2 layers, 64 wide, 4 heads)" in done.text
+    save("ctc_base", tmp_path / "old.pt", layout="namespace")
+    (tmp_path / "dict.ltr.txt").write_text("".join(f"{letter} 1\n" for letter in LETTERS))
+    done = command("inspect", "old.pt", "--dict", "dict.ltr.txt")
+    assert done.data["conversion"]["class"] == "Wav2Vec2ForCTC"
 
 
 def test_why_not_and_what_supplies_it(command: Callable[..., Ran], tmp_path: Path) -> None:

@@ -22,8 +22,10 @@ pytest.importorskip("jiwer")
 pytest.importorskip("fairseq", reason="fairseq is not installed: evaluation was not compared with fairseq")
 
 from convert import package  # noqa: E402
+from convert.errors import ConvertError  # noqa: E402
 from convert.evaluation import evaluate  # noqa: E402
 from convert.evaluation.fairseq_reference import FairseqReference  # noqa: E402
+from convert.sources import open_source  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +137,23 @@ def test_a_model_with_a_group_norm_writes_what_fairseq_writes(tmp_path: Path, mo
     result = evaluate(tmp_path / "base", manifest=HELDOUT, reference="fairseq", checkpoint=checkpoint)
     assert result.problems == () and result.reference == result.scores
     assert len({row.hypothesis for row in result.rows}) == 8 and min(len(row.hypothesis) for row in result.rows) > 10
+
+
+def test_settings_from_a_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    weights = torch.load(BUNDLED, weights_only=False)["model"]
+    torch.save({"state_dict": {f"model.{key}": value for key, value in weights.items()}}, tmp_path / "held.ckpt")
+    dictionary = tmp_path / "dict.ltr.txt"
+    with open_source(BUNDLED) as opened:
+        assert opened.dictionary is not None
+        symbols = opened.dictionary.symbols[len(opened.dictionary.special) :]
+    dictionary.write_text("".join(f"{symbol} 1\n" for symbol in symbols))
+    package.convert(tmp_path / "held.ckpt", tmp_path / "model", base=BUNDLED, dictionary=dictionary)
+    asked: dict[str, Any] = {"manifest": HELDOUT, "reference": "fairseq", "checkpoint": tmp_path / "held.ckpt"}
+    result = evaluate(tmp_path / "model", **asked, base=BUNDLED)
+    assert result.ok and result.differing == ()
+    with pytest.raises(ConvertError, match="without its settings"):
+        evaluate(tmp_path / "model", **asked)
 
 
 def test_the_command_reports_both_and_its_result_is_stable(model: Path) -> None:

@@ -311,7 +311,7 @@ def test_keys_for_other_peoples_scripts() -> None:
     prefix, target = "w2v_encoder.w2v_model.encoder.", "data2vec_audio.encoder."
     found = rename_key(f"{prefix}pos_conv.3.0.bias", shapes)
     assert found == f"{target}pos_conv_embed.layers.3.conv.bias"
-    with pytest.raises(PlanError, match="no data2vec audio"):
+    with pytest.raises(PlanError, match="not a data2vec audio"):
         infer_layout({"encoder.layers.0.fc1.weight": (4, 4)}, "data2vec_audio")
 
 

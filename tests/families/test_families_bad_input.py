@@ -167,7 +167,10 @@ CONFIGS: dict[str, tuple[str | bytes | dict[str, Any], str]] = {
     "long name": ({"vocab_filename": "x" * 5000}, "does not lie beside it"),
     "no name": ({"vocab_filename": "a\0b"}, "does not lie beside it"),
     "number as name": ({"vocab_filename": 3}, "names no file"),
-    "other file": ({"bpe_tokenizer": {"bpe": "sentencepiece", "sentencepiece_model": "dict.txt"}}, "no sentencepiece"),
+    "other file": (
+        {"bpe_tokenizer": {"bpe": "sentencepiece", "sentencepiece_model": "dict.txt"}},
+        "not a sentencepiece model",
+    ),
     "no model": ({"bpe_tokenizer": {"bpe": "sentencepiece"}}, "names no model"),
     "number as transforms": ({"transforms": {"*": 1}}, "names in a list expected"),
     "lists as transforms": ({"feature_transforms": {"*": [["utterance_cmvn"]]}}, "names in a list expected"),

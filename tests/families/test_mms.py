@@ -273,7 +273,7 @@ def test_a_recording_answers_in_every_language(made: Any, tmp_path: Path) -> Non
     report = verify(checkpoint, folder, reference=kept, devices=["cpu"], write=False)
     assert report.problems == () and "speech-even in hin" in {run["input"] for run in report.report["runs"]}
     alone = convert.convert(checkpoint, tmp_path / "hin", language="hin").path
-    with pytest.raises(ConvertError, match="recorded in the language 'eng', the model speaks 'hin'"):
+    with pytest.raises(ConvertError, match="recorded in the language 'eng', the model is of 'hin'"):
         verify(checkpoint, alone, reference=kept, devices=["cpu"], write=False)
     kept = record(checkpoint, tmp_path / "hin.safetensors", long=False, language="hin")
     assert verify(checkpoint, alone, reference=kept, devices=["cpu"], write=False).problems == ()
@@ -344,7 +344,7 @@ def test_all_files_are_published(made: Any, hub: Any, publisher: Any, tmp_path: 
     answer = publisher.run(copy, "alice/mms")
     assert answer["committed"] and {name for name, *_ in answer["files"]} == {file.name for file in copy.iterdir()}
     card = (copy / "README.md").read_text()
-    assert "Without being asked it speaks `eng`" in card and "`azj-script_latin`" in card
+    assert "By default its language is `eng`" in card and "`azj-script_latin`" in card
 
 
 def test_the_commands(command: Any, made: Any, tmp_path: Path) -> None:
@@ -353,7 +353,7 @@ def test_the_commands(command: Any, made: Any, tmp_path: Path) -> None:
     assert done.status == 0
     assert done.data["language"] == "hin" and done.data["languages"] == []
     done = command("plan", checkpoint)
-    assert "3 languages: the weights speak eng" in done.text
+    assert "3 languages: the weights are of eng" in done.text
     assert done.data["language"] == "eng" and done.data["languages"] == sorted(LANGUAGES["mms"])
     assert "languages     3: azj-script_latin eng hin" in command("inspect", checkpoint).text
     assert "languages     3: eng hin azj-script_latin" in command("inspect", made("several")[0]).text

@@ -195,7 +195,7 @@ def test_names_without_a_checkpoint() -> None:
     shapes = {key: TensorSpec(key, tuple(value.shape)) for key, value in reference.state_dict().items()}
     layout = infer_layout(shapes)
     assert (layout.family, layout.positions, layout.learned, layout.shared) == ("seq2seq", 12, True, False)
-    with pytest.raises(PlanError, match="no sequence-to-sequence"):
+    with pytest.raises(PlanError, match="not a sequence-to-sequence"):
         infer_layout({"encoder.w2v_model.mask_emb": (64,)})
 
 

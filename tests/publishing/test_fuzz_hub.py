@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from hub_server import Hub
 from convert import network
 from convert.errors import ConvertError
 from convert.publishing.hub import ask, client
+from convert.publishing.remote import _card
 
 SUPPORT = ROOT / "tests/support"
 CASES = 250
@@ -52,7 +54,7 @@ def test_an_answer_that_trickles(
     seconds: float,
 ) -> None:
     """The clock runs as the server sends: a second for each byte is too slow, 10,000 bytes a second is not."""
-    import huggingface_hub
+    import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(network, "clock", lambda: hub.ticks * seconds)
@@ -69,6 +71,43 @@ def test_an_answer_that_trickles(
             with pytest.raises(ConvertError) as caught:
                 look()
             assert caught.value.code == "network" and "TimeoutError" in str(caught.value)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize("route", ["/whoami-v2$", "/resolve/"], ids=["answer", "card"])
+def test_an_answer_that_is_too_large(hub: Hub, monkeypatch: pytest.MonkeyPatch, packed: bool, route: str) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("convert.publishing.hub.LARGEST", 100_000)
+    hub.store.repositories.pop("alice/large", None)
+    hub.store.create("alice/large", False, "alice")
+    card = b"---\nlicense: mit\n---\n"
+    hub.store.repositories["alice/large"].edit("README.md", card)
+
+    def change(told: dict[str, str], content: bytes) -> bytes:
+        content = content.replace(b"alice", b"alice" + b" " * size).replace(card, card + b" " * size)
+        told |= {"Content-Encoding": "gzip"} if packed else {}
+        return gzip.compress(content) if packed else content
+
+    with client(5.0, False):
+        api = huggingface_hub.HfApi(endpoint=hub.endpoint, token=TOKEN)
+
+        def look() -> Any:
+            if route == "/resolve/":
+                return _card(api, "alice/large", "main")
+            return ask(api.whoami, "ask", "me/x")["name"]
+
+        for size in (1000, 200_000):
+            hub.faults.clear()
+            hub.fault("GET", route, "change", change=change, times=9)
+            if size < 100_000:
+                assert len(look()) > size
+                continue
+            with pytest.raises(ConvertError, match="an answer of more than") as caught:
+                look()
+            assert caught.value.code == "nonsense"
+            assert hub.faults[-1].times == 8, "it was asked again"
 
 
 def test_a_card_that_expands(model: Path) -> None:

@@ -59,7 +59,7 @@ def test_what_the_command_says(publisher, model):
         "error: the model directory is not what was verified; nothing was sent",
         f"  changed: vocab.json: sha256 verified {verified}…, now {found}…",
         "",
-        "hint: fairseq-to-hf verify CHECKPOINT MODEL_DIR",
+        f"hint: fairseq-to-hf verify CHECKPOINT {model}",
     ]
 
 

@@ -193,6 +193,9 @@ MUTATIONS: dict[str, tuple[str, Mutation]] = {
 }
 
 
+PICKLED = "zip-letters,zip-values,zip-tokens,zip-flip,zip-splice"
+
+
 class _HangError(BaseException):
     pass
 

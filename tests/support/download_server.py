@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import threading
 from collections.abc import Iterator
@@ -74,6 +75,16 @@ class Handler(BaseHTTPRequestHandler):
             self.send_response(302)
             self.send_header("Location", MOVED[self.path])
             return self.end_headers()
+        if self.path == "/paged.pt":  # a redirect with a page that is larger than any
+            self.send_response(302)
+            self.send_header("Location", "/model.pt")
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                for _ in range(3000 if self.command == "GET" else 0):
+                    self.wfile.write(bytes(100_000))
+                    server.ticks += 100_000
+            self.close_connection = True
+            return None
         if self.path == "/moved.pt":
             self.send_response(302)
             self.send_header("Location", "/model.pt")

@@ -261,3 +261,5 @@ SIZES |= {"conv_feature_layers": "[(8, 10, 5)] + [(8, 3, 2)]", "conv_pos": 4, "c
 
 
 WIDTHS = SIZES | {"latent_vars": 2, "latent_dim": 4}
+FEW = tuple("|ETAO")
+TINY = Variant("ctc", BASE | WIDTHS, symbols=FEW)  # the smallest that converts

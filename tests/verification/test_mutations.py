@@ -17,6 +17,7 @@ from verify_models import converted, few_inputs, one_reference, short_inputs
 from convert.verification import verify
 from convert.verification.recording import Recorded
 
+pytestmark = pytest.mark.slow  # two verifications for each of hundreds of faults
 MODELS = ("ctc_base", "ctc_large", "pretrained_base")
 
 

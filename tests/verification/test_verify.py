@@ -162,10 +162,13 @@ def test_the_file_is_stable_and_speaks_of_every_file(base: tuple[Path, Path]) ->
 
 
 def test_the_torch_flags_are_put_back(base: tuple[Path, Path]) -> None:
+    filled = torch.utils.deterministic
     before = (torch.backends.cudnn.allow_tf32, torch.are_deterministic_algorithms_enabled(), torch.load)
+    before += (filled.fill_uninitialized_memory,)
     workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
     assert verify(*base, write=False, long=False).report["environment"]["tf32"] is False
     after = (torch.backends.cudnn.allow_tf32, torch.are_deterministic_algorithms_enabled(), torch.load)
+    after += (filled.fill_uninitialized_memory,)
     assert after == before
     assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == workspace
 

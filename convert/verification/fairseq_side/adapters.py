@@ -10,17 +10,17 @@ from .reference import Reference
 class AdaptedReference(Reference):
     """A model that may have a language's adapters and head."""
 
-    spoken = ""
+    current = ""
 
-    def speak(self, language: str) -> None:
+    def set_language(self, language: str) -> None:
         """Take another of the stacked adapters; or, in files of MMS, the tensors of the language instead of the model's own.
 
         The latter is what `examples/speech_recognition/new/infer.py` does.
         """
         language = language or self.request.get("language", "")
-        if language == self.spoken:
+        if language == self.current:
             return
-        self.spoken = language
+        self.current = language
         if language not in self.request["groups"]:
             self.row = self.request["languages"].get(language, 0)
             return

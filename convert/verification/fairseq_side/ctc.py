@@ -85,7 +85,7 @@ class CtcReference(AdaptedReference):
         tokens = ids.unique_consecutive()
         return str(data_utils.post_process(words.string(tokens[tokens != blank]), self.request["post_process"]))
 
-    def hear(self, waveform: Any, rate: int) -> str:
+    def recognize(self, waveform: Any, rate: int) -> str:
         """Transcribe a waveform as `CtcCriterion` does when it counts errors: the best symbol of every frame."""
         from fairseq.data import data_utils
 

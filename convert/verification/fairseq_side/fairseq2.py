@@ -186,7 +186,7 @@ class AsrReference(Fairseq2Reference):
     def _after(self, features: Any, encoded: Any) -> None:
         self._see("logits", self.model.final_proj(encoded))
 
-    def hear(self, waveform: Any, rate: int) -> str:
+    def recognize(self, waveform: Any, rate: int) -> str:
         """Transcribe a waveform: the best piece of every frame."""
         frames, stages = self.run(self.normalise(waveform, rate)[None])
         return self.transcribe(self.paths(stages, frames)[0].tolist())

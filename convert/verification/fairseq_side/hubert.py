@@ -83,7 +83,7 @@ class HubertReference(HeadlessReference):
 
 
 class ContentVecReference(HubertReference):
-    """ContentVec without the layers that hear the speaker: HuBERT."""
+    """ContentVec without the layers of the speaker: HuBERT."""
 
     def fill(self, weights: Any) -> None:
         """Load what HuBERT has too."""

@@ -17,7 +17,7 @@ def open_reference(request: Any) -> Reference:
         request: `settings` (see `build`; nothing in them is evaluated, imported, opened or resolved), `files` and `tensors`
             (see `Weights`), `symbols` (the dictionary, or an empty list), `post_process`, `device`; of a model with
             adapters `languages` (name -> index among them), `groups` (name -> the language's `tensors` and `symbols`) and
-            `language` (the one it speaks unless told otherwise).
+            `language` (the one that is set unless told otherwise).
 
     Raises:
         CannotBuildError: fairseq is absent, or cannot build this model; or the file is not the one that was read.
@@ -42,7 +42,7 @@ def open_reference(request: Any) -> Reference:
         }
         reference: Reference = runs(model, request, weights, info)
         reference.fill(weights.read(request["tensors"]))
-        reference.speak("")
+        reference.set_language("")
     except CannotBuildError:
         raise
     except Exception as error:

@@ -23,7 +23,7 @@ def record(request: Any, arrays: Any, reference: Any = None, tell: Any = lambda 
         request: what `open_reference` takes, and `threads`, `rate`, `special` and `blank` (ids), `out` (the file to write),
             `description` (kept as it is), and `runs`: a list of `{"arrays": [names], "multiple": number or None,
             "padded": whether the arrays are a padded batch with a mask, "weights": "" or the type they are rounded to,
-            "arithmetic": a type, "language": what the model is to speak, empty for its own, "raw": whether fairseq is to
+            "arithmetic": a type, "language": the language to set, empty for the model's own, "raw": whether fairseq is to
             normalise them}`, whatever else they hold is kept.
         arrays: the waveforms by name, float32, one dimension each.
         reference: an opened reference; by default one is opened.
@@ -58,7 +58,7 @@ def _answer(reference: Any, wanted: Any, arrays: Any, tensors: Any, prefix: str)
     if wanted["raw"]:
         signals = [reference.normalise(signal, reference.request["rate"]) for signal in signals]
     batch = torch.nn.utils.rnn.pad_sequence(signals, batch_first=True)
-    reference.speak(wanted["language"])
+    reference.set_language(wanted["language"])
     lengths = [len(signal) for signal in signals] if wanted["padded"] else None
     with reference.arithmetic(wanted["arithmetic"]):
         frames, stages = reference.run(batch, lengths, wanted["multiple"])

@@ -88,7 +88,7 @@ class Reference:
         adapted = any(hasattr(layer, "adapter_layer") for layer in self.w2v.encoder.layers)
         return {"corpus_key": [self.row] * len(source)} if adapted else {}
 
-    def speak(self, language: str) -> None:
+    def set_language(self, language: str) -> None:
         """Turn to a language; to the one that the request names, if it is empty. Most models have none."""
 
     def round_weights(self, name: str) -> None:
@@ -226,7 +226,7 @@ class Reference:
 
     def spell(self, language: str = "") -> str:
         """Transcribe a path that holds every symbol of the dictionary that is not special, in order, twice."""
-        self.speak(language)
+        self.set_language(language)
         ids = [i for i in range(len(self.request["symbols"])) if i not in self.request["special"]]
         return self.transcribe([part for i in ids * 2 for part in (i, self.blank)]) if ids else ""
 
@@ -236,7 +236,7 @@ class Reference:
             self.dictionary = dictionary_of(self.request["symbols"])
         return self.dictionary
 
-    def hear(self, waveform: Any, rate: int) -> str:
+    def recognize(self, waveform: Any, rate: int) -> str:
         """Transcribe a waveform as fairseq does when it counts errors.
 
         Args:

@@ -115,7 +115,7 @@ class Seq2SeqReference(Reference):
             ids[row, : len(tokens)] = tokens.cpu()
         self.seen.update({"generated": ids, "generated.second": second, "generated.margin": margin})
 
-    def hear(self, waveform: Any, rate: int) -> str:
+    def recognize(self, waveform: Any, rate: int) -> str:
         """Transcribe a waveform with fairseq's generator and a beam of one."""
         source = self.normalise(waveform, rate)[None].to(self.device)
         with torch.no_grad(), self.lending.lent():

@@ -36,7 +36,7 @@ class SpeechToTextReference(Reference):
         super().__init__(*arguments)
         self.masks_like_main = True
         self.lending.unrounded = (self.model.encoder.embed_positions, self.model.decoder.embed_positions)
-        self.heard: Any = None  # the features of the last run, and how many each utterance has
+        self.latest: Any = None  # the features of the last run, and how many each utterance has
 
     def _hook(self) -> None:
         encoder, decoder = self.model.encoder, self.model.decoder
@@ -55,7 +55,7 @@ class SpeechToTextReference(Reference):
         source, counts = features(waveforms, lengths, self.settings["model"]["input_feat_per_channel"])
         decoder = self.model.decoder
         tokens = forced_tokens(decoder.embed_tokens.num_embeddings, decoder.max_target_positions)
-        self.heard, self.seen = (source, counts), {}
+        self.latest, self.seen = (source, counts), {}
         with torch.no_grad(), self.lending.lent():
             self.model(
                 source.to(self.device, self.lending.kind),
@@ -89,7 +89,7 @@ class SpeechToTextReference(Reference):
         language = language_of(self.request["symbols"])
         prefix = None if language is None else torch.tensor([[language]], device=self.device)
         found = []
-        for source, count in zip(*self.heard):
+        for source, count in zip(*self.latest):
             net_input = {"src_tokens": source[None, :count].to(self.device), "src_lengths": count[None].to(self.device)}
             with self.lending.lent():
                 hypotheses = generator.generate([self.model], {"net_input": net_input}, prefix_tokens=prefix)[0]
@@ -104,7 +104,7 @@ class SpeechToTextReference(Reference):
 
     @contextlib.contextmanager
     def arithmetic(self, name: str) -> Any:
-        """As for every model; the tables of positions are no weights: what a half type did to them must not stay."""
+        """As for every model; the tables of positions are not weights: what a half type did to them must not stay."""
         kept = [table.weights for table in self.lending.unrounded]
         try:
             with super().arithmetic(name):
@@ -120,7 +120,7 @@ class SpeechToTextReference(Reference):
         kept: Any = torch.as_tensor([index for index in path if index not in self.request["special"]])
         return str(data_utils.post_process(self.words().string(kept), "sentencepiece"))
 
-    def hear(self, waveform: Any, rate: int) -> str:
+    def recognize(self, waveform: Any, rate: int) -> str:
         """Say why this cannot be asked."""
         raise CannotBuildError("fairseq makes features with pykaldi or torchaudio, which this does not run")
 
