@@ -40,6 +40,7 @@ types: $(VENV)/.test ## mypy
 bench: $(VENV)/.test ## speed and memory, as ratios against cp, openssl and the bare forward passes; how far verification sees
 	$(BIN)/python benchmarks/conversion.py
 	$(BIN)/python benchmarks/verify.py
+	$(BIN)/python benchmarks/languages.py --languages 100 300
 	$(BIN)/python benchmarks/judgement.py --environments 4
 
 recording: $(VENV)/.test ## make fairseq's answers for the bundled checkpoint anew

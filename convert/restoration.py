@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
 import struct
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -72,11 +74,15 @@ class _Draft:
         return {key: self._stacked(rows) if rows else self._new(key) for key, rows in stack(self.specs).items()}
 
     def _new(self, key: str) -> NewTensor:
-        return NewTensor(self.specs[key].dtype, self.specs[key].shape, self.bytes[key]())
+        return NewTensor(self.specs[key].dtype, self.specs[key].shape, self.bytes[key])
 
     def _stacked(self, rows: Sequence[str]) -> NewTensor:
         spec = self.specs[rows[0]]
-        return NewTensor(spec.dtype, (len(rows), *spec.shape), (part for row in rows for part in self.bytes[row]()))
+        if len(rows) == 1:
+            return NewTensor(spec.dtype, (1, *spec.shape), self.bytes[rows[0]])
+        return NewTensor(
+            spec.dtype, (len(rows), *spec.shape), lambda: (part for row in rows for part in self.bytes[row]())
+        )
 
 
 def restore(model_dir: str | Path, out: str | Path, *, overwrite: bool = False) -> Restored:
@@ -116,10 +122,12 @@ def restore(model_dir: str | Path, out: str | Path, *, overwrite: bool = False) 
         }
     if restoring.bare:
         state = draft.settings
+    count = len(model)
     with new_file(out, overwrite=overwrite) as path:
         write_checkpoint(path, {**model, **teacher}, state)
+        del model, teacher, state  # of many languages, as much as the draft itself
         _prove(path, draft, directory if ours else None)
-    return Restored(out, len(model), tuple(draft.notes))
+    return Restored(out, count, tuple(draft.notes))
 
 
 def _prove(path: Path, draft: _Draft, directory: ModelDirectory | None) -> None:
@@ -162,14 +170,11 @@ def _compare_settings(opened: Checkpoint, directory: ModelDirectory) -> None:
         )
 
 
-def _reader(directory: ModelDirectory, place: Place) -> Callable[[], Iterator[bytes]]:
-    def read() -> Iterator[bytes]:
-        with open_file(directory.path / place.file) as file:
-            file.seek(place.start)
-            for at in range(0, place.count, CHUNK):
-                yield file.read(min(CHUNK, place.count - at))
-
-    return read
+def _read(directory: ModelDirectory, place: Place) -> Iterator[bytes]:
+    with open_file(directory.path / place.file) as file:
+        file.seek(place.start)
+        for at in range(0, place.count, CHUNK):
+            yield file.read(min(CHUNK, place.count - at))
 
 
 def _from_conversion(directory: ModelDirectory) -> _Draft:
@@ -248,8 +253,9 @@ def _take(
     record: Record | None = None,
 ) -> None:
     """Add the tensors of one file; of the weights, with the rows that the conversion edited or left out."""
-    for target, source in tensors.items():
-        spec, read = places[target].spec, _reader(directory, places[target])
+    for target, name in tensors.items():
+        source = sys.intern(name)  # each language has the same names
+        spec, read = places[target].spec, functools.partial(_read, directory, places[target])
         rows = record.edited_rows.get(target) if record else None
         draft.specs[source] = TensorSpec(source, spec.shape, spec.dtype)
         draft.bytes[source] = read if rows is None else _with_rows(read, rows)
@@ -385,7 +391,7 @@ def _from_config(directory: ModelDirectory) -> _Draft:
             continue
         spec = directory.tensors[names[target]].spec
         draft.specs[source] = TensorSpec(source, spec.shape, spec.dtype)
-        draft.bytes[source] = _reader(directory, directory.tensors[names[target]])
+        draft.bytes[source] = functools.partial(_read, directory, directory.tensors[names[target]])
     if head == "ctc":
         _vocabulary(directory, config, draft)
     return draft

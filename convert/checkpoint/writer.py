@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import struct
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,11 @@ _STORAGE = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True, slots=True)
 class NewTensor:
-    """A tensor to write: its safetensors dtype, its shape, and its bytes in pieces."""
+    """A tensor to write: its safetensors dtype, its shape, and what yields its bytes."""
 
     dtype: str
     shape: tuple[int, ...]
-    pieces: Iterable[bytes]
+    pieces: Callable[[], Iterable[bytes]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ def write_checkpoint(path: Path, model: Mapping[str, Any], state: Mapping[str, A
         _entry(archive, f"{prefix}/data.pkl", [pickle])
         _entry(archive, f"{prefix}/byteorder", [b"little"])
         for index, tensor in enumerate(tensors):
-            _entry(archive, f"{prefix}/data/{index}", tensor.pieces)
+            _entry(archive, f"{prefix}/data/{index}", tensor.pieces())
         _entry(archive, f"{prefix}/version", [b"3\n"])
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 LOST = (0.0, 1.0, 2.0, 4.0, 8.0)  # seconds between looks for a commit whose answer is lost; a new try does no harm
 LOST_PULL = (*LOST, 16.0, 32.0)  # for a pull request it does: the Hub gives up after 60 seconds
+_SHORT, _TOGETHER = 1 << 24, 100  # bytes of a file that is sent with others, and how many at once
 HISTORY = 50  # commits on top of ours that are looked through
 
 
@@ -135,7 +136,7 @@ def send(api: HfApi, plan: Plan, remote: Remote) -> Receipt:
 
 
 def _upload(api: HfApi, plan: Plan, remote: Remote) -> list[Any]:
-    """Send the large files one after the other, so that Ctrl-C needs no thread's consent and a new run goes on."""
+    """Send the largest files one after the other, so that Ctrl-C needs no thread's consent and a new run goes on."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     additions = []
@@ -150,13 +151,21 @@ def _upload(api: HfApi, plan: Plan, remote: Remote) -> list[Any]:
         additions.append(addition)
     large = [addition for addition in additions if not isinstance(addition.path_or_fileobj, bytes)]
     small = [addition for addition in additions if isinstance(addition.path_or_fileobj, bytes)]
-    for group in [*([addition] for addition in large), small]:
-        names = ", ".join(addition.path_in_repo for addition in group)
+    for group in [*_groups(large), small]:
+        names = ", ".join(addition.path_in_repo for addition in group[:5])
+        names += f" and {len(group) - 5} more" if len(group) > 5 else ""
         _send_group(api, plan, remote, group, names)
     for file in plan.write:
         if not file.is_unchanged():  # the Hub may believe the hash that the client names
             _changed(file.name)
     return [*additions, *(CommitOperationDelete(name) for name in plan.delete)]
+
+
+def _groups(additions: Sequence[Any]) -> list[list[Any]]:
+    """Put a hundred files into one request, such as the adapters of languages, where each takes a moment; others go alone."""
+    short = [addition for addition in additions if addition.upload_info.size <= _SHORT]
+    alone = [[addition] for addition in additions if addition.upload_info.size > _SHORT]
+    return alone + [short[start : start + _TOGETHER] for start in range(0, len(short), _TOGETHER)]
 
 
 def _send_group(api: HfApi, plan: Plan, remote: Remote, group: Sequence[Any], names: str) -> None:
