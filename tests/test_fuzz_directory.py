@@ -26,7 +26,7 @@ from convert.publishing import publish
 from convert.restoration import restore
 from convert.verification import expected, record, verify
 
-CASES = 200
+CASES = 100
 
 
 @pytest.fixture(scope="module")

@@ -109,6 +109,7 @@ def test_a_model_directory_that_transformers_reads_in(tmp_path: Path) -> None:
         load(AutoConfig, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_command_with_what_is_not_a_file(kind: str, tmp_path: Path) -> None:
     (tmp_path / "work").mkdir()
