@@ -17,7 +17,7 @@ import click
 
 from convert.errors import Problem, explained
 from convert.interrupts import interruptible
-from convert.report import envelope, error_text, problem_lines, shown
+from convert.report import envelope, error_text, problem_lines, shown, without_user
 
 # One module of `convert.commands` each; it is imported when its command is asked for, so that `--help` starts at once.
 COMMANDS = {
@@ -121,7 +121,7 @@ def command(name: str, *examples: str) -> Callable[[Callable[..., Outcome]], cli
             except (Exception, KeyboardInterrupt) as raised:  # noqa: BLE001
                 error = explained(raised, name)
                 if verbose:
-                    click.echo(shown(traceback.format_exc(), keep="\n"), err=True)
+                    click.echo(shown(without_user(traceback.format_exc()), keep="\n"), err=True)
                 if as_json:
                     click.echo(envelope(name, False, error.problems, hint=error.hint))
                 else:

@@ -24,7 +24,7 @@ _REMEDIES |= {errno.EFBIG: "raise the limit (ulimit -f), or write to a file syst
 
 @dataclass(frozen=True, slots=True, order=True)
 class Problem:
-    """One reason why something was refused.
+    """One reason why something was refused; of an address in it, the user and the password are left out.
 
     Args:
         code: a stable word for programs, such as `unmapped-source`.
@@ -37,6 +37,10 @@ class Problem:
     key: str
     detail: str
     hint: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("key", "detail", "hint"):
+            object.__setattr__(self, name, without_user(getattr(self, name)))
 
     @property
     def row(self) -> dict[str, str]:
@@ -77,12 +81,15 @@ class ConvertError(Exception):
         status: int | None = None,
         problems: Iterable[Problem] = (),
     ) -> None:
+        message = without_user(message)
         super().__init__(shown(message, keep="\n"))
         self.message = message
         self.code = code
         self.status = self.default_status if status is None else status
         self.problems = tuple(sorted(set(problems))) or (Problem(code, key, message),)
-        self.hint = hint or "; ".join(dict.fromkeys(problem.hint for problem in self.problems if problem.hint))
+        self.hint = without_user(hint) or "; ".join(
+            dict.fromkeys(problem.hint for problem in self.problems if problem.hint)
+        )
 
     @property
     def reasons(self) -> tuple[Problem, ...]:

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from convert.errors import ConvertError, Problem
 
 SCHEMA = 1
-_USER = re.compile(r"(?<=//)[^/\s]*@")
+# a password may hold a slash that should have been escaped; after a port, a slash begins the path
+_USER = re.compile(r"(?<=//)(?:[^/\s]*|[^/\s:@\[]*:(?!\d*/)\S*)@")
 _NUMBER = re.compile(r"(?<![^. ])(?:0|[1-9][0-9]{0,17})(?![^. ])")
 
 

@@ -51,12 +51,24 @@ def test_an_error_shows_what_it_names(text: str) -> None:
         ("https://me:secret@example.org/a", "https://example.org/a"),
         ("https://hf_abc@example.org", "https://example.org"),
         ("http://me:a@b@example.org/c@d: timed out", "http://example.org/c@d: timed out"),
+        ("https://me:se/cret@example.org/a", "https://example.org/a"),
         ("https://example.org/a@b", "https://example.org/a@b"),
+        ("https://example.org:80/a@b", "https://example.org:80/a@b"),
+        ("http://[::1]/a@b", "http://[::1]/a@b"),
         ("me@example.org", "me@example.org"),
     ],
 )
 def test_user_and_password_leave_an_address(text: str, expected: str) -> None:
     assert without_user(text) == expected
+
+
+def test_no_error_shows_a_user_and_a_password() -> None:
+    secret = "https://me:secret@example.org/a"
+    error = ConvertError(f"{secret}: no", code="x", key=secret, hint=f"try {secret}")
+    several = ConvertError("no", code="x", problems=[Problem("x", secret, f"{secret!r}", f"try {secret}")])
+    for one in (error, several):
+        assert "secret" not in error_text(one) + str(one) + envelope("x", False, one.problems, hint=one.hint)
+        assert one.problems[0].key == "https://example.org/a"
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

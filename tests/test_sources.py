@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from urllib import request
 
 import download_server
@@ -102,12 +103,17 @@ def test_a_query_names_a_file_of_its_own(server: Server, old: bytes) -> None:
 def test_no_redirect_away_from_encryption() -> None:
     asked = request.Request("https://example.org/model.pt?token=secret")
     with pytest.raises(ConvertError) as raised:
-        _Redirects().redirect_request(asked, None, 302, "Found", {}, "http://example.org/model.pt?token=secret")
+        _Redirects().redirect_request(
+            asked, SimpleNamespace(), 302, "Found", {}, "http://example.org/model.pt?token=secret"
+        )
     assert raised.value.message == (
         "https://example.org/model.pt: the server redirects to http://example.org/model.pt, which is not encrypted; "
         "nothing was fetched"
     )
-    assert _Redirects().redirect_request(asked, None, 302, "Found", {}, "https://example.org/other.pt") is not None
+    assert (
+        _Redirects().redirect_request(asked, SimpleNamespace(), 302, "Found", {}, "https://example.org/other.pt")
+        is not None
+    )
 
 
 @pytest.mark.parametrize(

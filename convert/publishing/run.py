@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from convert.errors import ConvertError
+from convert.errors import ConvertError, Problem
 from convert.files import write_file
 from convert.publishing import card as cards
 from convert.publishing import check as checks
@@ -24,7 +24,10 @@ from convert.report import without_user
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_REF = re.compile(r"(?!.*(\.\.|//|/\.|\.lock(/|$)|[./]$))[A-Za-z0-9_][\w.+/-]{0,199}", re.ASCII)  # as git takes it
+_WORD = re.compile(r"[A-Za-z0-9][\w.+-]{0,99}", re.ASCII)
+_MODEL = re.compile(rf"{_WORD.pattern}(/{_WORD.pattern})?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +121,8 @@ def publish(
     """
     if not _NAME.fullmatch(repo_id):
         raise ConvertError(f"{repo_id!r} is not a repository name", code="name", key=repo_id, hint="USER/NAME")
+    stated = stated or Stated()
+    _check_names(stated, revision, tag)
     if create_pr and (tag or revision != "main"):
         message = "a pull request goes to main and has no tag before it is merged"
         raise ConvertError(message, code="usage", hint="leave --tag and --revision out, or --create-pr")
@@ -126,7 +131,7 @@ def publish(
     if unverified:
         inventory = replace(inventory, files={k: v for k, v in inventory.files.items() if k != "verification.json"})
     pin = None if create_pr else tag or f"{'un' if unverified else ''}verified-{digest(inventory)}"
-    facts = gather(inventory, repo_id, verification=proof, pin=pin, stated=stated or Stated())
+    facts = gather(inventory, repo_id, verification=proof, pin=pin, stated=stated)
     # what was not verified has at least to load
     expected = checks.compute(inventory.directory, facts.class_name) if check or unverified else None
     wish = Wish(public, create_pr, revision, card, delete_stale)
@@ -137,6 +142,22 @@ def publish(
             checks.same(expected, found, repo_id, answer.revision)
             answer = replace(answer, checked=True)
     return answer
+
+
+def _check_names(stated: Stated, revision: str, tag: str | None) -> None:
+    """Refuse what the Hub would, before anything is hashed, sent or written into a card."""
+    names = [("--revision", revision, _REF), *([("--tag", tag, _REF)] if tag is not None else [])]
+    names += [("--license", stated.license, _WORD)] if stated.license is not None else []
+    names += [("--language", language, _WORD) for language in stated.language]
+    names += [("--dataset", dataset, _MODEL) for dataset in stated.datasets]
+    names += [("--base-model", stated.base_model, _MODEL)] if stated.base_model is not None else []
+    problems = [
+        Problem("name", option, f"{name!r} is not a name of the Hub")
+        for option, name, kind in names
+        if not kind.fullmatch(name)
+    ]
+    if problems:
+        raise ConvertError("; ".join(map(str, problems)), code="name", problems=problems)
 
 
 def _run(api: HfApi, inventory: Inventory, facts: Facts, wish: Wish, dry_run: bool) -> Published:

@@ -376,6 +376,44 @@ def test_options_that_contradict(publisher, model, options):
     assert codes(publisher.run(model, NAME, *options, status=2)) == {("usage", "")}
 
 
+def test_names_that_are_none_reach_neither_card_nor_hub():
+    from convert.errors import ConvertError
+    from convert.publishing import Stated, publish
+
+    kinds = {
+        "--tag": lambda name: {"tag": name},
+        "--revision": lambda name: {"revision": name},
+        "--license": lambda name: {"stated": Stated(license=name)},
+        "--language": lambda name: {"stated": Stated(language=("en", name))},
+        "--dataset": lambda name: {"stated": Stated(datasets=(name,))},
+        "--base-model": lambda name: {"stated": Stated(base_model=name)},
+    }
+    marks = (
+        "",
+        "a b",
+        "a\n---\nb",
+        "<!-- fairseq-to-hf: end -->",
+        "../a",
+        "a\u202eb",
+        "-a",
+        "a/../c",
+        "a/",
+        "a'b",
+        'a"b',
+    )
+    wrong = {option: [*marks] for option in kinds}
+    for option in ("--tag", "--revision"):
+        wrong[option] += ["a..b", "a.lock", "a//b", "a.", "a/.b", "a" * 201]
+    for option, names in wrong.items():
+        for name in names:
+            with pytest.raises(ConvertError) as refused:
+                publish("absent", NAME, **kinds[option](name))
+            assert [(problem.code, problem.key) for problem in refused.value.problems] == [("name", option)]
+    good = {"tag": "v1.0+x/y", "revision": "refs/pr/1"}
+    with pytest.raises(ConvertError, match="no such directory"):
+        publish("absent", NAME, **good, stated=Stated("cc-by-nc-4.0", ("zh-Hans",), ("a/b_c", "squad"), "me/m.x"))
+
+
 def test_the_manual_runs(hub, publisher, model, tmp_path):
     """The commands and the Python of docs/publishing.md, as they stand; the model directory has the name it has there."""
     import subprocess
