@@ -132,7 +132,13 @@ def _command(facts: Facts) -> str:
     words = ["fairseq-to-hf convert", quoted(checkpoint), facts.repo_id.split("/")[-1]]
     if record.base:
         words += ["--base", quoted(record.base.name if facts.compared("base.name") else "BASE")]
-    words += ["--ema"] if record.asked.ema else []
+    asked = record.asked
+    flags = {"--keep-final-proj": asked.keep_final_proj, "--ema": asked.ema, "--normalize": asked.normalize}
+    flags["--no-normalize"] = asked.normalize is False
+    given = {"--head": asked.head, "--lang": asked.language, "--post-process": asked.post_process, "--arch": asked.arch}
+    given["--data-config"] = "config.yaml" if asked.data_config else ""
+    words += [flag for flag, wanted in flags.items() if wanted]
+    words += [word for option, value in given.items() if value for word in (option, quoted(value))]
     return " ".join(words)
 
 

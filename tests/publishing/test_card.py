@@ -166,7 +166,7 @@ def test_where_the_model_and_its_settings_come_from(model):
     conversion = json.loads((model / "conversion.json").read_text())
     conversion["source"] |= {"where": "state_dict", "prefix": "ssl.model.", "address": "hf://me/models@a1b2/x.ckpt"}
     conversion["base"] = {"name": "hubert base.pt", "sha256": "ab" * 32, "whole": True}
-    conversion["request"] = {"head": "", "ema": True}
+    conversion["request"] = {"head": "encoder", "ema": True, "normalize": False, "language": "a b"}
     write(model / "conversion.json", conversion)
     card = compose(facts_of(model)).decode()
     assert (
@@ -175,7 +175,7 @@ def test_where_the_model_and_its_settings_come_from(model):
     )
     shapes = "The geometry was held against the tensors' shapes, which do not show the number of attention heads and the strides"
     assert f"- Settings: from `hubert base.pt`, sha256 `{'ab' * 32}`; the checkpoint has none. {shapes}\n" in card
-    assert "`fairseq-to-hf convert hf://me/models@a1b2/x.ckpt tiny --base 'hubert base.pt' --ema`" in card
+    assert "`fairseq-to-hf convert hf://me/models@a1b2/x.ckpt tiny --base 'hubert base.pt' --ema --no-normalize --head encoder --lang 'a b'`" in card
     conversion["base"]["whole"] = False
     verification = json.loads((model / "verification.json").read_text())
     verification["skipped"] = {"conversion.json: base.name": "the checkpoint with the settings had another name"}
