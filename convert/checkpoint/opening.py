@@ -324,7 +324,7 @@ def _based(opened: Checkpoint, base: Path | None, anchors: Sequence[Anchor]) -> 
                     hint="pass the pretrained checkpoint that it was made from",
                 )
         found = Base(base.name, other.sha256(), not opened.settings)
-        shapes = "their geometry is held against the tensors' shapes; heads and strides do not show in those"
+        shapes = "their geometry is held against the tensors' shapes; the number of attention heads, the strides and the normalisation of waveforms do not show in them"
         told = f"settings from {base.name} (SHA-256 {found.sha256[:12]}…): {shapes}"
         opened = replace(opened, notes=(*opened.notes, told))
         if opened.settings:  # `w2v_args` alone is missing
@@ -343,12 +343,12 @@ def _normalized(opened: Checkpoint, normalize: bool | None) -> Checkpoint:
     """Say in the settings whether waveforms were normalised, where they do not.
 
     Raises:
-        CheckpointError: `usage`: they say otherwise.
+        CheckpointError: `usage`: they say otherwise. Those of a base may be another model's, and give way.
     """
     if normalize is None:
         return opened
     option, task = "--normalize" if normalize else "--no-normalize", opened.settings["task"]
-    if task.get("normalize") is not None:
+    if task.get("normalize") is not None and not (opened.base and opened.base.whole):
         if bool(task["normalize"]) == normalize:
             return opened
         said = f"{opened.path.name}: its settings say normalize = {task['normalize']}"

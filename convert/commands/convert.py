@@ -47,13 +47,14 @@ def command(checkpoint: str, out: Path, every: bool, **asked: Any) -> Outcome:
         done = package.convert(checkpoint, out, **asked, progress=progress)
     weights = sum(file["size"] for name, file in done.files.items() if name.endswith(".safetensors"))
     model = done.model
-    base = f" --base {quoted(asked['base'])}" if asked["base"] and done.based else ""
+    given = {"--base": asked["base"] if done.based else None, "--dict": asked["dictionary"]}
+    more = "".join(f" {option} {quoted(name)}" for option, name in given.items() if name)
     lines = [
         f"{out}: {model.target}, {len(model.plan.target)} tensors, {size(weights)}, each byte read back and compared",
         f"dropped {len(model.dropped)}, made {len(model.plan.fills)}: see conversion.json",
         *(model.chosen or model.kept),
         *(f"note: {note}" for note in model.notes),
-        f"next: fairseq-to-hf verify {quoted(checkpoint)} {quoted(out)}{base}",
+        f"next: fairseq-to-hf verify {quoted(checkpoint)} {quoted(out)}{more}",
     ]
     data: dict[str, Any] = {
         "class": model.target,

@@ -20,6 +20,7 @@ def proof(facts: Facts) -> str:
         "Every tensor was read back from the written file and is byte for byte the checkpoint's"
         f"{_dtype(facts.record)}{_edits(facts.record)}. fairseq's own code and transformers then computed the same inputs:",
         table(_summary(runs)),
+        _on_trust(facts.verification),
         _sentence(facts.verification),
         f"<details><summary>All {len(runs)} runs</summary>\n\n{table(_all(runs))}\n\n</details>",
     ]
@@ -60,6 +61,12 @@ def _all(runs: Sequence[Run]) -> list[list[str]]:
 def _numbers(run: Run) -> tuple[str, str]:
     difference = run.max_abs_difference or 0.0
     return (f"{difference:.1e}", f"{run.allowed or 0.0:.1e}") if difference else ("0", "")
+
+
+def _on_trust(proof: Verified) -> str:
+    """Say what the checkpoint itself does not hold."""
+    lines = [f"- {name}: {text(proof.skipped[name])}" for name in ("settings", "dictionary") if name in proof.skipped]
+    return "\n".join(["Taken on trust, not proved:", "", *lines]) if lines else ""
 
 
 def _sentence(proof: Verified) -> str:

@@ -77,6 +77,9 @@ def verify(
         }
         if fairseq_python is not None:
             recorded = answers(subject, clips, wanted, list(pieces.values()), rounded, fairseq_python)
+        if recorded and long and LONG not in {probe.name for probe in wanted}:
+            findings.skipped[LONG] = "the recording has no answers for it"
+        findings.skipped |= on_trust(opened, subject, directory, bool(dictionary or dictionary_beside(opened)))
         steps = Steps(progress, doing)
         steps.tell("the bytes and the files", 2 * len(wanted))
         _check_files(opened, directory, digest, files, {"dictionary": dictionary}, findings)
@@ -109,6 +112,27 @@ def verify(
         write(directory.path, done.report)
     steps.end()
     return done
+
+
+def on_trust(opened: Checkpoint, subject: Subject, directory: ModelDirectory, named: bool) -> dict[str, str]:
+    """Say what the checkpoint does not hold, so that comparing with it proves nothing about that.
+
+    Args:
+        opened: the checkpoint.
+        subject: the same for fairseq.
+        directory: what it was converted to.
+        named: whether its dictionary is a file that was named.
+    """
+    made = {}
+    if opened.base is not None:
+        hidden = (
+            "the number of attention heads, the strides and the normalisation of waveforms do not show in its tensors"
+        )
+        made["settings"] = f"the checkpoint has none, they are those of {opened.base.name}; {hidden}"
+    if subject.symbols and opened.dictionary is None and not named:
+        compare = "" if directory.record.asked.data_config else "; --dict compares yours with it"
+        made["dictionary"] = f"the checkpoint has none, the directory's own was taken{compare}"
+    return made
 
 
 def _failure(error: Exception, name: str, differs: bool) -> Sequence[Problem]:

@@ -175,7 +175,10 @@ def test_where_the_model_and_its_settings_come_from(model):
     )
     shapes = "The geometry was held against the tensors' shapes, which do not show the number of attention heads and the strides"
     assert f"- Settings: from `hubert base.pt`, sha256 `{'ab' * 32}`; the checkpoint has none. {shapes}\n" in card
-    assert "`fairseq-to-hf convert hf://me/models@a1b2/x.ckpt tiny --base 'hubert base.pt' --ema --no-normalize --head encoder --lang 'a b'`" in card
+    assert (
+        "`fairseq-to-hf convert hf://me/models@a1b2/x.ckpt tiny --base 'hubert base.pt' --ema --no-normalize --head encoder --lang 'a b'`"
+        in card
+    )
     conversion["base"]["whole"] = False
     verification = json.loads((model / "verification.json").read_text())
     verification["skipped"] = {"conversion.json: base.name": "the checkpoint with the settings had another name"}
