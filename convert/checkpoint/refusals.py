@@ -73,7 +73,7 @@ def no_settings(path: Path, state: State, prefix: str, several: Sequence[str] = 
         code="no-settings",
         key=path.name,
         hint="any checkpoint of the same architecture that fairseq's trainer wrote has the settings, such as the pretrained one "
-        "that the model was made from (wav2vec_small.pt, xlsr2_300m.pt): --base CHECKPOINT.pt",
+        "that the model was made from (wav2vec_small.pt, xlsr2_300m.pt): --base CHECKPOINT.pt; for a model that writes text, its dictionary too: --dict dict.ltr.txt",
     )
 
 

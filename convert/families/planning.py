@@ -214,7 +214,7 @@ def read_dictionary(sources: Sources, rows_of: str) -> Dictionary | None:
     dictionary = inside or given
     rows = sources.checkpoint.inventory.get(rows_of)
     if dictionary is None and sources.head != "encoder":
-        sources.refuse("no-dictionary", "--dict", "the checkpoint carries no dictionary (before February 2021)", hint)
+        sources.refuse("no-dictionary", "--dict", "the checkpoint carries no dictionary", hint)
     elif dictionary and rows and rows.shape[:1] != (len(dictionary),):
         detail = f"has {len(dictionary)} symbols, the model's head {math.prod(rows.shape[:1])} rows"
         sources.refuse("dictionary-size", "dictionary", detail, hint)

@@ -30,7 +30,7 @@ A_CHECKPOINT = "name a checkpoint, such as checkpoint_best.pt"
 UNPACK = "unpack it, and name the checkpoint inside"
 THE_BASE = (
     "any checkpoint of the same architecture that fairseq's trainer wrote has the settings, such as the pretrained one that "
-    "the model was made from (wav2vec_small.pt, xlsr2_300m.pt): --base CHECKPOINT.pt"
+    "the model was made from (wav2vec_small.pt, xlsr2_300m.pt): --base CHECKPOINT.pt; for a model that writes text, its dictionary too: --dict dict.ltr.txt"
 )
 
 
@@ -245,7 +245,7 @@ def test_why_not_and_what_supplies_it(command: Callable[..., Ran], tmp_path: Pat
     assert done.status == 0
     assert done.text.endswith(
         "conversion    not as it is: old.pt cannot be converted completely\n"
-        "  no-dictionary: --dict: the checkpoint carries no dictionary (before February 2021)\n"
+        "  no-dictionary: --dict: the checkpoint carries no dictionary\n"
         "  hint: pass the dictionary the model was trained with: --dict dict.ltr.txt\n"
     )
     save(REFUSED["quantize_input"], tmp_path / "refused.pt")
