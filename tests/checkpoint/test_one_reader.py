@@ -98,7 +98,7 @@ def theirs(path: Path, kind: str) -> Any:
         return plain(read(path)["args"])
     if kind == "wavlm":  # has the settings of unilm's model alone
         found = plain(read(path)["cfg"])
-        return {"model": {"_name": "wavlm"} | found, "task": {"normalize": found["normalize"]}, "criterion": {}}
+        return {"model": found, "task": {"normalize": found["normalize"]}, "criterion": {}}
     with unpickling():
         return plain(checkpoint_utils.load_checkpoint_to_cpu(str(path))["cfg"])
 
