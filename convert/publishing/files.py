@@ -31,10 +31,13 @@ OURS = ("conversion.json", "verification.json", "evaluation.json")
 BESIDE = re.compile(r"LICENSE(\.txt|\.md)?|NOTICE|sample\.(wav|flac)")
 CARD = "README.md"
 
-# of the Hub, of AWS, of GitHub, of OpenAI, of Slack; private keys; passwords in addresses
+# of the Hub, of AWS, of GitHub, of GitLab, of Google, of OpenAI, of Slack; signed ones; private keys; passwords in addresses;
+# and by the name that stands before it
 _SECRET = re.compile(
-    rb"\bhf_[A-Za-z0-9]{30,}|\bAKIA[0-9A-Z]{16}\b|\bgh[opsur]_[A-Za-z0-9]{36}|\bgithub_pat_\w{40}|\bsk-[\w-]{32,}"
-    rb"|\bxox[abeoprs]-[\w-]{10,}|-----BEGIN [A-Z ]*PRIVATE KEY-----|://[^\s/@:\"'<>]+:[^\s/@\"'<>]+@"
+    rb"(?<![A-Za-z0-9])(hf_[A-Za-z0-9]{30,}|AKIA[0-9A-Z]{16}\b|gh[opsur]_[A-Za-z0-9]{36}|github_pat_\w{40}|glpat-[\w-]{20}"
+    rb"|AIza[\w-]{35}|sk-[\w-]{32,}|xox[abeoprs]-[\w-]{10,}|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,})"
+    rb"|-----BEGIN [A-Z ]*PRIVATE KEY-----|://[^\s/@:\"'<>]+:[^\s/@\"'<>]+@"
+    rb"|(?i:secret|passwo?r?d|api[_-]?key|(access|auth|private)[_-]?(key|token))[\w-]*[\"']?\s*[:=]\s*[\"']?(?=[\w+/-]*\d)[\w+/-]{12}"
 )
 _HOME = re.compile(r"(/home/|/Users/|/root/|/private/|/tmp/|file://|[A-Za-z]:\\)")
 _TEXTS = (".json", ".md", ".txt", "LICENSE", "NOTICE")
@@ -180,7 +183,7 @@ def _leaks(file: LocalFile) -> list[Problem]:
     if file.content is None:
         large = file.size > SMALL and file.name.endswith(_TEXTS)
         return [Problem("too-large", file.name, f"has {file.size} bytes, and cannot be searched")] if large else []
-    if _SECRET.search(file.content):
+    if _SECRET.search(file.content.replace(b"\0", b"")):  # UTF-16 too
         return [Problem("token", file.name, "holds what looks like a token or a password")]
     if not file.name.endswith(".json") or file.name in _SYMBOLS:
         return []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
@@ -109,6 +110,9 @@ class Reference(Protocol):
         """Go from a raw waveform to text: what fairseq made of the waveform, the answer, the transcript."""
 
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of the disk that the answers go to, which is not fairseq's fault
+
+
 @contextlib.contextmanager
 def answering() -> Iterator[None]:
     """Turn whatever fairseq and torch raise while they run into one error.
@@ -123,6 +127,8 @@ def answering() -> Iterator[None]:
     except (ConvertError, MemoryError):
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            raise
         reason = f"{type(error).__name__}: {error}".split("\n")[0]
         hint = "another version of fairseq may: --fairseq-python PYTHON"
         raise ConvertError(f"fairseq cannot run the model: {reason}", code="fairseq", hint=hint) from error

@@ -260,6 +260,36 @@ def test_links_tokens_and_paths_do_not_leave(model, tmp_path):
     assert TOKEN not in str(caught.value.problems)
 
 
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (TOKEN, True),
+        (f"x_{TOKEN}", True),
+        ("glpat-" + "aB3-" * 5, True),
+        ("AIza" + "Sy_A1" * 7, True),
+        ("eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.dozjgNryP4J3jVmN", True),
+        ("aws_secret_access_key = wJalrXUtnFEMI/K7MDENG", True),
+        ('"wandb_api_key": "0123456789abcdef0123"', True),
+        ("password=hunter2hunter2", True),
+        ('token = os.environ["ACCESS_TOKEN_2"]; access_token=os.environ["HF_TOKEN2"]', False),
+        ('api_key="your_key_goes_here"', False),
+        ('"pad_token": "<pad>", "secret": 12, "password": null, "access_token_id": 4', False),
+        ("The secret of 2 passwords: see https://example.org:80/a@b", False),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_what_looks_like_a_token(model, text, found, encoding):
+    from convert.publishing.files import read
+
+    (model / "NOTICE").write_bytes(text.encode(encoding))
+    if not found:
+        assert "NOTICE" in read(model).files
+        return
+    with pytest.raises(Exception, match="must not leave this machine") as caught:
+        read(model)
+    assert [(problem.code, problem.key) for problem in caught.value.problems] == [("token", "NOTICE")]
+
+
 def test_a_link_inside_the_directory_is_a_file(model):
     from convert.publishing.files import read
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from convert.package import convert
 from convert.verification import Verification, inputs, record, verify
 from convert.verification.fairseq_side.tensorfile import read, write
 from convert.verification.recording import Recorded
+from convert.verification.reference import answering
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -299,3 +301,12 @@ def test_the_command_says_no(copy: tuple[Path, Path], recording: Path, command: 
 def test_the_command_cannot_say(base: tuple[Path, Path], command: Callable[..., Ran]) -> None:
     done = command("verify", *base, "--device", "cuda:99")
     assert done.status == 2 and "cuda:99" in done.error
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_is_not_fairseq_s_fault(number: int) -> None:
+    with pytest.raises(OSError, match="full") as full, answering():
+        raise OSError(number, "full")
+    assert full.value.errno == number
+    with pytest.raises(ConvertError, match="fairseq cannot run the model"), answering():
+        raise OSError(errno.ENOENT, "missing")
