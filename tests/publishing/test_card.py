@@ -197,7 +197,7 @@ def test_a_name_of_the_catalogue_counts_once_it_was_verified(model):
     assert facts_of(model).entry == catalogue()[SELF]
     card = compose(facts_of(model)).decode()
     assert f"]({address})" in card and "fetched from" not in card
-    assert f"`fairseq-to-hf convert {SELF} tiny`" in card
+    assert f"`fairseq-to-hf convert {SELF} tiny --head ctc`" in card
     assert facts_of(model, verified=False).entry is None
     conversion["source"]["catalogue"] = "a-name-of-tomorrow"
     write(model / "conversion.json", conversion)

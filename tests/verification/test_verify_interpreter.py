@@ -257,16 +257,16 @@ def test_the_bundled_recording_is_what_fairseq_answers_today(tmp_path: Path) -> 
         made = Recorded(record(BUNDLED, tmp_path / "made.safetensors", long=False))
     assert made.checkpoint == shipped.checkpoint
     assert made.probes() == shipped.probes()  # what a recording does not say of a probe is as it was
-    raw = [[run["probe"] for run in recorded.runs if run["raw"]] for recorded in (made, shipped)]
-    assert raw[0] == raw[1] and len(made.runs) == len(shipped.runs)
+    raw = [[run.probe for run in recorded.about.runs if run.raw] for recorded in (made, shipped)]
+    assert raw[0] == raw[1] and len(made.about.runs) == len(shipped.about.runs)
     same = (
         made.description.unlike == shipped.description.unlike == ""
     )  # this machine computes the bits of the one that recorded
-    for one, other in zip(made.runs, shipped.runs, strict=True):
-        assert (one["frames"], one.get("texts")) == (other["frames"], other.get("texts"))
-        for mine, theirs in zip(one["stages"], other["stages"], strict=True):
-            name, floor = f"run.{one['number']}.{mine['name']}", mine["floor"] + theirs["floor"]
-            assert mine["sha256"] == theirs["sha256"] or not same
+    for one, other in zip(made.about.runs, shipped.about.runs, strict=True):
+        assert (one.frames, one.texts) == (other.frames, other.texts)
+        for mine, theirs in zip(one.stages, other.stages, strict=True):
+            name, floor = f"run.{one.number}.{mine.name}", mine.floor + theirs.floor
+            assert mine.sha256 == theirs.sha256 or not same
             assert abs(made.arrays[name] - shipped.arrays[name]).max() <= floor
 
 
