@@ -10,14 +10,11 @@ import pytest
 import torch
 import transformers
 from comparing import fairseq_loads
-from fairseq.data import Dictionary
 from fairseq_models import VARIANTS, build, save
 from safetensors.torch import load_file, save_file
 
 import convert
 from convert.errors import ConvertError, PlanError
-
-torch.serialization.add_safe_globals([Dictionary])  # fairseq's loader leaves torch.load at its default, weights only
 
 
 def tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:

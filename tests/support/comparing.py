@@ -11,6 +11,7 @@ import fairseq_models
 import torch
 import transformers
 from fairseq import checkpoint_utils
+from fairseq.data import Dictionary
 
 from convert.verification.fairseq_side.arithmetic import lifted
 
@@ -85,6 +86,9 @@ def edited(path: Path, edit: Callable[[dict[str, Any]], Any]) -> Path:
     edit(state)
     torch.save(state, path)
     return path
+
+
+torch.serialization.add_safe_globals([Dictionary])  # fairseq's loader leaves torch.load at its default, weights only
 
 
 def fairseq_loads(path: Path) -> tuple[torch.nn.Module, Any]:

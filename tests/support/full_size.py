@@ -24,6 +24,9 @@ SIZES: dict[str, dict[str, Any]] = {
     "large": COMMON
     | {"encoder_layers": 24, "encoder_embed_dim": 1024, "encoder_ffn_embed_dim": 4096, "encoder_attention_heads": 16}
     | {"final_dim": 768},
+    "xlarge": COMMON  # HuBERT's, and XLS-R's of 1B
+    | {"encoder_layers": 48, "encoder_embed_dim": 1280, "encoder_ffn_embed_dim": 5120, "encoder_attention_heads": 16}
+    | {"final_dim": 1024},
 }
 
 
@@ -37,12 +40,12 @@ def as_initialised() -> Iterator[None]:
 
 def _wav2vec2(size: str, path: Path) -> Path:
     encoder = (fairseq_models.BASE if size == "base" else fairseq_models.LARGE) | SIZES[size]
-    return fairseq_models.save(fairseq_models.Variant("ctc", encoder, normalize=size == "large"), path)
+    return fairseq_models.save(fairseq_models.Variant("ctc", encoder, normalize=size != "base"), path)
 
 
 def _hubert(size: str, path: Path) -> Path:
     encoder = (hubert_models.BASE if size == "base" else hubert_models.LARGE) | SIZES[size]
-    return hubert_models.save(hubert_models.Variant("hubert", encoder, normalize=size == "large"), path)
+    return hubert_models.save(hubert_models.Variant("hubert", encoder, normalize=size != "base"), path)
 
 
 def _data2vec(size: str, path: Path) -> Path:
@@ -53,7 +56,7 @@ def _data2vec(size: str, path: Path) -> Path:
 def _conformer(size: str, path: Path) -> Path:
     encoder = (conformer_models.RELATIVE if size == "base" else conformer_models.ROTARY) | SIZES[size]
     encoder |= {"depthwise_conv_kernel_size": 31}
-    variant = fairseq_models.Variant("ctc", encoder, conformer_models.TUNED, normalize=size == "large")
+    variant = fairseq_models.Variant("ctc", encoder, conformer_models.TUNED, normalize=size != "base")
     return conformer_models.save(variant, path)
 
 
