@@ -41,6 +41,7 @@ bench: $(VENV)/.test ## speed and memory, as ratios against cp, openssl and the 
 	$(BIN)/python benchmarks/conversion.py
 	$(BIN)/python benchmarks/verify.py
 	$(BIN)/python benchmarks/languages.py --languages 100 300
+	$(BIN)/python benchmarks/sizes.py
 	$(BIN)/python benchmarks/judgement.py --environments 4
 
 recording: $(VENV)/.test ## make fairseq's answers for the bundled checkpoint anew

@@ -24,10 +24,10 @@ COMPARE = "import sys, convert; assert convert.compare_weights(sys.argv[1], sys.
 def measure(name: str, work: Path, verify: bool) -> None:
     """Print a row for each command on one checkpoint."""
     checkpoint, model, back = work / "model.pt", work / "model", work / "back.pt"
-    options = []
+    options = ["--keep-final-proj"] if name.startswith("hubert") else []
     if name == "wav2vec2-2020":
         making = [str(ROOT / "benchmarks/large.py"), str(checkpoint), "--adam"]
-        options = ["--dict", str(_dictionary(work / "dict.ltr.txt"))]
+        options = ["--dict", str(work / "model.dict.txt")]
     else:
         making = ["-c", MAKE, name, str(checkpoint)]
     subprocess.run([sys.executable, *making], check=True, capture_output=True)
@@ -38,18 +38,11 @@ def measure(name: str, work: Path, verify: bool) -> None:
         "restore": [*tool, "restore", model, back, "-q"],
     }
     if verify:
-        steps["verify"] = [*tool, "verify", checkpoint, model, *options, "--device", "cpu", "--no-long", "-q"]
+        steps["verify"] = [*tool, "verify", checkpoint, model, "--device", "cpu", "--no-long", "-q"]
     print(f"{name}: {checkpoint.stat().st_size / 1e9:.2f} GB", flush=True)
     for step, words in steps.items():
         wall, processor, peak = run(*words, PYTHONPATH=str(ROOT))
         print(f"  {step:<28}{wall:7.1f} s {processor:7.1f} s CPU {peak:7.0f} MB resident", flush=True)
-
-
-def _dictionary(path: Path) -> Path:
-    from large import LETTERS
-
-    path.write_text("".join(f"{letter} 1\n" for letter in LETTERS))
-    return path
 
 
 def main() -> None:

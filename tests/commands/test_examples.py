@@ -69,7 +69,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+SLOW = ("record", "verify", "evaluate")  # both frameworks compute in each of their examples
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in COMMANDS])
 def test_every_example_runs(name: str, files: Path, server: Server, hub: Hub, tmp_path: Path) -> None:
     """All of a command in one folder, one after the other."""
     if name == "evaluate":
