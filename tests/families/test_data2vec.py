@@ -216,7 +216,7 @@ def test_a_positional_convolution_more_than_there_is(tmp_path: Path) -> None:
 def test_what_is_no_tensor_and_no_teacher(tmp_path: Path) -> None:
     path = save("ctc", tmp_path / "m.pt")
     state = torch.load(path, weights_only=False)
-    state["model"]["_ema"] = {}  # a fine-tuned model has no teacher
+    state["model"]["_ema"] = {"mask_emb": torch.ones(1)}  # a fine-tuned model has no teacher
     torch.save(state, path)
     with pytest.raises(PlanError) as raised:
         convert.plan(path)
