@@ -529,7 +529,8 @@ FAMILY = Family(
     name="fairseq2",
     architectures={"fairseq2.wav2vec2": PRETRAINING, "fairseq2.wav2vec2_asr": CTC},
     mark=r"^encoder_frontend\.",
-    anchors=(anchor(FRONTEND[0], LAYERS[0], trainer="fairseq2"),),
+    # the second of models that take filter banks, which have no convolutions
+    anchors=tuple(anchor(rule, LAYERS[0], trainer="fairseq2") for rule in FRONTEND[:2]),
     infer=infer,
     table=table,
     describe=describe,
