@@ -22,7 +22,7 @@ from convert.directory import ModelDirectory, Place
 from convert.errors import MismatchError, PlanError, Problem
 from convert.families import ARCHITECTURES, FAMILIES, Family, describe
 from convert.families.base import NO_HEAD, FromConfig, Kind, Restoring
-from convert.families.encoder_settings import ACTIVATIONS, LAYER_SETTINGS
+from convert.families.encoder_settings import ACTIVATIONS, FINE_TUNING, LAYER_SETTINGS
 from convert.files import PIECE as CHUNK
 from convert.files import WIDTHS, check_file, new_file, sha256_of
 from convert.reading import open_file
@@ -310,6 +310,8 @@ def _loadable(settings: Mapping[str, Any]) -> dict[str, Any]:
 
     def section(values: Mapping[str, Any]) -> dict[str, Any]:
         model = {key: value for key, value in values["model"].items() if key not in ("flat", "w2v_args")}
+        if values["model"].get("flat"):  # a Namespace has the options of task, criterion and trainer too
+            model = {key: value for key, value in model.items() if key in _of_model(values["model"])}
         if isinstance(values["model"].get("w2v_args"), dict):
             model["w2v_args"] = section(values["model"]["w2v_args"])
             inner = model["w2v_args"]["model"]  # 0.12.2 has them there only: today's defaults would replace its layers
@@ -326,6 +328,16 @@ def _loadable(settings: Mapping[str, Any]) -> dict[str, Any]:
         return {"model": model, "task": task, "criterion": None if "w2v_args" not in model else values["criterion"]}
 
     return {"cfg": {"_name": None, "common": {}, **section(settings)}}
+
+
+def _of_model(model: Mapping[str, Any]) -> set[str]:
+    """Name the settings that belong to a model, by its family, or by that of the encoder in it."""
+    inner = model["w2v_args"]["model"] if isinstance(model.get("w2v_args"), dict) else model
+    family, kind = ARCHITECTURES[str(inner.get("_name"))]
+    fields = family.settings
+    known = {"_name", *fields.same, *fields.read, *fields.training_only, *(limit.field for limit in fields.limits)}
+    outer = ARCHITECTURES[str(model.get("_name"))][1]
+    return known | {*kind.read} | ({*FINE_TUNING, *outer.read, "w2v_path"} if inner is not model else set())
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,6 +58,11 @@ def test_old_layouts_come_back_as_todays(layout: str, tmp_path: Path) -> None:
     convert.restore(tmp_path / "out", tmp_path / "back.pt")
     restored, _ = fairseq_loads(tmp_path / "back.pt")
     assert all(torch.equal(value, tensors(restored)[key]) for key, value in tensors(reference).items())
+    convert.convert(tmp_path / "back.pt", tmp_path / "again")
+    for name in ("config.json", "vocab.json", "preprocessor_config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes(), name
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "again"))
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
 def test_a_restored_checkpoint_converts_to_the_same_model(tmp_path: Path) -> None:
