@@ -32,6 +32,7 @@ from convert.errors import ConvertError
 from convert.report import size
 
 PINNED = Path(__file__).with_name("pinned.json")
+sys.path[:0] = [str(PINNED.parent / "support")] if __name__ == "__main__" else []
 BUILDERS = ("fairseq", "hubert", "data2vec", "conformer", "wavlm", "mms", "classification", "seq2seq", "speech_to_text")
 # model -> options of further conversions of it, done or refused
 OTHERWISE = {
@@ -257,7 +258,6 @@ def _write(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(PINNED.parent / "support"))
     if sys.argv[1:] == ["--renew"]:
         _renew()
     elif len(sys.argv) == 3 and sys.argv[1] == "--into":
