@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # on small models, threads cost m
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored below nohup, and by the product then too
 
 pytest_plugins = ["hub_fixtures", "download_server"]  # fixtures: the Hub, the publisher, a model; a server of downloads
 
