@@ -14,6 +14,9 @@ from convert.checkpoint.dictionary import Dictionary
 from convert.checkpoint.stored import StoredTensor
 from convert.rules import TensorSpec
 
+# what the settings of a base decide and the shapes of tensors do not show
+UNSEEN = "the number of attention heads, the strides and the normalisation of waveforms"
+
 
 @dataclass(frozen=True, slots=True)
 class Base:

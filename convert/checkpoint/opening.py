@@ -24,7 +24,7 @@ from convert.checkpoint.contents import (
 from convert.checkpoint.fairseq2_architectures import ASR
 from convert.checkpoint.finding import Anchor, FoundSettings, State, fairseq_names, find_settings, parts_of, states
 from convert.checkpoint.layouts import open_container
-from convert.checkpoint.opened import Base, Checkpoint
+from convert.checkpoint.opened import UNSEEN, Base, Checkpoint
 from convert.checkpoint.pickled import is_harmful
 from convert.checkpoint.refusals import ambiguous, no_model, no_settings
 from convert.checkpoint.settings import read_generation, read_settings
@@ -324,7 +324,7 @@ def _based(opened: Checkpoint, base: Path | None, anchors: Sequence[Anchor]) -> 
                     hint="pass the pretrained checkpoint that it was made from",
                 )
         found = Base(base.name, other.sha256(), not opened.settings)
-        shapes = "their geometry is held against the tensors' shapes; the number of attention heads, the strides and the normalisation of waveforms do not show in them"
+        shapes = f"their geometry is held against the tensors' shapes; {UNSEEN} do not show in them"
         told = f"settings from {base.name} (SHA-256 {found.sha256[:12]}…): {shapes}"
         opened = replace(opened, notes=(*opened.notes, told))
         if opened.settings:  # `w2v_args` alone is missing

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any, TypeGuard
 from urllib.parse import quote
 
+from convert.checkpoint.opened import UNSEEN
 from convert.conversion import Dropped, Edited, Filled, Source
 from convert.publishing import snippets
 from convert.publishing.facts import Facts, Paper
@@ -99,7 +100,7 @@ def _source(facts: Facts) -> str:
         name = f"{code(record.base.name)}, " if facts.compared("base.name") else ""
         lines.append(
             f"- Settings{kept}: from {name}sha256 {code(record.base.sha256)}; the checkpoint has none. "
-            "The geometry was held against the tensors' shapes, which do not show the number of attention heads and the strides"
+            f"The geometry was held against the tensors' shapes, which do not show {UNSEEN}"
         )
     trainer = f"[{facts.trainer}](https://github.com/{facts.project})"
     lines.append(f"- Trained with {trainer}; converted by {facts.tool}: {code(_command(facts))}")

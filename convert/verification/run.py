@@ -9,6 +9,7 @@ from typing import Any
 
 from convert.audio import Waveform
 from convert.checkpoint import Checkpoint
+from convert.checkpoint.opened import UNSEEN
 from convert.directory import ModelDirectory
 from convert.errors import ConvertError, MismatchError, Problem
 from convert.files import Hashes
@@ -125,10 +126,9 @@ def on_trust(opened: Checkpoint, subject: Subject, directory: ModelDirectory, na
     """
     made = {}
     if opened.base is not None:
-        hidden = (
-            "the number of attention heads, the strides and the normalisation of waveforms do not show in its tensors"
+        made["settings"] = (
+            f"the checkpoint has none, they are those of {opened.base.name}; {UNSEEN} do not show in its tensors"
         )
-        made["settings"] = f"the checkpoint has none, they are those of {opened.base.name}; {hidden}"
     if subject.symbols and opened.dictionary is None and not named:
         compare = "" if directory.record.asked.data_config else "; --dict compares yours with it"
         made["dictionary"] = f"the checkpoint has none, the directory's own was taken{compare}"

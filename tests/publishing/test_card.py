@@ -173,7 +173,7 @@ def test_where_the_model_and_its_settings_come_from(model):
         ", fetched from `hf://me/models@a1b2/x.ckpt`\n- The model is in `state_dict`, under the prefix `ssl.model.`\n"
         in card
     )
-    shapes = "The geometry was held against the tensors' shapes, which do not show the number of attention heads and the strides"
+    shapes = "The geometry was held against the tensors' shapes, which do not show the number of attention heads, the strides and the normalisation of waveforms"
     assert f"- Settings: from `hubert base.pt`, sha256 `{'ab' * 32}`; the checkpoint has none. {shapes}\n" in card
     assert (
         "`fairseq-to-hf convert hf://me/models@a1b2/x.ckpt tiny --base 'hubert base.pt' --ema --no-normalize --head encoder --lang 'a b'`"
