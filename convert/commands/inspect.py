@@ -60,7 +60,7 @@ def _text(data: dict[str, Any]) -> list[str]:
         inner = settings["model"].get("w2v_args")
         model = (inner if isinstance(inner, dict) else settings)["model"]
         shape = [f"{model[key]} {word}" for key, word in _SHAPE.items() if key in model]
-        rows["architecture"] = f"{data['architecture']} ({', '.join(shape)})"
+        rows["architecture"] = str(data["architecture"]) + (f" ({', '.join(shape)})" if shape else "")
         rows["task"] = str(data["task"])
         rows["normalize"] = str(settings["task"].get("normalize"))
     rows["parameters"] = f"{data['parameters']:,} in {len(data['tensors'])} tensors, {', '.join(data['dtypes'])}"

@@ -95,7 +95,7 @@ def infer(shapes: Shapes) -> Layout[Own]:
     """Read the geometry of a wav2vec 2.0 model with adapters off its names and shapes; see `convert.mapping.infer_layout`.
 
     Raises:
-        PlanError: `missing-source`, when it is not a wav2vec 2.0 model.
+        PlanError: `missing-tensor`, when it is not a wav2vec 2.0 model.
     """
     shapes = unstack(shapes, lambda shape: shape, lambda shape, _: shape[1:])
     kind, prefix, encoder, head = infer_encoder(shapes, wav2vec2.KINDS)

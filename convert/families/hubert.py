@@ -117,7 +117,7 @@ def infer(shapes: Shapes) -> Layout[Own]:
     """Read the geometry of a HuBERT model off its names and shapes; see `convert.mapping.infer_layout`.
 
     Raises:
-        PlanError: `missing-source`, when it is not such a model.
+        PlanError: `missing-tensor`, when it is not such a model.
     """
     prefix = kind_of(shapes)[1]
     norm, convolution = f"{prefix}encoder.pos_conv.0.", f"{prefix}encoder.pos_conv.1."

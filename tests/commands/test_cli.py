@@ -46,11 +46,11 @@ def test_a_refused_plan_lists_every_reason(command: Command, tmp_path: Path) -> 
     path = save(fairseq_models.REFUSED["target_glu"], tmp_path / "model.pt")
     done = command("plan", path)
     assert done.status == 1 and done.text == ""
-    assert {problem["code"] for problem in done.data["problems"]} == {"unmapped-source", "unsupported-setting"}
+    assert {problem["code"] for problem in done.data["problems"]} == {"unexpected-tensor", "unsupported-setting"}
     assert done.error.splitlines() == [
         "error: model.pt cannot be converted completely; nothing was written",
-        "  unmapped-source: target_glu.0.bias: no rule takes this tensor of shape (48,)",
-        "  unmapped-source: target_glu.0.weight: no rule takes this tensor of shape (48, 24)",
+        "  unexpected-tensor: target_glu.0.bias: has no place in the model; its shape is (48,)",
+        "  unexpected-tensor: target_glu.0.weight: has no place in the model; its shape is (48, 24)",
         "  unsupported-setting: target_glu: is True: Wav2Vec2ForPreTraining has no gated linear unit on its targets",
     ]
 
