@@ -273,11 +273,24 @@ def test_other_dtypes_round_as_torch_does(dtype: str, kind: torch.dtype, tmp_pat
 def test_shards(tmp_path: Path) -> None:
     model = build("ctc_base")
     path = save("ctc_base", tmp_path / "m.pt", model=model)
-    convert.convert(path, tmp_path / "out", max_shard_size=60_000)
+    convert.convert(path, tmp_path / "out", max_shard_size="60 kB")
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
     wave = torch.randn(1, EVEN[0])
     assert torch.equal(outputs(model, wave)[0], counterpart_outputs(load(tmp_path / "out"), wave)[0])
     assert convert.compare_weights(path, tmp_path / "out") == []
+
+
+def test_sizes_of_shards_as_people_write_them(tmp_path: Path) -> None:
+    path, shards = save("ctc_base", tmp_path / "m.pt"), {}
+    for text in ("0.06MB", "60kb", "60000", "60000 B", "5GB"):
+        convert.convert(path, tmp_path / text, max_shard_size=text)
+        shards[text] = len(list((tmp_path / text).glob("model*.safetensors")))
+    *small, whole = shards.values()
+    assert whole == 1 < small[0] and len(set(small)) == 1
+    for text in ("0", "-1", "5 GiB", "many", "1e3", ""):
+        with pytest.raises(ConvertError, match="is not a size") as raised:
+            convert.convert(path, tmp_path / "out", max_shard_size=text)
+        assert (raised.value.code, raised.value.status) == ("usage", 2) and "such as 5GB" in raised.value.hint
 
 
 def test_one_changed_bit_is_found(tmp_path: Path) -> None:

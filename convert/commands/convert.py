@@ -29,7 +29,11 @@ from convert.report import error_text, quoted, size
 @planning()
 @click.option("--dtype", default="keep", type=click.Choice(list(package.DTYPES)), show_default=True)
 @click.option(
-    "--max-shard-size", default=package.MAX_SHARD_SIZE, show_default=True, help="Largest safetensors file, in bytes."
+    "--max-shard-size",
+    default="5GB",
+    show_default=True,
+    metavar="SIZE",
+    help="Largest safetensors file, such as 500MB.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing model directory, once the new one is proved.")
 @click.option("--all", "every", is_flag=True, help="SOURCE is a folder: convert each checkpoint in it into OUT/NAME.")

@@ -285,13 +285,16 @@ def choose(found: Mapping[str, Language], wanted: str, file: str) -> Language:
 
 def unknown_language(file: str, wanted: str, known: Iterable[str]) -> PlanError:
     """Refuse a language that a checkpoint does not have, with the list of those that it has."""
-    listed = ", ".join(sorted(known)) or "none"
-    return PlanError(
-        f"{file} has no language {wanted!r}; nothing was written",
-        code="unknown-language",
-        key="--lang",
-        hint=f"it has: {listed if len(listed) < 400 else listed[:400] + ', ...'}",
-    )
+    message = f"{file} has no language {wanted!r}; nothing was written"
+    return PlanError(message, code="unknown-language", key="--lang", hint=list_languages(known))
+
+
+def list_languages(known: Iterable[str]) -> str:
+    """Write the remedy of a language that a model does not have: the list of those that it has."""
+    listed = ", ".join(sorted(known))
+    if not listed:
+        return "leave --lang out: this model has one language"
+    return f"it has: {listed if len(listed) < 400 else listed[:400] + ', ...'}"
 
 
 def _too_much(sources: Sources, made: Table) -> bool:

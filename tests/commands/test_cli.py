@@ -42,6 +42,12 @@ def test_plan(command: Command) -> None:
     assert done.data["drops"] == done.data["fills"] == done.data["edits"] == []
 
 
+def test_quiet_json_is_json() -> None:
+    for line, status in (("plan -q --json", 0), ("plan --head classification -q --json", 1), ("fetch -q --json", 2)):
+        done = CliRunner().invoke(cli.main, [*line.split(), *([str(BUNDLED)] if "plan" in line else [])])
+        assert (done.exit_code, json.loads(done.stdout)["ok"]) == (status, status == 0)
+
+
 def test_a_refused_plan_lists_every_reason(command: Command, tmp_path: Path) -> None:
     path = save(fairseq_models.REFUSED["target_glu"], tmp_path / "model.pt")
     done = command("plan", path)
