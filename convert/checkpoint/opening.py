@@ -353,8 +353,8 @@ def _normalized(opened: Checkpoint, normalize: bool | None) -> Checkpoint:
     if task.get("normalize") is not None and not (opened.base and opened.base.whole):
         if bool(task["normalize"]) == normalize:
             return opened
-        said = f"{opened.path.name}: its settings say normalize = {task['normalize']}"
-        raise CheckpointError(said, code="usage", key=option, hint=f"leave {option} out")
+        message = f"{opened.path.name}: its settings say normalize = {task['normalize']}"
+        raise CheckpointError(message, code="usage", key=option, hint=f"leave {option} out")
     note = f"normalize = {normalize}, as {option} says"
     settings = opened.settings | {"task": task | {"normalize": normalize}}
     return replace(opened, settings=settings, notes=(*opened.notes, note))

@@ -53,7 +53,7 @@ def command(words: tuple[str, ...], listing: bool, directory: Path) -> Outcome:
         "dictionary": str(done.dictionary) if done.dictionary else None,
         "license": entry.license,
         "needs": entry.needs,
-        "twin": entry.twin,
+        "counterpart": entry.counterpart,
         "downloaded": done.downloaded,
     }
     return Outcome(True, lines, data)

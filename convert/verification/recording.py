@@ -363,8 +363,8 @@ def _unlike(kind: str, theirs: Any, there: Mapping[str, Any]) -> str:
         for key in here
         if key != "python" and here[key] != there.get(key)
     ]
-    said = {"interpreter": "the other interpreter computes other bits than this one"}
-    what = said.get(kind, "this machine computes other bits than the one that recorded")
+    reasons = {"interpreter": "the other interpreter computes other bits than this one"}
+    what = reasons.get(kind, "this machine computes other bits than the one that recorded")
     return f"{what} ({'; '.join([', '.join(other), *named])})"
 
 

@@ -206,7 +206,7 @@ def test_contentvec_without_what_hears_the_speaker(made: Callable[[str], Made], 
         "as its author's own `legacy` files do"
     }
     record = converted(path, tmp_path / "out", like, head="encoder")
-    dropped = {drop["key"] for drop in record["drops"] if drop["reason"].startswith("hears the speaker")}
+    dropped = {drop["key"] for drop in record["drops"] if drop["reason"].startswith("depends on the speaker")}
     assert len(dropped) == 2 * (8 + 4 + 4) + 2 + 2
     assert verify(path, tmp_path / "out", devices=["cpu"]).problems == ()
 

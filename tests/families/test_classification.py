@@ -1,4 +1,4 @@
-"""Audio classifiers: converted ones compute what real fairseq ones compute, and what has no twin is refused."""
+"""Audio classifiers: converted ones compute what real fairseq ones compute, and what has no equivalent is refused."""
 
 from __future__ import annotations
 

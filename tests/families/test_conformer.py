@@ -1,4 +1,4 @@
-"""Conformers: converted, verified and restored against real fairseq, and refused where transformers has no twin."""
+"""Conformers: converted, verified and restored against real fairseq, and refused where transformers has no equivalent."""
 
 from __future__ import annotations
 
