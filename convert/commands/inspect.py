@@ -28,10 +28,10 @@ _NEVER = ("unsupported-architecture", "unsupported-setting")  # what no option h
 @source
 @planning()
 def command(checkpoint: str, **asked: Any) -> Outcome:
-    """Say what a file is, what it holds, and whether it can be converted, or what is missing and which option supplies it.
+    """Say what a file is, what it holds, and whether it can be converted; if not, why, and which option helps.
 
-    Reads no tensors, and executes nothing in the file. Names the architecture, its size, the task, the dictionary, what
-    stands beside the model, and every global of the pickle.
+    Reads no tensors and executes nothing in the file. Names the architecture, its size, the task, the dictionary, what
+    else the file holds, and with -v every tensor and every global of the pickle.
     """
     data = inspect(checkpoint, **asked)
     return Outcome(True, _text(data), data)

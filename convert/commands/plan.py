@@ -66,7 +66,7 @@ def describe(model: Conversion) -> list[str]:
     pairs = [f"{source} -> {target}" for source, target in model.plan.renames.items()]
     lines += [f"  {line}" for line in fold(pairs)]
     lines += [f"dropped: {len(model.dropped)}", *(f"  {drop.source}: {drop.reason}" for drop in model.dropped)]
-    lines += [f"made by a rule: {len(model.plan.fills)}"]
+    lines += [f"filled: {len(model.plan.fills)}"]
     lines += [f"  {fill.target}: {fill.what} ({fill.reason})" for fill in model.plan.fills]
     lines += [f"  {e.target}[{e.row}]: {e.what.rule} {e.what.value} ({e.reason})" for e in model.plan.table.edits]
     lines += model.kept
