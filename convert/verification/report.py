@@ -178,7 +178,7 @@ def text(report: Mapping[str, Any]) -> str:
     lines += ["  waveform to text", *map(_waveform, report["end_to_end"])] if report["end_to_end"] else []
     caught = sum(control["caught"] for control in report["controls"])
     lines.append(f"  {'deliberate mistakes':<22}{caught} of {len(report['controls'])} caught")
-    lines += [f"  {name} was not there: not verified on it" for name in report["missing"]]
+    lines += [f"  {name}: not on this machine, not verified there" for name in report["missing"]]
     lines += [f"  not checked: {key}: {reason}" for key, reason in report["skipped"].items()]
     lines += [f"  {padding_text(one)}" for one in report["padding"]]
     verdicts = {one["verdict"] for one in (*runs, *report["end_to_end"])}
