@@ -377,11 +377,11 @@ def differences(name: str, expected: Any, found: Any, key: str = "") -> Iterator
             yield from differences(name, expected[part], found[part], inner)
 
 
-def json_text(value: Any) -> str:
+def json_text(value: object) -> str:
     """Write a value so that two are equal only if they are of one type: to Python, `True == 1 == 1.0`."""
     return json.dumps(value, sort_keys=True)
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -252,7 +252,13 @@ def read_record(record_path: Path) -> Record | None:
     Raises:
         ConvertError: `record`, when it is something else.
     """
-    kinds: dict[str, Any] = {"name": str, "address": str, "size": int, "sha256": str, "etag": (str, type(None))}
+    kinds: dict[str, type | tuple[type, ...]] = {
+        "name": str,
+        "address": str,
+        "size": int,
+        "sha256": str,
+        "etag": (str, type(None)),
+    }
     try:
         fields = parse_json(read_file(record_path), record_path.name)
         wrong = [name for name, kind in kinds.items() if not isinstance(fields[name], kind)]

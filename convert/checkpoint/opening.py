@@ -360,5 +360,5 @@ def _normalized(opened: Checkpoint, normalize: bool | None) -> Checkpoint:
     return replace(opened, settings=settings, notes=(*opened.notes, note))
 
 
-def _printable(key: Any) -> str:
+def _printable(key: object) -> str:
     return str(key) if str(key).isprintable() else ascii(key)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+from convert.audio import Waveform
 from convert.directory import ModelDirectory
 from convert.errors import ConvertError
 from convert.loading import quiet
@@ -65,7 +65,7 @@ class FairseqReference:
             self.version = str(self.reference.info["fairseq"])
             self.close = stack.pop_all().close
 
-    def transcribe(self, samples: Any) -> str:
+    def transcribe(self, samples: Waveform) -> str:
         """Transcribe one waveform, float32 of shape (samples,), as fairseq does to count errors.
 
         Raises:

@@ -207,7 +207,7 @@ def _masking(sources: Sources) -> list[Value]:
     ]
 
 
-def _pretrained(path: Any) -> str:
+def _pretrained(path: object) -> str:
     """Name the file that a model was fine-tuned from, unless all that fairseq's trainer writes are called so."""
     name = str(path or "").replace("\\", "/").rpartition("/")[2]
     return name if name and not name.startswith("checkpoint") else "PRETRAINED.pt"

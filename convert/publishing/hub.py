@@ -329,7 +329,7 @@ def _nonsense(reason: str, what: str = "publish", repo_id: str = "") -> ConvertE
     return ConvertError(message, code="nonsense", key=repo_id, hint=hint)
 
 
-def text_of(value: Any) -> str:
+def text_of(value: object) -> str:
     """Return a text of the Hub's.
 
     Raises:
