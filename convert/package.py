@@ -19,10 +19,11 @@ from convert.families import Conversion, Request, describe
 from convert.families.base import Sidecar
 from convert.families.tokenizers import SUBWORDS
 from convert.files import check_directory, create, new_directory, sha256_of
+from convert.pieces import Piece, pieces, split
 from convert.report import json_pieces
 from convert.request import Options, request_again
 from convert.sources import open_source
-from convert.transfer import Piece, Transfer, Written, pieces, split
+from convert.transfer import Transfer, Written
 from convert.workspace import in_the_way, sweep
 
 MAX_SHARD_SIZE = 5_000_000_000  # what transformers' save_pretrained splits at
