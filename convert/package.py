@@ -6,7 +6,6 @@ import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from convert.families.base import Sidecar
 from convert.families.tokenizers import SUBWORDS
 from convert.files import check_directory, create, new_directory, sha256_of
 from convert.pieces import Piece, pieces, split
-from convert.report import json_pieces
+from convert.report import VERSION, json_pieces
 from convert.request import Options, request_again
 from convert.sources import open_source
 from convert.transfer import Transfer, Written
@@ -263,7 +262,7 @@ def _write(
         file.name: {"size": file.size, "sha256": file.sha256} for file in sorted(written, key=lambda file: file.name)
     }
     named = names_of_dtypes.get(dtype, "keep")
-    _file(work, "conversion.json", record_of(opened, model, request, digest, named, files, tool_version()))
+    _file(work, "conversion.json", record_of(opened, model, request, digest, named, files, VERSION))
     return files, digest
 
 
@@ -306,14 +305,6 @@ def compare_opened(
         listed = pieces(opened.container, sidecar.plan, opened.tensors_of(sidecar.group), dtype)
         problems += directory.compare(opened, listed, sidecar.file)
     return problems
-
-
-def tool_version() -> str:
-    """Return the installed version of this package."""
-    try:
-        return version("fairseq-to-hf")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def _file(work: Path, name: str, content: Any) -> Written:
