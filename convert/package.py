@@ -239,12 +239,12 @@ def _write(
 
     shards = split(listed, max_shard_size)
     written: list[Written] = []
-    transfer = Transfer(opened.container, allow_non_finite=allow_non_finite, progress=advance)
-    for index, shard in enumerate(shards, 1):
-        name = "model.safetensors" if len(shards) == 1 else f"model-{index:05}-of-{len(shards):05}.safetensors"
-        written.append(transfer.write(work / name, shard))
-    sidecars = [transfer.write(work / sidecar.file, beside(sidecar)) for sidecar in model.sidecars]
-    digest = transfer.source_sha256()
+    with Transfer(opened.container, allow_non_finite=allow_non_finite, progress=advance) as transfer:
+        for index, shard in enumerate(shards, 1):
+            name = "model.safetensors" if len(shards) == 1 else f"model-{index:05}-of-{len(shards):05}.safetensors"
+            written.append(transfer.write(work / name, shard))
+        sidecars = [transfer.write(work / sidecar.file, beside(sidecar)) for sidecar in model.sidecars]
+        digest = transfer.source_sha256()
     if len(shards) > 1:
         names = {piece.spec.name: file.name for shard, file in zip(shards, written, strict=True) for piece in shard}
         size = sum(piece.count for piece in listed)

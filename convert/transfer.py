@@ -1,7 +1,7 @@
 """Move tensors from a checkpoint into safetensors files at the speed of a copy, each byte proved on the way.
 
-Three threads overlap: one hashes the source file, one reads, checks (CRC-32, finite numbers) and writes, one reads what
-was written back, compares it with what was meant, and hashes it. Memory is a few buffers, whatever the file's size.
+Three threads overlap: one hashes the source file, one reads and writes, one checks (CRC-32, finite numbers), reads back
+what was written, compares it with what was meant, and hashes it. Memory is a few buffers, whatever the file's size.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from convert.checkpoint.container import Container, Range, corrupted
 from convert.checkpoint.stored import StoredTensor
@@ -41,10 +41,7 @@ class Written:
 
 
 class Transfer:
-    """Writes files from one checkpoint while the checkpoint itself is hashed.
-
-    The calling thread hashes the source on its way through it and writes; a second thread checks, reads back, compares
-    and hashes what was written. Each byte of the source is in both cores' caches once.
+    """Writes files from one checkpoint while the checkpoint itself is hashed; for use in a `with` statement.
 
     Args:
         container: the mapped checkpoint.
@@ -58,16 +55,33 @@ class Transfer:
         self.container = container
         self.allow_non_finite = allow_non_finite
         self.progress = progress or (lambda count: None)
-        self.source = hashlib.sha256()
-        self.hashed = 0
         self.checked: set[tuple[int, str]] = set()
         self.free: queue.SimpleQueue[bytearray] = queue.SimpleQueue()  # buffers go from here to the prover and back
         for _ in range(_QUEUE + 2):
             self.free.put(bytearray(CHUNK))
-        self.scratch = bytearray(CHUNK)
         self.stopped = False
-        self.ahead: ThreadPoolExecutor | None = None
-        self.rest: Future[Any] | None = None
+        self.hashing = ThreadPoolExecutor(1)
+        self.digest: Future[str] | None = None
+
+    def __enter__(self) -> Transfer:
+        with _starting():
+            self.digest = self.hashing.submit(self.container.sha256, self._hashed)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stopped = True
+        self.hashing.shutdown()  # before the file that it reads is closed
+        self.digest = None  # an error in it holds this object
+
+    def _hashed(self, count: int) -> None:
+        if self.stopped:
+            raise InterruptedError
+        self.progress(count)
+
+    def source_sha256(self) -> str:
+        """Wait for the SHA-256 of the source; see `Container.sha256`."""
+        assert self.digest is not None
+        return self.digest.result()
 
     def _read(self, file: BinaryIO, at: int, view: memoryview) -> None:
         """Fill a buffer from a file; reading beats touching a mapping, page by page."""
@@ -78,64 +92,6 @@ class Transfer:
                 name = Path(file.name).name
                 raise CheckpointError(f"{name} became shorter while it was read", code="truncated", key=name)
             done += count
-
-    def _hash(self, at: int, view: memoryview) -> None:
-        """Hash a piece of the source, after all that stands before it; what was hashed already is passed over."""
-        # of several files, and of what was unpacked, these are not the bytes that are hashed next
-        if self.rest is not None or self.container.others or self.container.unpack is not None:
-            return
-        self._hash_to(at)
-        if at == self.hashed:
-            self.source.update(view)
-            self.hashed += len(view)
-            self.progress(len(view))
-
-    def _hash_to(self, end: int) -> None:
-        while self.hashed < end and not self.stopped:
-            view = memoryview(self.scratch)[: end - self.hashed]
-            self._read(self.container.original.file, self.hashed, view)
-            self.source.update(view)
-            self.hashed += len(view)
-            self.progress(len(view))
-
-    def source_sha256(self) -> str:
-        """Hash the rest of the source file, and return its SHA-256; the last call. Of several files, see `Container.sha256`."""
-        try:
-            if self.container.others:
-                return self.container.sha256() if self.rest is None else str(self.rest.result())
-            if self.rest is None:
-                self._hash_to(self.container.size)
-            else:
-                self.rest.result()
-        finally:
-            self._stop()
-        return self.source.hexdigest()
-
-    def _stop(self) -> None:
-        """End the hashing thread before the file that it reads is closed; an error that it met holds this object."""
-        self.stopped = True
-        if self.ahead is not None:
-            self.ahead.shutdown()
-        self.ahead = self.rest = None
-
-    def _hash_alone(self, size: int) -> None:
-        """Where much training state stands beside the model, hashing is the longer part: it gets a thread of its own.
-
-        So does the hashing of several files, whose tensors are not read in the files' order.
-        """
-        several = bool(self.container.others)
-        if self.rest is None and (several or self.container.size - self.hashed > 2 * size):
-            self.ahead = ThreadPoolExecutor(1)
-            with _starting():
-                if several:
-                    self.rest = self.ahead.submit(self.container.sha256, self._used)
-                else:
-                    self.rest = self.ahead.submit(self._hash_to, self.container.size)
-
-    def _used(self, count: int) -> None:
-        if self.stopped:
-            raise InterruptedError
-        self.progress(count)
 
     def write(self, path: Path, listed: list[Piece]) -> Written:
         """Write one safetensors file, read it back, and compare every byte.
@@ -151,30 +107,25 @@ class Transfer:
             ConvertError: `threads`, when the system gives no thread.
             OSError: the disk is full, and the like.
         """
-        try:
-            head = header_bytes((piece.spec.name, piece.spec.dtype, piece.spec.shape) for piece in listed)
-            size = len(head) + sum(piece.count for piece in listed)
-            with create(path) as file:
-                if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(file.fileno(), 0, size)
-                else:
-                    os.ftruncate(file.fileno(), size)
-                with _Prover(file.fileno(), path.name, self.container, self.progress, self.free) as prover:
-                    self._hash_alone(size)
-                    at = self._put(prover, _Chunk(0, memoryview(head)))
-                    for piece in listed:
-                        for chunk in self._chunks(piece, at):
-                            at = self._put(prover, chunk)
-            if prover.non_finite and not self.allow_non_finite:
-                raise PlanError(
-                    f"{self.container.path.name} holds NaN or infinite numbers; nothing was written",
-                    code="non-finite",
-                    problems=prover.non_finite,
-                    hint="training diverged: take an earlier checkpoint, or convert it as it is with --allow-non-finite",
-                )
-        except BaseException:
-            self._stop()
-            raise
+        head = header_bytes((piece.spec.name, piece.spec.dtype, piece.spec.shape) for piece in listed)
+        size = len(head) + sum(piece.count for piece in listed)
+        with create(path) as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                os.ftruncate(file.fileno(), size)
+            with _Prover(file.fileno(), path.name, self.container, self.progress, self.free) as prover:
+                at = self._put(prover, _Chunk(0, memoryview(head)))
+                for piece in listed:
+                    for chunk in self._chunks(piece, at):
+                        at = self._put(prover, chunk)
+        if prover.non_finite and not self.allow_non_finite:
+            raise PlanError(
+                f"{self.container.path.name} holds NaN or infinite numbers; nothing was written",
+                code="non-finite",
+                problems=prover.non_finite,
+                hint="training diverged: take an earlier checkpoint, or convert it as it is with --allow-non-finite",
+            )
         return Written(path.name, size, prover.digest.hexdigest())
 
     def _put(self, prover: _Prover, chunk: _Chunk) -> int:
@@ -186,7 +137,7 @@ class Transfer:
         return end
 
     def _chunks(self, piece: Piece, at: int) -> Iterator[_Chunk]:
-        """Yield a tensor's bytes: read, and hashed on the way, where they lie as they are written."""
+        """Yield a tensor's bytes: read, where they lie as they are written."""
         parts = piece.source.parts if piece.source is not None else ()
         wholes = [self._whole(part, piece) for part in parts]
         if piece.source is None or piece.made is not None:
@@ -204,7 +155,6 @@ class Transfer:
                 buffer = self.free.get()
                 view = memoryview(buffer)[: whole.start + whole.count - start]
                 self._read(self.container.files[whole.file].file, start, view)
-                self._hash(start, view)
                 yield _Chunk(at, view, piece, whole, buffer)
                 at += min(CHUNK, whole.start + whole.count - start)
 
