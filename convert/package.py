@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ CARD = "README.md"
 _RECORDS = {"conversion.json", "verification.json", "evaluation.json"}
 _USUAL = {"config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json"}
 _USUAL |= {SUBWORDS, "tokenizer_config.json", "vocab.json"}
+_SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?) ?([KMGT]?)B?")
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")  # of the files that are taken for checkpoints in a folder
 Progress = Callable[[int, int], None]
 
@@ -121,7 +123,7 @@ def convert(
     arch: str = "",
     normalize: bool | None = None,
     dtype: str = "keep",
-    max_shard_size: int = MAX_SHARD_SIZE,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
     overwrite: bool = False,
     allow_non_finite: bool = False,
     progress: Progress | None = None,
@@ -133,7 +135,7 @@ def convert(
         out: the directory to make.
         head, dictionary, base, training_only, keep_final_proj, language, data_config, post_process, ema, arch, normalize: as for `plan`.
         dtype: `keep`, `float32`, `float16` or `bfloat16`.
-        max_shard_size: the largest safetensors file, in bytes.
+        max_shard_size: the largest safetensors file: a number of bytes, or a text such as `5GB`, in powers of 1000.
         overwrite: whether an existing model directory is replaced, once the new one is proved.
         allow_non_finite: whether NaN and infinite weights are taken as they are.
         progress: called with (bytes done, bytes in all), from several threads.
@@ -156,8 +158,7 @@ def convert(
     out = Path(out)
     if dtype not in DTYPES:
         raise ConvertError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}", code="usage", key="--dtype")
-    if max_shard_size < 1:
-        raise ConvertError(f"a shard of {max_shard_size} bytes is too small", code="usage", key="--max-shard-size")
+    shard_size = _bytes(max_shard_size)
     replaceable = functools.partial(_replaceable, checkpoint=Path(checkpoint)) if overwrite else None
     check_directory(out, replaceable)
     options = Options(
@@ -176,9 +177,7 @@ def convert(
     with options.opened(checkpoint) as (opened, request):
         model = describe(opened, request)
         with new_directory(out, replaceable) as work:
-            files, digest = _write(
-                opened, model, request, work, DTYPES[dtype], max_shard_size, allow_non_finite, progress
-            )
+            files, digest = _write(opened, model, request, work, DTYPES[dtype], shard_size, allow_non_finite, progress)
             opened.container.check_unchanged()
     return Converted(out, model, files, digest, opened.base is not None)
 
@@ -212,6 +211,16 @@ def convert_all(folder: str | Path, out: str | Path, **options: Any) -> dict[Pat
         except ConvertError as error:
             done[file] = error
     return done
+
+
+def _bytes(text: int | str) -> int:
+    """Read the size of a shard."""
+    found = _SIZE.fullmatch(str(text).strip().upper())
+    count = round(float(found[1]) * 1000 ** " KMGT".index(found[2] or " ")) if found else 0
+    if count < 1:
+        hint = "give a number of bytes, or of KB, MB, GB or TB, such as 5GB"
+        raise ConvertError(f"--max-shard-size: {text} is not a size", code="usage", key="--max-shard-size", hint=hint)
+    return count
 
 
 def _write(

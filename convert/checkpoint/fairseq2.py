@@ -59,9 +59,9 @@ def read_settings(run: Run, family: str, options: Options) -> tuple[dict[str, An
     """
     fields, origin, architecture, file = _fields(run, family, options)
     task: dict[str, Any] = {"_name": "fairseq2", "sample_rate": 16000, "settings_from": origin}
-    normalize, said = _normalize(run, family, architecture, options)
+    normalize, stated_by = _normalize(run, family, architecture, options)
     if normalize is not None:
-        task |= {"normalize": normalize, "normalize_from": said}
+        task |= {"normalize": normalize, "normalize_from": stated_by}
     return {"model": {"_name": f"fairseq2.{family}"} | fields, "task": task, "criterion": {}}, file
 
 

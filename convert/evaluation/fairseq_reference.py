@@ -53,7 +53,8 @@ class FairseqReference:
             taken = language or (directory.record.language if directory else "")
             self.subject, _ = read_subject(opened, replace(request, language=taken))
             if not self.subject.symbols:
-                raise ConvertError(f"{name} has no dictionary, so that its model writes no text", code="no-vocabulary")
+                hint = "`fairseq-to-hf verify` compares any model with fairseq's"
+                raise ConvertError(f"{name} has no dictionary: it writes no text", code="no-vocabulary", hint=hint)
             self.digest = self.subject.sha256
             with answering(), quiet():
                 try:
