@@ -310,7 +310,7 @@ def _symbols(dictionary: Dictionary) -> dict[str, Any]:
 
 def _edited_rows(opened: Checkpoint, model: Conversion) -> dict[str, dict[str, str]]:
     """The bytes of every row that is edited as they were before, in hexadecimal, for the way back."""
-    from convert.transfer import read_array
+    from convert.pieces import read_array
 
     sources = {target: source for source, target in model.plan.renames.items()}
     tensors = opened.over(model.group)
@@ -323,7 +323,7 @@ def _edited_rows(opened: Checkpoint, model: Conversion) -> dict[str, dict[str, s
 
 def _left_rows(opened: Checkpoint, model: Conversion, dtype: str) -> dict[str, str]:
     """The bytes of the rows before those that a tensor takes, of the same type as it, in hexadecimal, for the way back."""
-    from convert.transfer import cast, read_array
+    from convert.pieces import cast, read_array
 
     sources = {target: source for source, target in model.plan.renames.items()}
     left: dict[str, str] = {}

@@ -7,7 +7,6 @@ import hashlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,11 @@ from convert.families import Conversion, Request, describe
 from convert.families.base import Sidecar
 from convert.families.tokenizers import SUBWORDS
 from convert.files import check_directory, create, new_directory, sha256_of
-from convert.report import json_pieces
+from convert.pieces import Piece, pieces, split
+from convert.report import VERSION, json_pieces
 from convert.request import Options, request_again
 from convert.sources import open_source
-from convert.transfer import Piece, Transfer, Written, pieces, split
+from convert.transfer import Transfer, Written
 from convert.workspace import in_the_way, sweep
 
 MAX_SHARD_SIZE = 5_000_000_000  # what transformers' save_pretrained splits at
@@ -248,12 +248,12 @@ def _write(
 
     shards = split(listed, max_shard_size)
     written: list[Written] = []
-    transfer = Transfer(opened.container, allow_non_finite=allow_non_finite, progress=advance)
-    for index, shard in enumerate(shards, 1):
-        name = "model.safetensors" if len(shards) == 1 else f"model-{index:05}-of-{len(shards):05}.safetensors"
-        written.append(transfer.write(work / name, shard))
-    sidecars = [transfer.write(work / sidecar.file, beside(sidecar)) for sidecar in model.sidecars]
-    digest = transfer.source_sha256()
+    with Transfer(opened.container, allow_non_finite=allow_non_finite, progress=advance) as transfer:
+        for index, shard in enumerate(shards, 1):
+            name = "model.safetensors" if len(shards) == 1 else f"model-{index:05}-of-{len(shards):05}.safetensors"
+            written.append(transfer.write(work / name, shard))
+        sidecars = [transfer.write(work / sidecar.file, beside(sidecar)) for sidecar in model.sidecars]
+        digest = transfer.source_sha256()
     if len(shards) > 1:
         names = {piece.spec.name: file.name for shard, file in zip(shards, written, strict=True) for piece in shard}
         size = sum(piece.count for piece in listed)
@@ -271,7 +271,7 @@ def _write(
         file.name: {"size": file.size, "sha256": file.sha256} for file in sorted(written, key=lambda file: file.name)
     }
     named = names_of_dtypes.get(dtype, "keep")
-    _file(work, "conversion.json", record_of(opened, model, request, digest, named, files, tool_version()))
+    _file(work, "conversion.json", record_of(opened, model, request, digest, named, files, VERSION))
     return files, digest
 
 
@@ -314,14 +314,6 @@ def compare_opened(
         listed = pieces(opened.container, sidecar.plan, opened.tensors_of(sidecar.group), dtype)
         problems += directory.compare(opened, listed, sidecar.file)
     return problems
-
-
-def tool_version() -> str:
-    """Return the installed version of this package."""
-    try:
-        return version("fairseq-to-hf")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def _file(work: Path, name: str, content: Any) -> Written:

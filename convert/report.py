@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from convert.errors import ConvertError, Problem
 
+VERSION = "0.2.0"  # of this package; reading the installed one's metadata would take 20 ms
 SCHEMA = 1
 # a password may hold a slash that should have been escaped; after a port, a slash begins the path
 _USER = re.compile(r"(?<=//)(?:[^/\s]*|[^/\s:@\[]*:(?!\d*/)\S*)@")

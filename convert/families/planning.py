@@ -14,8 +14,8 @@ from convert.families.encoder import PREFIXES, Encoder, Layout
 from convert.families.encoder_settings import FINE_TUNING, encoder_config
 from convert.families.settings import Settings, Value
 from convert.families.tokenizers import Processor, make_processor
+from convert.pieces import not_repeated
 from convert.rules import Edit, Plan, Table, TensorSpec, plan
-from convert.transfer import not_repeated
 
 DEFAULT = "eng"  # the language of a `Wav2Vec2ForCTC` with adapters, where nobody asks for another
 _MADE = 16_000_000  # bytes that rules may make for a small file

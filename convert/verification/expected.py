@@ -15,9 +15,8 @@ from convert.directory import ModelDirectory
 from convert.errors import Problem
 from convert.families import describe
 from convert.files import Hashes
-from convert.package import tool_version
 from convert.reading import read_file
-from convert.report import json_bytes
+from convert.report import VERSION, json_bytes
 from convert.request import request_again
 
 INDEX = "model.safetensors.index.json"
@@ -60,7 +59,7 @@ def expect(opened: Checkpoint, directory: ModelDirectory, sha256: str, dictionar
         names = {name: place.file for name, place in directory.tensors.items()}
         size = sum(place.count for place in directory.tensors.values())
         files[INDEX] = {"metadata": {"total_size": size}, "weight_map": names}
-    made = record_of(opened, model, request, sha256, dtype, {}, tool_version())
+    made = record_of(opened, model, request, sha256, dtype, {}, VERSION)
     return Expected(files, json.loads(json_bytes(made)))
 
 
