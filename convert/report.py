@@ -10,7 +10,6 @@ import os
 import re
 import shlex
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -251,6 +250,8 @@ class ProgressBar:
     """
 
     def __init__(self, label: str, stack: contextlib.ExitStack) -> None:
+        import threading
+
         self._label, self._stack, self._bar, self._lock = label, stack, None, threading.Lock()
 
     def _started(self) -> Any:
