@@ -37,20 +37,20 @@ class Expected:
     record: Mapping[str, Any]
 
 
-def expect(opened: Checkpoint, directory: ModelDirectory, sha256: str, **options: Any) -> Expected:
+def expect(opened: Checkpoint, directory: ModelDirectory, sha256: str, dictionary: Path | None) -> Expected:
     """Plan the conversion again, with what the directory's conversion.json says was asked for.
 
     Args:
         opened: the checkpoint.
         directory: the model directory.
         sha256: the checkpoint's.
-        options: `dictionary`, as for `convert.plan`.
+        dictionary: as for `convert.plan`.
 
     Raises:
         PlanError: the checkpoint cannot be converted.
         ConvertError: `not-a-model`.
     """
-    request = request_again(directory, opened, **options)
+    request = request_again(directory, opened, dictionary=dictionary)
     model, dtype = describe(opened, request), directory.record.dtype
     config = model.configuration
     if dtype != "keep":
