@@ -209,6 +209,7 @@ REFUSED: dict[str, tuple[str, Any]] = {
     "unheard_of": ("data2vec", 1),
     "conv_dim": ("wavlm", [16]),
     "num_attention_heads": ("hubert_ctc", 5),
+    "hidden_dropout": ("wavlm", 10**400),
 }
 
 

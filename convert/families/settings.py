@@ -145,7 +145,7 @@ class Reader:
             except ValueError:
                 value = object()
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
+            value = float(value) if abs(value) < 1 << 1000 else math.inf
         wrong = not isinstance(value, kind) or (kind is int and isinstance(value, bool))
         if wrong or (kind is float and not math.isfinite(value)):
             text = repr(self.values[name])[:60]
