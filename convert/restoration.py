@@ -95,7 +95,7 @@ def _prove(path: Path, draft: Draft, directory: ModelDirectory | None) -> None:
         draft: what it was made from.
         directory: the directory that a conversion made: a conversion of the checkpoint has to give its settings again.
     """
-    from convert.transfer import read_array
+    from convert.pieces import read_array
 
     with open_checkpoint(path) as opened:
         if directory is not None:

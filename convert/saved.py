@@ -242,7 +242,7 @@ def _permuted(
     def make() -> Iterator[bytes]:
         import numpy as np
 
-        from convert.transfer import cast
+        from convert.pieces import cast
 
         data = b"".join(read())
         width = len(data) // spec.shape[0]
