@@ -1,7 +1,8 @@
 """Time and memory of whole commands on a 317M-parameter checkpoint, as ratios against a peer in the same run.
 
 Every round runs each command once, in turn, as a process of its own, on a warm cache, with the disk settled before it;
-printed are medians over the rounds, and the parts that every conversion consists of, measured one by one.
+printed are the least times of all rounds, which other work on the machine lengthened least, and the parts that every
+conversion consists of, measured one by one.
 Usage: `python benchmarks/conversion.py [--rounds N] [--directory DIR] [--small]` (needs 10 GB).
 """
 
@@ -124,15 +125,15 @@ def parts(source: Path, target: Path) -> dict[str, float]:
 
 
 def report(results: dict[str, list[Took]], taken: list[dict[str, float]]) -> None:
-    """Print medians, and the ratios that the project promises."""
-    seconds = {name: statistics.median(took.wall for took in rows) for name, rows in results.items()}
+    """Print the least times, and the ratios that the project promises."""
+    seconds = {name: min(took.wall for took in rows) for name, rows in results.items()}
     memory = {name: max(took.peak for took in rows) for name, rows in results.items()}
     for name, rows in results.items():
-        spread, processor = [took.wall for took in rows], statistics.median(took.processor for took in rows)
-        times = f"{seconds[name]:7.3f} s  ({min(spread):.3f} to {max(spread):.3f})  {processor:6.2f} s CPU"
+        median, processor = statistics.median(took.wall for took in rows), min(took.processor for took in rows)
+        times = f"{seconds[name]:7.3f} s  (median {median:.3f})  {processor:6.2f} s CPU"
         print(f"{name:<18} {times}  peak {memory[name]:6.1f} MB")
     print()
-    single = {name: statistics.median(each[name] for each in taken) for name in taken[0]}
+    single = {name: min(each[name] for each in taken) for name in taken[0]}
     least = sum(single.values())
     print("parts of convert:  " + ", ".join(f"{name} {value:.2f} s" for name, value in single.items()))
     print()
