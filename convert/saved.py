@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from convert.checkpoint.dictionary import SPECIAL, Dictionary
+from convert.checkpoint.writer import NewTensor
 from convert.directory import ModelDirectory
-from convert.draft import Draft, read_place
+from convert.draft import Draft, stored
 from convert.errors import PlanError, Problem
 from convert.families import FAMILIES, Family
 from convert.families.base import FromConfig
 from convert.families.encoder_settings import ACTIVATIONS
 from convert.files import WIDTHS
-from convert.rules import Table, TensorSpec
+from convert.rules import Table
 from convert.typed import Misfit, read
 
 # What a model in transformers may still call the positional convolution's weight norm (before torch 2.1).
@@ -87,16 +88,14 @@ def from_config(directory: ModelDirectory) -> Draft:
     lm_head = directory.tensors.get("lm_head.bias")
     layout = way.layout(config, head, lm_head.spec.shape[0] if lm_head else 0)
     made = _table(family, layout, directory, names, mask)
-    draft = Draft({}, {}, {"cfg": _settings(way, head, directory)}, None, ["settings come from config.json"])
+    draft = Draft({}, {"cfg": _settings(way, head, directory)}, None, ["settings come from config.json"])
     for target, source in made.inverse.renames.items():
         if target == mask and target not in names:
-            draft.specs[source] = TensorSpec(source, (config["hidden_size"],), "F32")
-            draft.bytes[source] = lambda: iter([b"\0" * 4 * config["hidden_size"]])
+            width = config["hidden_size"]
+            draft.tensors[source] = NewTensor("F32", (width,), functools.partial(list, [bytes(4 * width)]))
             draft.notes.append(f"{source}: zeros, the model never masks")
-            continue
-        spec = directory.tensors[names[target]].spec
-        draft.specs[source] = TensorSpec(source, spec.shape, spec.dtype)
-        draft.bytes[source] = functools.partial(read_place, directory, directory.tensors[names[target]])
+        else:
+            draft.tensors[source] = stored(directory, directory.tensors[names[target]])
     if head == "ctc":
         _vocabulary(directory, config, draft)
     return draft
@@ -190,7 +189,7 @@ def _vocabulary(directory: ModelDirectory, config: Mapping[str, Any], draft: Dra
     fairseq must have and the model does not get zeros and a bias that keeps them from ever being chosen.
     """
     ids = {token: index for token, index in directory.json("vocab.json").items() if isinstance(index, int)}
-    rows = draft.specs["w2v_encoder.proj.bias"].shape[0]
+    rows = draft.tensors["w2v_encoder.proj.bias"].shape[0]
     symbols = [token for token, _ in sorted(ids.items(), key=lambda item: item[1])]
     blank = config.get("pad_token_id", 0)
     if sorted(ids.values()) != list(range(rows)) or blank not in range(rows):
@@ -207,22 +206,18 @@ def _vocabulary(directory: ModelDirectory, config: Mapping[str, Any], draft: Dra
     draft.dictionary = Dictionary(tuple(names), (1,) * len(names))
     draft.notes.append(f"the head's {rows} rows were brought into fairseq's order of {len(names)} symbols")
     for key, filler in (("w2v_encoder.proj.weight", 0.0), ("w2v_encoder.proj.bias", _NEVER)):
-        spec = draft.specs[key]
-        draft.specs[key] = TensorSpec(key, (len(order), *spec.shape[1:]), spec.dtype)
-        draft.bytes[key] = _permuted(draft.bytes[key], spec, order, filler)
+        draft.tensors[key] = _permuted(draft.tensors[key], order, filler)
 
 
-def _permuted(
-    read: Callable[[], Iterator[bytes]], spec: TensorSpec, order: list[int | None], filler: float
-) -> Callable[[], Iterator[bytes]]:
-    def make() -> Iterator[bytes]:
+def _permuted(tensor: NewTensor, order: list[int | None], filler: float) -> NewTensor:
+    def pieces() -> Iterator[bytes]:
         import numpy as np
 
         from convert.transfer import cast
 
-        data = b"".join(read())
-        width = len(data) // spec.shape[0]
-        row = cast(np.full(width // WIDTHS[spec.dtype], filler, np.float32), "F32", spec.dtype)
+        data = b"".join(tensor.pieces())
+        width = len(data) // tensor.shape[0]
+        row = cast(np.full(width // WIDTHS[tensor.dtype], filler, np.float32), "F32", tensor.dtype)
         yield b"".join(row if index is None else data[index * width : (index + 1) * width] for index in order)
 
-    return make
+    return replace(tensor, shape=(len(order), *tensor.shape[1:]), pieces=pieces)
