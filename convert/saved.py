@@ -213,7 +213,7 @@ def _permuted(tensor: NewTensor, order: list[int | None], filler: float) -> NewT
     def pieces() -> Iterator[bytes]:
         import numpy as np
 
-        from convert.transfer import cast
+        from convert.pieces import cast
 
         data = b"".join(tensor.pieces())
         width = len(data) // tensor.shape[0]

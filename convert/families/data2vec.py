@@ -101,12 +101,12 @@ def infer(shapes: Shapes) -> Layout[Positions]:
     """Read the geometry of a data2vec audio model off its names and shapes; see `convert.mapping.infer_layout`.
 
     Raises:
-        PlanError: `missing-source`, when it is not a data2vec audio model.
+        PlanError: `missing-tensor`, when it is not a data2vec audio model.
     """
     first = kind_of(shapes)[1] + "encoder.pos_conv.0.0.weight"
     if len(shapes.get(first, ())) != 3:
-        problem = Problem("missing-source", first, f"3 axes expected, source {shapes.get(first, 'without it')}")
-        raise PlanError("this is not a data2vec audio state_dict", code="missing-source", problems=[problem])
+        problem = Problem("missing-tensor", first, f"3 axes expected, source {shapes.get(first, 'without it')}")
+        raise PlanError("this is not a data2vec audio state_dict", code="missing-tensor", problems=[problem])
     alike = {key.replace("encoder.pos_conv.0.0.", "encoder.pos_conv.0."): shape for key, shape in shapes.items()}
     found = re.compile(r"encoder\.pos_conv\.(\d{1,3})\.0\.weight$")
     depth = max(int(match[1]) for key in shapes if (match := found.search(key))) + 1

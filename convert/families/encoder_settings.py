@@ -135,7 +135,7 @@ def encoder_settings(checkpoint: Checkpoint) -> Reader:
             f"{checkpoint.path.name} was fine-tuned, and the pretrained model's settings are not in it (w2v_args is empty)",
             code="no-base-settings",
             key="w2v_args",
-            hint=f"pass the pretrained checkpoint: --base {quoted(_last(outer.get('w2v_path')) or 'PRETRAINED.pt')}",
+            hint=f"pass the pretrained checkpoint: --base {quoted(_pretrained(outer.get('w2v_path')))}",
         )
     values = dict(inner["model"])
     origins = dict.fromkeys(values, origin)
@@ -207,5 +207,7 @@ def _masking(sources: Sources) -> list[Value]:
     ]
 
 
-def _last(path: Any) -> str:
-    return str(path).replace("\\", "/").rpartition("/")[2] if path else ""
+def _pretrained(path: object) -> str:
+    """Name the file that a model was fine-tuned from, unless all that fairseq's trainer writes are called so."""
+    name = str(path or "").replace("\\", "/").rpartition("/")[2]
+    return name if name and not name.startswith("checkpoint") else "PRETRAINED.pt"

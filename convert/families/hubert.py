@@ -34,7 +34,7 @@ PRETRAINING_HEAD = (  # no class of transformers has it; a file beside the model
     Rename("target_glu.0.weight",                                  "target_glu.0.weight",                                          "2label label"),
     Rename("target_glu.0.bias",                                    "target_glu.0.bias",                                            "2label"),
 )
-_SPEAKER = "hears the speaker, as ContentVec's pretraining does; its features come from the layers before"
+_SPEAKER = "depends on the speaker, in ContentVec's pretraining only; the features come from the layers before it"
 SPEAKER_LAYERS = (  # of ContentVec: layers behind the others, whose norms are made of an embedding of the speaker
     Drop("encoder.layers.{speaker}.self_attn.{qkvo}_proj.{p}",              _SPEAKER, optional=True, relic=True),
     Drop("encoder.layers.{speaker}.self_attn_layer_norm.{part}_ln.weight",  _SPEAKER, optional=True, relic=True),
@@ -117,7 +117,7 @@ def infer(shapes: Shapes) -> Layout[Own]:
     """Read the geometry of a HuBERT model off its names and shapes; see `convert.mapping.infer_layout`.
 
     Raises:
-        PlanError: `missing-source`, when it is not such a model.
+        PlanError: `missing-tensor`, when it is not such a model.
     """
     prefix = kind_of(shapes)[1]
     norm, convolution = f"{prefix}encoder.pos_conv.0.", f"{prefix}encoder.pos_conv.1."

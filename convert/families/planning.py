@@ -14,8 +14,8 @@ from convert.families.encoder import PREFIXES, Encoder, Layout
 from convert.families.encoder_settings import FINE_TUNING, encoder_config
 from convert.families.settings import Settings, Value
 from convert.families.tokenizers import Processor, make_processor
+from convert.pieces import not_repeated
 from convert.rules import Edit, Plan, Table, TensorSpec, plan
-from convert.transfer import not_repeated
 
 DEFAULT = "eng"  # the language of a `Wav2Vec2ForCTC` with adapters, where nobody asks for another
 _MADE = 16_000_000  # bytes that rules may make for a small file
@@ -105,6 +105,11 @@ def classify(sources: Sources, fields: Settings) -> dict[str, Any]:
         reader.values.pop("flat", False)
     )  # a Namespace holds the trainer's options too: they are not the model's
     known = {*fields.same, *fields.read, *fields.training_only, *(limit.field for limit in fields.limits)}
+    absent = [name for name in sources.request.training_only if name not in reader.values and name not in outer]
+    if absent:
+        detail = f"the checkpoint has no setting called {' or '.join(absent)}"
+        hint = "`inspect --json` lists its settings: check the name, or leave it out"
+        sources.refuse("no-setting", "--training-only", detail, hint)
     settings = {name: (value, reader.origin(name)) for name, value in reader.values.items()}
     if sources.kind.nested:
         known_outer = known | {*FINE_TUNING, *sources.kind.read, "w2v_args", "flat"}
@@ -234,15 +239,22 @@ def prove(
         made = None if layout is None else (table or sources.family.table)(layout, sources.head, edits)
         for name in checkpoint.others:
             if made is None or name not in made.drops:
-                sources.refuse("unmapped-source", name, "is not a tensor")
+                sources.refuse("unexpected-tensor", name, "is not a tensor")
             else:
                 inventory[name] = TensorSpec(name, ())
         proved = None if made is None or _too_much(sources, made) else plan(made, inventory)
     except PlanError as error:
         reasons = error.reasons
-        missing = all(problem.code == "dead-rule" for problem in (*sources.problems, *reasons))
-        if layout is not None and missing and _without_head(layout, inventory, table or sources.family.table):
-            hint = "everything but the head is there: --head encoder converts the model without it"
+        codes = {problem.code for problem in (*sources.problems, *reasons)}
+        if layout is not None and codes <= {"missing-tensor", "unexpected-tensor"}:
+            if codes == {"missing-tensor"} and _without_head(layout, inventory, table or sources.family.table):
+                hint = "everything but the head is there: --head encoder converts the model without it"
+            elif checkpoint.base is not None:
+                hint = f"{checkpoint.base.name} is of another architecture: name one of the same with --base"
+            elif codes == {"unexpected-tensor"}:
+                hint = "tensors that a fork added need rules of their own: docs/adding_a_family.md"
+            else:
+                hint = "tensors and settings are not of the same model: convert the file as its trainer wrote it"
             reasons = tuple(replace(problem, hint=hint) for problem in reasons)
         sources.problems.extend(reasons)
         return None
@@ -273,13 +285,16 @@ def choose(found: Mapping[str, Language], wanted: str, file: str) -> Language:
 
 def unknown_language(file: str, wanted: str, known: Iterable[str]) -> PlanError:
     """Refuse a language that a checkpoint does not have, with the list of those that it has."""
-    listed = ", ".join(sorted(known)) or "none"
-    return PlanError(
-        f"{file} has no language {wanted!r}; nothing was written",
-        code="unknown-language",
-        key="--lang",
-        hint=f"it has: {listed if len(listed) < 400 else listed[:400] + ', ...'}",
-    )
+    message = f"{file} has no language {wanted!r}; nothing was written"
+    return PlanError(message, code="unknown-language", key="--lang", hint=list_languages(known))
+
+
+def list_languages(known: Iterable[str]) -> str:
+    """Write the remedy of a language that a model does not have: the list of those that it has."""
+    listed = ", ".join(sorted(known))
+    if not listed:
+        return "leave --lang out: this model has one language"
+    return f"it has: {listed if len(listed) < 400 else listed[:400] + ', ...'}"
 
 
 def _too_much(sources: Sources, made: Table) -> bool:

@@ -168,7 +168,7 @@ def infer(shapes: Shapes) -> Layout[Part]:
     """Read the geometry of a wav2vec 2.0 model off its names and shapes; see `convert.mapping.infer_layout`.
 
     Raises:
-        PlanError: `missing-source`, when it is not a wav2vec 2.0 model.
+        PlanError: `missing-tensor`, when it is not a wav2vec 2.0 model.
 
     Example:
         >>> infer({})

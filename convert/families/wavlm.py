@@ -70,7 +70,7 @@ def infer(shapes: Shapes) -> Layout[Positions]:
     """Read the geometry of a WavLM model off its names and shapes; see `convert.mapping.infer_layout`.
 
     Raises:
-        PlanError: `missing-source`, when it is not such a model.
+        PlanError: `missing-tensor`, when it is not such a model.
     """
     kind, prefix, encoder, head = infer_encoder(shapes, KINDS)
     buckets, heads = [*shapes.get("encoder.layers.0.self_attn.relative_attention_bias.weight", ()), 0, 0][:2]
