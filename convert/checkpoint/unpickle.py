@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from convert.checkpoint.constructors import MalformedError, checked_key, is_count, plain_set, rebuild
+from convert.checkpoint.constructors import MalformedError, checked_key, is_count, plain_set, rebuild, shared
 from convert.checkpoint.stored import Global, Storage, StoredTensor, Stub
 from convert.errors import CheckpointError
 
@@ -202,7 +202,7 @@ class _Machine:
         _, kind, key, _, count = identity[:5]
         if not (isinstance(kind, Global) and isinstance(key, str) and key.isprintable() and is_count(count)):
             raise MalformedError(f"a storage without type, key or size at byte {self.position}")
-        whole = self.storages.setdefault(key, Storage(key, kind.name, count))
+        whole = self.storages.setdefault(key, Storage(key, kind.name, shared(count)))
         if (whole.type, whole.count) != (kind.name, count):
             raise MalformedError(f"a storage of two types or sizes at byte {self.position}")
         view = identity[5] if len(identity) == 6 else None
