@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from convert.directory import ModelDirectory, Place
 from convert.families import ARCHITECTURES
 from convert.families.base import Kind, Restoring
 from convert.families.encoder_settings import FINE_TUNING, LAYER_SETTINGS
-from convert.files import PIECE
+from convert.files import PIECE, WIDTHS
 from convert.reading import open_file
 
 
@@ -42,6 +43,12 @@ class Draft:
     languages: Mapping[str, Draft] = field(default_factory=dict)
     restoring: Restoring = field(default_factory=Restoring)
     teacher: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """The bytes of all tensors, those of the languages included."""
+        own = sum(WIDTHS[tensor.dtype] * math.prod(tensor.shape) for tensor in self.tensors.values())
+        return own + sum(language.size for language in self.languages.values())
 
     @property
     def stacked(self) -> dict[str, NewTensor]:

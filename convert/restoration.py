@@ -6,7 +6,7 @@ import functools
 import math
 import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from convert.checkpoint import Checkpoint, open_checkpoint
 from convert.checkpoint.container import Container
 from convert.checkpoint.stored import StoredTensor
-from convert.checkpoint.writer import Lazy, NewTensor, write_checkpoint
+from convert.checkpoint.writer import Lazy, NewTensor, counting, write_checkpoint
 from convert.conversion import File, Record, differences
 from convert.directory import ModelDirectory
 from convert.draft import Draft, loadable, stored
@@ -22,6 +22,7 @@ from convert.errors import MismatchError, PlanError, Problem
 from convert.families import ARCHITECTURES, Family, describe
 from convert.families.base import NO_HEAD, Kind
 from convert.files import WIDTHS, check_file, new_file, sha256_of
+from convert.report import Progress, counted
 from convert.request import request_again
 from convert.saved import from_config
 
@@ -41,7 +42,9 @@ class Restored:
     notes: tuple[str, ...]
 
 
-def restore(model_dir: str | Path, out: str | Path, *, overwrite: bool = False) -> Restored:
+def restore(
+    model_dir: str | Path, out: str | Path, *, overwrite: bool = False, progress: Progress | None = None
+) -> Restored:
     """Write a fairseq checkpoint from a Hugging Face model directory.
 
     Args:
@@ -49,6 +52,7 @@ def restore(model_dir: str | Path, out: str | Path, *, overwrite: bool = False) 
             (settings from `config.json`, vocabulary from `vocab.json`).
         out: the checkpoint to write.
         overwrite: whether an existing file is replaced, once the new one is proved.
+        progress: called with (bytes done, bytes in all): each is written and compared.
 
     Returns:
         What was written. Every tensor was read back and compared byte for byte with the model's.
@@ -75,9 +79,10 @@ def restore(model_dir: str | Path, out: str | Path, *, overwrite: bool = False) 
         state["adapter"] = Lazy(draft.languages, lambda name: _adapter(draft.languages[name]))
     if restoring.bare:
         state = draft.settings
+    advance = counted(progress, 2 * draft.size if progress else 0)
     with new_file(out, overwrite=overwrite) as path:
-        write_checkpoint(path, {**model, **teacher}, state)
-        _prove(path, draft, directory if ours else None)
+        write_checkpoint(path, {**model, **teacher}, state, advance)
+        _prove(path, draft, directory if ours else None, advance)
     return Restored(out, len(model), tuple(draft.notes))
 
 
@@ -85,28 +90,29 @@ def _adapter(language: Draft) -> dict[str, Any]:
     return {"model": language.stacked, "task_state": {"target_dictionary": language.dictionary}}
 
 
-def _prove(path: Path, draft: Draft, directory: ModelDirectory | None) -> None:
+def _prove(path: Path, draft: Draft, directory: ModelDirectory | None, advance: Callable[[int], None]) -> None:
     """Read the checkpoint back with the reader that knows nothing of the writer, and compare every byte.
 
     Args:
         path: the checkpoint.
         draft: what it was made from.
         directory: the directory that a conversion made: a conversion of the checkpoint has to give its settings again.
+        advance: called with numbers of bytes that were compared.
     """
     with open_checkpoint(path) as opened:
         if directory is not None:
             _compare_settings(opened, directory)
-        _compare(opened, "", draft)
+        _compare(opened, "", draft, advance)
         for name, language in draft.languages.items():
-            _compare(opened, name, language)
+            _compare(opened, name, language, advance)
 
 
-def _compare(opened: Checkpoint, group: str, draft: Draft) -> None:
+def _compare(opened: Checkpoint, group: str, draft: Draft, advance: Callable[[int], None]) -> None:
     found = {name: (spec.shape, spec.dtype) for name, spec in opened.inventory_of(group).items()}
     if found != {name: (tensor.shape, tensor.dtype) for name, tensor in draft.tensors.items()}:
         raise MismatchError(f"{opened.path.name} read back with other tensors; nothing was kept", code="read-back")
     for name, tensor in opened.tensors_of(group).items():
-        if not _holds(opened.container, tensor, draft.tensors[name].pieces()):
+        if not _holds(opened.container, tensor, counting(draft.tensors[name].pieces(), advance)):
             raise MismatchError(f"{name} read back differently; nothing was kept", code="read-back", key=name)
 
 

@@ -62,7 +62,12 @@ class Lazy(Mapping[str, T]):
         return len(self.names)
 
 
-def write_checkpoint(path: Path, model: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+def write_checkpoint(
+    path: Path,
+    model: Mapping[str, Any],
+    state: Mapping[str, Any],
+    advance: Callable[[int], object] = lambda count: None,
+) -> None:
     """Write a checkpoint.
 
     Args:
@@ -70,6 +75,7 @@ def write_checkpoint(path: Path, model: Mapping[str, Any], state: Mapping[str, A
         model: the tensors of `model`, some perhaps once more in a dict among them.
         state: the other entries of the top level: plain data, `Dictionary`, `NewNamespace` and further tensors included. It is
             read twice, and mappings may be `Lazy`.
+        advance: called with numbers of bytes that were written.
     """
     whole = {**state, "model": dict(model)}
     shared = frozenset(id(tensor) for tensor in model.values())
@@ -79,7 +85,7 @@ def write_checkpoint(path: Path, model: Mapping[str, Any], state: Mapping[str, A
             _Emitter(write, shared).dump(whole)
         _add(archive, f"{prefix}/byteorder", [b"little"])
         for index, tensor in enumerate(_once(_tensors(whole), shared)):
-            _add(archive, f"{prefix}/data/{index}", tensor.pieces())
+            _add(archive, f"{prefix}/data/{index}", counting(tensor.pieces(), advance))
         _add(archive, f"{prefix}/version", [b"3\n"])
 
 
@@ -95,6 +101,13 @@ def _tensors(value: Any) -> Iterator[NewTensor]:
     elif isinstance(value, Mapping):
         for child in value.values():
             yield from _tensors(child)
+
+
+def counting(pieces: Iterable[bytes], advance: Callable[[int], object]) -> Iterator[bytes]:
+    """Yield pieces of bytes, and tell the size of each once it was taken."""
+    for piece in pieces:
+        yield piece
+        advance(len(piece))
 
 
 def _once(tensors: Iterable[NewTensor], shared: frozenset[int]) -> Iterator[NewTensor]:
