@@ -433,7 +433,8 @@ def test_bar_only_on_a_terminal(
     monkeypatch.setattr(sys, "stderr", text := stream())
     server.faults = ["cut"]
     bring(server, tmp_path, progress=progress)
-    assert (re.search(r"tiny\.pt .*100%", text.getvalue()) is not None) == shown
+    for label in ("tiny.pt", "hash tiny.pt"):
+        assert (re.search(rf"^\r?.*\b{re.escape(label)} .*100%", text.getvalue(), re.MULTILINE) is not None) == shown
     assert bool(text.getvalue()) == shown
 
 
