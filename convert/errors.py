@@ -1,4 +1,4 @@
-"""Every error with the file or key it is about, the remedy and its exit status; and what other libraries raise, as one."""
+"""Errors, each with the file or key that it is about, the remedy and the exit status; exceptions of other libraries become such errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one way to open a file that somebody else may have put there: regular files only, and bounded where one is read whole."""
+"""Opening files that somebody else may have written: regular files only, and bounded where one is read whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a file holds beside and inside a state_dict: tensors, the adapters of languages, dictionaries; no more than its size allows."""
+"""What a file holds beside and inside a state_dict: tensors, adapters of languages, dictionaries; bounded by the file's size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""torch's zip layout: where each entry's bytes are; those of a file that was zipped anew, and so compressed, are unpacked."""
+"""torch's zip layout: where each entry's bytes are. Compressed entries are unpacked first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Hub's client with limits on its patience, and its errors as one sentence each with the next step."""
+"""The Hub's client with time-outs, and its errors as one sentence each with the next step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The card's metadata: what we know, merged into what people wrote."""
+"""The card's metadata: what is known, merged into what people wrote."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""float64's own rounding, measured: a model once more in float64, with its sums in another order."""
+"""float64's own rounding, measured: the model runs in float64 a second time, with its sums in another order."""
 
 from __future__ import annotations
 

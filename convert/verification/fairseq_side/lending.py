@@ -1,4 +1,4 @@
-"""What a model computes with, made of the tensors that it keeps a layer at a time, and let go again."""
+"""Working copies of weights, made a layer at a time when the layer runs, and released after it."""
 
 from __future__ import annotations
 
