@@ -140,9 +140,7 @@ class ModelDirectory:
             return [Problem("missing-file", sidecar, "is not in the model directory")]
         tensors = self.places(sidecar) if sidecar else self.tensors
         meant = {piece.spec.name for piece in listed}
-        problems = [
-            Problem("unexpected-tensor", key, "stands only in the model") for key in tensors if key not in meant
-        ]
+        problems = [Problem("unexpected-tensor", key, "is only in the model") for key in tensors if key not in meant]
         maps: dict[str, mmap.mmap] = {}
         for piece in listed:
             place = tensors.get(piece.spec.name)

@@ -83,7 +83,7 @@ def load(data: Buffer, start: int, name: str, end: int | None = None) -> Loaded:
             f"{name}: the pickle cannot be read: {detail}; nothing in it was executed",
             code="corrupted-pickle",
             key=name,
-            hint="copy or download the file again; if it is whole, it is not a checkpoint of fairseq's",
+            hint="copy or download the file again; if it is whole, it is not a fairseq checkpoint",
         ) from None
     return Loaded(value, frozenset(machine.globals), machine.storages, machine.position)
 

@@ -113,8 +113,8 @@ def _entries(path: Path, original: Opened) -> dict[str, zipfile.ZipInfo]:
             if len(entries) < len(listed):
                 twice = next(info.filename for info in listed if entries[info.filename] is not info)
                 raise unreadable(path, f"holds the entry {twice!r} twice", "corrupted-zip")
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error, OSError) as error:
-        raise unreadable(path, f"is a truncated or damaged zip file ({error})", "truncated") from None
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error, OSError):
+        raise unreadable(path, "is a truncated or damaged zip file", "truncated") from None
     for info in listed:
         # cut at a NUL; or, for Python from 3.12 on and not before, replaced by a name in the extra field 0x7075
         if info.filename != info.orig_filename or b"up" in _fields(info.extra):
@@ -170,7 +170,6 @@ def _range(path: Path, original: Opened, info: zipfile.ZipInfo) -> Range:
 
 
 def _read(path: Path, original: Opened, info: zipfile.ZipInfo) -> bytes:
-    """Read a small entry into memory."""
     if info.file_size > _GROWTH * len(original.data) + _SLACK:
         raise _too_large(path, info.file_size)
     made = io.BytesIO()

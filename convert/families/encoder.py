@@ -239,7 +239,7 @@ def infer_encoder(shapes: Shapes, kinds: Mapping[str, Kind], inner: str = "fc1")
     lost = [prefix + key for key in needed if key not in encoder]
     if lost:
         problems = [Problem("missing-tensor", key, "is not there") for key in lost]
-        message = f"this is not a wav2vec 2.0 state_dict: {len(lost)} tensors that each has are missing"
+        message = f"this is not a wav2vec 2.0 state_dict: {len(lost)} tensors that every such model has are missing"
         raise PlanError(message, code="missing-tensor", problems=problems)
     ranks = {prefix + key: rank for key, rank in zip(needed, (3, 2, 3, 1), strict=True)}
     convolution = re.compile(r"feature_extractor\.conv_layers\.\d+\.0\.weight")
@@ -250,7 +250,7 @@ def infer_encoder(shapes: Shapes, kinds: Mapping[str, Kind], inner: str = "fc1")
         if key in shapes and len(shapes[key]) != rank
     ]
     if wrong:
-        message = f"{len(wrong)} tensors have another number of axes than those of wav2vec 2.0"
+        message = f"{len(wrong)} tensors have a different number of axes than in wav2vec 2.0"
         raise PlanError(message, code="shape", problems=wrong)
     convolutions = count(encoder, r"feature_extractor\.conv_layers\.(\d{1,3})\.0\.weight")
     kernels = [encoder.get(f"feature_extractor.conv_layers.{i}.0.weight", (0, 0, 0)) for i in range(convolutions)]

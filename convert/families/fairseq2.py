@@ -170,7 +170,7 @@ def infer(shapes: Shapes) -> Layout[Own]:
     lost = [Problem("missing-tensor", key, "is not there") for key in ranks if key not in shapes]
     if lost:
         raise PlanError(
-            f"this is not a wav2vec 2.0 state_dict of fairseq2's: {len(lost)} tensors that each has are missing",
+            f"this is not a wav2vec 2.0 state_dict of fairseq2's: {len(lost)} tensors that every such model has are missing",
             code="missing-tensor",
             problems=lost,
         )
@@ -182,7 +182,7 @@ def infer(shapes: Shapes) -> Layout[Own]:
         if key in shapes and len(shapes[key]) != rank
     ]
     if wrong:
-        message = f"{len(wrong)} tensors have another number of axes than those of wav2vec 2.0"
+        message = f"{len(wrong)} tensors have a different number of axes than in wav2vec 2.0"
         raise PlanError(message, code="shape", problems=wrong)
     kind = KINDS["pretraining" if "quantizer.entries" in shapes else "ctc"]
     convolutions = count(shapes, rf"{front}feature_extractor\.layers\.(\d{{1,3}})\.conv\.weight")
@@ -276,7 +276,7 @@ _OWN = {"ctc": _SAME_CTC, "pretraining": _SAME_PRETRAINING}
 
 
 def describe(sources: Sources) -> Conversion:
-    """Decide everything about the conversion of a checkpoint of fairseq2's.
+    """Decide everything about the conversion of a fairseq2 checkpoint.
 
     Raises:
         PlanError: every problem of settings, tokenizer, names and shapes at once.

@@ -194,7 +194,9 @@ def infer(shapes: Shapes) -> Layout:
         Problem("missing-tensor", key, "no matrix of that name") for key in needed if len(shapes.get(key, ())) != 2
     ]
     if wrong:
-        message = f"this is not a sequence-to-sequence state_dict: {len(wrong)} tensors that each has are missing"
+        message = (
+            f"this is not a sequence-to-sequence state_dict: {len(wrong)} tensors that every such model has are missing"
+        )
         raise PlanError(message, code="missing-tensor", problems=wrong)
     alike = [key.removeprefix("encoder.w2v_model.") for key in shapes]
     found = next(family for family in ENCODERS if family.knows(alike) or family.general)

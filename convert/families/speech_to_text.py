@@ -148,7 +148,7 @@ def infer(shapes: Shapes) -> Layout:
     Example:
         >>> infer({})
         Traceback (most recent call last):
-        convert.errors.PlanError: this is not a speech-to-text transformer: 5 tensors that each has are missing
+        convert.errors.PlanError: this is not a speech-to-text transformer: 5 tensors that every such model has are missing
     """
     convolutions = count(shapes, r"encoder\.subsample\.conv_layers\.(\d{1,3})\.weight")
     needed = {"encoder.transformer_layers.0.fc1.weight": 2, "decoder.layers.0.fc1.weight": 2}
@@ -156,7 +156,7 @@ def infer(shapes: Shapes) -> Layout:
     needed |= {"decoder.embed_tokens.weight": 2}
     lost = [Problem("missing-tensor", key, "is not there") for key in needed if key not in shapes]
     if lost:
-        message = f"this is not a speech-to-text transformer: {len(lost)} tensors that each has are missing"
+        message = f"this is not a speech-to-text transformer: {len(lost)} tensors that every such model has are missing"
         raise PlanError(message, code="missing-tensor", problems=lost)
     kernels = [shapes.get(f"encoder.subsample.conv_layers.{index}.weight", (0, 0, 0)) for index in range(convolutions)]
     needed |= {f"encoder.subsample.conv_layers.{index}.weight": 3 for index in range(convolutions)}
@@ -166,7 +166,7 @@ def infer(shapes: Shapes) -> Layout:
         if key in shapes and len(shapes[key]) != rank
     ]
     if wrong:
-        message = f"{len(wrong)} tensors have another number of axes than those of a speech-to-text transformer"
+        message = f"{len(wrong)} tensors have a different number of axes than in a speech-to-text transformer"
         raise PlanError(message, code="shape", problems=wrong)
     return Layout(
         family=NAME,

@@ -151,9 +151,9 @@ def post_process_of(criterion: Mapping[str, Any], task: Mapping[str, Any], asked
 
 
 def _unknown(named: str, where: str) -> Problem:
-    known = ", ".join(POST_PROCESS)
-    detail = f"{named[:60]!r} is not a way of making text that fairseq has: --post-process NAME names one of {known}; "
-    return Problem("unsupported-setting", where, detail + "--head encoder leaves the vocabulary out")
+    detail = f"{named[:60]!r} is not one of fairseq's ways to make text: {', '.join(POST_PROCESS)}"
+    hint = "correct it with --post-process NAME, or leave the vocabulary out: --head encoder"
+    return Problem("unsupported-setting", where, detail, hint)
 
 
 def make_sequence_processor(

@@ -64,7 +64,6 @@ def _numbers(run: Run) -> tuple[str, str]:
 
 
 def _on_trust(proof: Verified) -> str:
-    """Say what the checkpoint itself does not hold."""
     lines = [f"- {name}: {text(proof.skipped[name])}" for name in ("settings", "dictionary") if name in proof.skipped]
     return "\n".join(["Taken on trust, not proved:", "", *lines]) if lines else ""
 

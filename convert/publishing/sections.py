@@ -127,7 +127,6 @@ def _place(source: Source) -> list[str]:
 
 
 def _command(facts: Facts) -> str:
-    """Write the command line that converts the same."""
     record = facts.record
     checkpoint = record.source.catalogue or record.source.address or facts.checkpoint
     words = ["fairseq-to-hf convert", quoted(checkpoint), facts.repo_id.split("/")[-1]]

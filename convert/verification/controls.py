@@ -249,7 +249,9 @@ def missing(controls: list[Control]) -> list[Problem]:
     """List the controls that were not caught."""
     return [
         Problem(
-            "blind", control.name, f"this deliberate mistake was not caught by the {control.by}: the check is blind"
+            "blind",
+            control.name,
+            f"this deliberate mistake was not caught by the {control.by}: the check cannot see it",
         )
         for control in controls
         if not control.caught

@@ -159,7 +159,7 @@ def _failure(error: Exception, name: str, differs: bool) -> Sequence[Problem]:
     if not differs or isinstance(error, (ImportError, MemoryError, OSError)):
         raise error
     reason = f"{type(error).__name__}: {error}".splitlines()[0]
-    return [Problem("load", name, f"transformers cannot run it ({reason})")]
+    return [Problem("load", name, f"transformers cannot run it: {reason}")]
 
 
 class Steps:

@@ -152,7 +152,7 @@ class Target:
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".split("\n")[0]
             raise ConvertError(
-                f"transformers cannot load the adapters of {language} ({reason})",
+                f"transformers cannot load the adapters of {language}: {reason}",
                 code="load",
                 key=f"adapter.{language}.safetensors",
                 status=1,
