@@ -20,7 +20,7 @@ from convert.families.ctc import HEAD as CTC_HEAD
 from convert.families.ctc import Symbols
 from convert.families.encoder import Layout, assemble, encoder_rules, infer_encoder
 from convert.families.planning import choose, describe_encoder
-from convert.families.settings import Limit, Reader, Value, only
+from convert.families.settings import Limit, Reader, Value, must_be, only
 from convert.families.tokenizers import Processor, is_plain, vocab
 from convert.rules import Drop, Edit, Fill, Plan, Rename, Rule, Table, TensorSpec, Zeros, add_prefix, plan
 
@@ -82,8 +82,8 @@ SETTINGS = replace(
     wav2vec2.SETTINGS,
     limits=(
         *(limit for limit in wav2vec2.LIMITS if limit.field != "layer_type"),
-        Limit("layer_norm_first", lambda value: value is True, "transformers has adapters only where the norm comes first", required=True),
-        Limit("adp_act_fn",       only("relu"),                "the adapters of transformers have a ReLU"),
+        must_be("layer_norm_first", True,           "transformers has adapters only where the norm comes first"),
+        Limit("adp_act_fn",         only("relu"),   "the adapters of transformers have a ReLU"),
     ),
     read=wav2vec2.SETTINGS.read | {"adp_num", "adp_dim", "adp_trf_idx"},
     training_only=wav2vec2.SETTINGS.training_only - {"adp_num", "adp_dim", "adp_act_fn", "adp_trf_idx"},

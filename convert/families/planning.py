@@ -9,7 +9,7 @@ from typing import Any
 
 from convert.checkpoint.dictionary import Dictionary
 from convert.errors import PlanError
-from convert.families.base import KEPT_HEAD, Conversion, Language, Sidecar, Sources
+from convert.families.base import KEPT_HEAD, Conversion, Language, Part, Sidecar, Sources
 from convert.families.encoder import PREFIXES, Encoder, Layout
 from convert.families.encoder_settings import FINE_TUNING, encoder_config
 from convert.families.settings import Settings, Value
@@ -31,7 +31,7 @@ def describe_encoder(sources: Sources) -> Conversion:
     training_only = classify(sources, family.settings)
     if kind.symbols:
         sources.dictionary = read_dictionary(sources, kind.symbols)
-    config = encoder_config(sources) + family.values(sources) + kind.values(sources)
+    config = encoder_values(sources)
     layout = None if any(p.code == "missing-setting" for p in sources.problems) else encoder_layout(sources)
     processor = make_processor(
         sources.dictionary if head != "encoder" and kind.text else None,
@@ -46,6 +46,11 @@ def describe_encoder(sources: Sources) -> Conversion:
     proved = prove(sources, layout, kind.edits(sources) if head != "encoder" else [])
     sidecars = family.sidecars(sources)
     return finish(sources, proved, family.classes.get(head, ""), config, training_only, processor, sidecars)
+
+
+def encoder_values(sources: Sources) -> list[Value]:
+    """Translate the settings of an encoder with its head into values of `config.json`."""
+    return encoder_config(sources) + sources.family.values(sources) + sources.kind.values(sources)
 
 
 def finish(
@@ -139,10 +144,9 @@ def classify(sources: Sources, fields: Settings) -> dict[str, Any]:
 
 def encoder_layout(sources: Sources) -> Layout[Any] | None:
     """State the geometry from the settings; what only tensors tell (weight norm removed, rows of the head) from them."""
-    reader, checkpoint, family = sources.reader, sources.checkpoint, sources.family
-    shapes = {name: spec.shape for name, spec in checkpoint.inventory.items()}
+    shapes = {name: spec.shape for name, spec in sources.checkpoint.inventory.items()}
     try:
-        seen: Layout[Any] = family.infer(shapes)
+        seen: Layout[Any] = sources.family.infer(shapes)
     except PlanError as error:
         sources.problems.extend(error.reasons)
         return None
@@ -155,9 +159,21 @@ def encoder_layout(sources: Sources) -> Layout[Any] | None:
         found = f"a {seen.kind} model" if seen.kind else "a model with a decoder"
         sources.refuse("conflict", "_name", f"the settings say {sources.kind.name}, the tensors are those of {found}")
         return None
-    if reader.get("encoder_layers", int) > len(checkpoint.tensors):  # or the table would be as long as it says
-        detail = f"{reader.get('encoder_layers', int)} layers of a checkpoint with {len(checkpoint.tensors)} tensors"
-        sources.refuse("bad-setting", "encoder_layers", detail)
+    return stated_layout(sources, seen.head, seen.own, seen.encoder.weight_norm)
+
+
+def stated_layout(sources: Sources, head: Part, own: Part, weight_norm: bool = True) -> Layout[Any] | None:
+    """State the geometry from the settings alone.
+
+    Args:
+        sources: where the settings are.
+        head, own: what tensors tell of the head and of what only the family has.
+        weight_norm: whether the positional convolution has its weight norm.
+    """
+    reader, kind, tensors = sources.reader, sources.kind.name, len(sources.checkpoint.tensors)
+    layers = reader.get("encoder_layers", int)
+    if layers > tensors:  # or the table would be as long as it says
+        sources.refuse("bad-setting", "encoder_layers", f"{layers} layers of a checkpoint with {tensors} tensors")
         return None
     convolutions = reader.convolutions("conv_feature_layers")
     hidden, groups = reader.get("encoder_embed_dim", int), reader.get("conv_pos_groups", int)
@@ -168,15 +184,18 @@ def encoder_layout(sources: Sources) -> Layout[Any] | None:
         group_norm=reader.get("extractor_mode", str) == "default",
         conv_bias=reader.get("conv_bias", bool),
         projection=convolutions[-1][0] != hidden,
-        weight_norm=seen.encoder.weight_norm,
+        weight_norm=weight_norm,
         hidden=hidden,
         ffn=reader.get("encoder_ffn_embed_dim", int),
-        layers=reader.get("encoder_layers", int),
+        layers=layers,
         conv_pos=reader.get("conv_pos", int),
         pos_group=hidden // groups,
     )
-    layout = replace(seen, encoder=encoder, head=sources.kind.state(sources, seen.head))
-    made: Layout[Any] | None = family.state(sources, layout)
+    stated = kind if kind in PREFIXES else ""
+    head = sources.kind.state(sources, head)
+    made: Layout[Any] | None = sources.family.state(
+        sources, Layout(sources.family.name, stated, PREFIXES[stated], encoder, head, own)
+    )
     return made
 
 
