@@ -75,7 +75,7 @@ _OPTIONS = {
     "data_config": click.option(
         "--data-config",
         type=click.Path(path_type=Path),
-        help="config.yaml of a speech-to-text model; its dictionary and sentencepiece model lie beside it.",
+        help="config.yaml of a speech-to-text model; its dictionary and sentencepiece model are next to it.",
     ),
 }
 

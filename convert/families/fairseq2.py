@@ -431,7 +431,7 @@ def _processor(sources: Sources) -> Processor:
     dictionary = sources.dictionary = sources.checkpoint.dictionary or sources.request.dictionary
     tokenizer = task.values.get("tokenizer")
     if dictionary is None or not isinstance(tokenizer, Mapping):
-        detail = "no tokenizer (a sentencepiece .model) lies beside the checkpoint"
+        detail = "there is no tokenizer (a sentencepiece .model) next to the checkpoint"
         sources.refuse("no-dictionary", "--dict", detail, "pass the model's tokenizer: --dict tokenizer.model")
         return Processor({}, {}, "")
     _check_pieces(sources, dictionary, tokenizer)
