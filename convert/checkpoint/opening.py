@@ -327,8 +327,8 @@ def _based(opened: Checkpoint, base: Path | None, anchors: Sequence[Anchor]) -> 
                 )
         found = Base(base.name, other.sha256(), not opened.settings)
         shapes = f"their geometry is held against the tensors' shapes; {UNSEEN} do not show in them"
-        note = f"settings from {base.name} (SHA-256 {found.sha256[:12]}…): {shapes}"
-        opened = replace(opened, notes=(*opened.notes, note))
+        taken = f"settings from {base.name} (SHA-256 {found.sha256[:12]}…): {shapes}"
+        opened = replace(opened, notes=(*opened.notes, taken))
         if opened.settings:  # `w2v_args` alone is missing
             model = {**opened.settings["model"], "w2v_args": pretrained}
             return replace(opened, settings=opened.settings | {"model": model}, base=found)
