@@ -326,7 +326,7 @@ def _based(opened: Checkpoint, base: Path | None, anchors: Sequence[Anchor]) -> 
                     hint="pass the pretrained checkpoint that it was made from",
                 )
         found = Base(base.name, other.sha256(), not opened.settings)
-        shapes = f"their geometry is held against the tensors' shapes; {UNSEEN} do not show in them"
+        shapes = f"their geometry is checked against the tensors' shapes; {UNSEEN} do not show in them"
         taken = f"settings from {base.name} (SHA-256 {found.sha256[:12]}…): {shapes}"
         opened = replace(opened, notes=(*opened.notes, taken))
         if opened.settings:  # `w2v_args` alone is missing
