@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .blocks import in_blocks
 from .numerics import ALIGNMENT
 
 LAYERS = ("conv.", "pos_conv", "layer.", "decoder.layer.")  # stages whose tensors nothing but themselves looks at
@@ -40,6 +41,8 @@ class Lending:
             self._layers[id(module)] = module
             module.register_forward_pre_hook(lambda *_: self._lend(module))
             module.register_forward_hook(lambda *_: self._take_back(module))
+            if name.startswith("conv."):
+                in_blocks(module)
 
     @contextlib.contextmanager
     def lent(self) -> Any:

@@ -138,16 +138,24 @@ class Reference:
                 self.lending.kind = torch.float32
 
     def _watch(self, module: Any, name: str, shape: Any) -> None:
-        def hook(_: Any, __: Any, output: Any) -> None:
-            self._see(name, shape(output[0] if isinstance(output, tuple) else output))
+        def hook(_: Any, __: Any, output: Any) -> Any:
+            value = self._see(name, output[0] if isinstance(output, tuple) else output, shape)
+            if name.startswith("layer.") and isinstance(output, tuple) and isinstance(output[-1], tuple):
+                attention, _ = output[
+                    -1
+                ]  # and what the residual is added to; fairseq holds them, of every layer, to the end
+                return value, (attention, value)
+            return None
 
         module.register_forward_hook(hook)
         self.lending.watch(module, name)
 
-    def _see(self, name: str, value: Any) -> None:
-        """Keep what a stage computed first."""
+    def _see(self, name: str, value: Any, shape: Any = same) -> Any:
+        """Keep what a stage computed first, and return it as it is kept."""
         if name not in self.seen:
-            self.seen[name] = shelved(value)
+            value = shelved(value)
+            self.seen[name] = shape(value)
+        return value
 
     def _hook(self) -> None:
         watch = self._watch
