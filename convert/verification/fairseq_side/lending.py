@@ -101,7 +101,9 @@ class Lending:
                     _hold(owners, made)
 
     def _take_back(self, layer: Any) -> None:
-        for owners, kept, made in self._lent.pop(id(layer), ()):
+        lent = self._lent.pop(id(layer), ())
+        self._spare = {} if lent else self._spare  # the next layer is most often like this one
+        for owners, kept, made in lent:
             _hold(owners, kept)
             self._spare.setdefault((made.shape, made.dtype, made.device), []).append(made)
 
