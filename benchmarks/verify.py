@@ -1,8 +1,8 @@
 """Time and memory of a whole `verify`, against the least that its passes take; by default of a 317M-parameter model.
 
 The bare process imports fairseq and transformers, loads both models, and runs each as often as `verify` did, in the same
-types and at the same lengths: what is counted while `verify` runs, but for the passes that it makes in part only. It compares nothing. Every round runs `verify` and the bare
-process once, in turn, as processes of their own; printed are medians. Memory is the peak of anonymous memory, all processes of a
+types and at the same lengths: what is counted while `verify` runs, without the passes that `verify` makes only in part. It
+compares nothing. Every round runs `verify` and the bare process once, in turn, as processes of their own; printed are medians. Memory is the peak of anonymous memory, all processes of a
 command together: what is mapped from files can be given up at any time. With `--xlsr`, a model of XLS-R 2B's size is verified
 once, and memory alone is measured: the bare process would need 26 GB.
 Usage: `python benchmarks/verify.py [--rounds N] [--directory DIR] [--small] [--xlsr]` (Linux; needs 3 GB of disk and 4 GB of
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from conversion import warm
+from machine import describe
 
 AIM = 1.5  # times the bare process
 COUNTED = """
@@ -157,6 +158,7 @@ def main() -> None:
 def report(passes: list[dict[str, object]], processes: dict[str, list[Ran]]) -> None:
     """Print what ran, medians and the ratio."""
     counts = collections.Counter(f"{one['side']} in {str(one['type']).removeprefix('torch.')}" for one in passes)
+    print(describe())
     print("passes: " + ", ".join(f"{count} of {side}" for side, count in sorted(counts.items())))
     for name, rows in processes.items():
         if rows:

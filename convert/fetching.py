@@ -5,10 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import os
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -19,7 +17,7 @@ from convert.errors import ConvertError, MismatchError
 from convert.files import PIECE, resumable, resumed_file, sha256_of, write_file
 from convert.network import InterruptedTransfer, ask, declared_size, network, public_address
 from convert.reading import read_file
-from convert.report import json_bytes, parse_json
+from convert.report import json_bytes, parse_json, progress_bar
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +30,7 @@ class Entry:
     dictionary: str | None  # its address
     description: str
     license: str | None  # SPDX
-    twin: str | None  # the Hub model of the same weights, by its name and card
+    counterpart: str | None  # the Hub model of the same weights, by its name and card
     language: tuple[str, ...] | None  # ISO 639; None when there are more than a few
     datasets: tuple[str, ...]  # Hub ids, as far as its training data is on the Hub
     base_model: str | None  # the Hub id of what it was fine-tuned from
@@ -56,7 +54,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """The sidecar `FILE.json` of a fetched file: which bytes came from where."""
+    """The file `FILE.json` beside a fetched one: which bytes came from where."""
 
     name: str
     address: str
@@ -80,7 +78,7 @@ def catalogue() -> Mapping[str, Entry]:
     """Return the released checkpoints by name.
 
     Example:
-        >>> catalogue()["wav2vec2-large-lv60-10m-self"].twin
+        >>> catalogue()["wav2vec2-large-lv60-10m-self"].counterpart
         'Splend1dchan/wav2vec2-large-10min-lv60-self'
     """
     entries = json.loads(files("convert").joinpath("catalogue.json").read_text("utf-8"))["entries"]
@@ -159,15 +157,15 @@ def bring(
     Raises:
         ConvertError, MismatchError: as `fetch`.
     """
-    sidecar = _sidecar(target)
+    record_path = _record_path(target)
     public = public_address(address)
-    recorded = read_record(sidecar)
+    recorded = read_record(record_path)
     if target.exists():
         if recorded is None:
-            message = f"{target}: is in the way and has no record {sidecar.name}; left as it is"
+            message = f"{target}: is in the way and has no record {record_path.name}; left as it is"
             raise ConvertError(message, code="in-the-way", key=str(target), hint="move it away and fetch again")
         found = Record(name, public, target.stat().st_size, sha256_of(target), recorded.etag)
-        _compare(found, recorded, target, f"move {target.name} and {sidecar.name} away and fetch again")
+        _compare(found, recorded, target, f"move {target.name} and {record_path.name} away and fetch again")
         return recorded, False
     for attempt in range(attempts):
         time.sleep(pause * 2 ** (attempt - 1) if attempt else 0)
@@ -192,7 +190,7 @@ def _attempt(name: str, address: str, target: Path, recorded: Record | None, tim
         start = file.seek(0, os.SEEK_END)
         if start < size:
             resume = {"Range": f"bytes={start}-", "If-Range": etag} if start else {}
-            with ask(address, timeout, headers=resume) as answer, _bar(progress, target.name, size) as advance:
+            with ask(address, timeout, headers=resume) as answer, progress_bar(target.name, show=progress) as bar:
                 whole = answer.status == 200 and declared_size(answer, address) == size
                 rest = (answer.status, answer.headers["Content-Range"]) == (206, f"bytes {start}-{size - 1}/{size}")
                 if answer.headers["ETag"] != etag or not (whole or rest):
@@ -200,7 +198,6 @@ def _attempt(name: str, address: str, target: Path, recorded: Record | None, tim
                 if whole:
                     file.truncate(0)
                 left = size if whole else size - start
-                advance(size - left)
                 while True:
                     with network(address):
                         piece = answer.read1(min(PIECE, left + 1))
@@ -211,50 +208,46 @@ def _attempt(name: str, address: str, target: Path, recorded: Record | None, tim
                         file.truncate(0)
                         raise InterruptedTransfer(f"the server sent more than the {size} bytes that it declared")
                     file.write(piece)
-                    advance(len(piece))
+                    if bar:
+                        bar(size - left, size)
         brought = file.seek(0, os.SEEK_END)
         if brought != size:
             raise InterruptedTransfer(f"the connection ended at {brought} of {size} bytes")
         found = Record(name, public_address(address), size, sha256_of(file), etag)
-        sidecar = _sidecar(target)
+        record_path = _record_path(target)
         if recorded:
-            _compare(found, recorded, target, f"to accept the new bytes, delete {sidecar.name} and fetch again")
+            _compare(found, recorded, target, f"to accept the new bytes, delete {record_path.name} and fetch again")
         # the record first: killed in between, the next fetch finds the whole part and has only to rename it
-        write_file(sidecar, json_bytes({"schema": 1, **asdict(found)}))
+        write_file(record_path, json_bytes({"schema": 1, **asdict(found)}))
     return found
 
 
-def _sidecar(target: Path) -> Path:
+def _record_path(target: Path) -> Path:
     return target.with_name(f"{target.name}.json")
 
 
-@contextmanager
-def _bar(show: bool, label: str, size: int) -> Iterator[Callable[[int], None]]:
-    if not (show and sys.stderr.isatty()):
-        yield lambda count: None
-        return
-    import click
-
-    with click.progressbar(length=size, label=label, file=sys.stderr, update_min_steps=size // 400) as bar:
-        yield bar.update
-
-
 def _compare(found: Record, recorded: Record, path: Path, hint: str) -> None:
-    said, is_ = (f"{record.address}, {record.size} bytes, sha256 {record.sha256}" for record in (recorded, found))
-    if said != is_:
-        message = f"{path}: recorded {said}; found {is_}; nothing was changed"
+    then, now = (f"{record.address}, {record.size} bytes, sha256 {record.sha256}" for record in (recorded, found))
+    if then != now:
+        message = f"{path}: recorded {then}; found {now}; nothing was changed"
         raise MismatchError(message, code="sha256", key=str(path), hint=hint)
 
 
-def read_record(sidecar: Path) -> Record | None:
+def read_record(record_path: Path) -> Record | None:
     """Read the record of a fetched file; `None`, when there is none.
 
     Raises:
         ConvertError: `record`, when it is something else.
     """
-    kinds: dict[str, Any] = {"name": str, "address": str, "size": int, "sha256": str, "etag": (str, type(None))}
+    kinds: dict[str, type | tuple[type, ...]] = {
+        "name": str,
+        "address": str,
+        "size": int,
+        "sha256": str,
+        "etag": (str, type(None)),
+    }
     try:
-        fields = parse_json(read_file(sidecar), sidecar.name)
+        fields = parse_json(read_file(record_path), record_path.name)
         wrong = [name for name, kind in kinds.items() if not isinstance(fields[name], kind)]
         if not wrong:
             return Record(**{name: fields[name] for name in kinds})
@@ -263,5 +256,5 @@ def read_record(sidecar: Path) -> Record | None:
         return None
     except (ConvertError, LookupError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
-    message = f"{sidecar}: is not the record of a fetched file ({reason})"
-    raise ConvertError(message, code="record", key=str(sidecar), hint="delete it and fetch again")
+    message = f"{record_path}: is not the record of a fetched file ({reason})"
+    raise ConvertError(message, code="record", key=str(record_path), hint="delete it and fetch again")

@@ -17,12 +17,12 @@ from convert.checkpoint import Checkpoint, open_checkpoint
 from convert.checkpoint.writer import write_checkpoint
 from convert.conversion import File, Record, differences
 from convert.directory import ModelDirectory, Place
-from convert.draft import Draft, read_place
+from convert.draft import Draft, loadable, read_place
 from convert.errors import MismatchError, PlanError, Problem
 from convert.families import ARCHITECTURES, Family, describe
 from convert.families.base import NO_HEAD, Kind
-from convert.families.encoder_settings import FINE_TUNING, LAYER_SETTINGS
 from convert.files import WIDTHS, check_file, new_file, sha256_of
+from convert.report import Progress, counted
 from convert.request import request_again
 from convert.rules import TensorSpec
 from convert.saved import from_config
@@ -43,7 +43,9 @@ class Restored:
     notes: tuple[str, ...]
 
 
-def restore(model_dir: str | Path, out: str | Path, *, overwrite: bool = False) -> Restored:
+def restore(
+    model_dir: str | Path, out: str | Path, *, overwrite: bool = False, progress: Progress | None = None
+) -> Restored:
     """Write a fairseq checkpoint from a Hugging Face model directory.
 
     Args:
@@ -51,6 +53,7 @@ def restore(model_dir: str | Path, out: str | Path, *, overwrite: bool = False) 
             (settings from `config.json`, vocabulary from `vocab.json`).
         out: the checkpoint to write.
         overwrite: whether an existing file is replaced, once the new one is proved.
+        progress: called with (bytes done, bytes in all): each is written and compared.
 
     Returns:
         What was written. Every tensor was read back and compared byte for byte with the model's.
@@ -81,22 +84,29 @@ def restore(model_dir: str | Path, out: str | Path, *, overwrite: bool = False) 
     if restoring.bare:
         state = draft.settings
     count = len(model)
+    size = sum(
+        WIDTHS[spec.dtype] * math.prod(spec.shape)
+        for part in (draft, *draft.languages.values())
+        for spec in part.specs.values()
+    )
+    advance = counted(progress, 2 * size)
     with new_file(out, overwrite=overwrite) as path:
-        write_checkpoint(path, {**model, **teacher}, state)
+        write_checkpoint(path, {**model, **teacher}, state, advance)
         del model, teacher, state  # of many languages, as much as the draft itself
-        _prove(path, draft, directory if ours else None)
+        _prove(path, draft, directory if ours else None, advance)
     return Restored(out, count, tuple(draft.notes))
 
 
-def _prove(path: Path, draft: Draft, directory: ModelDirectory | None) -> None:
+def _prove(path: Path, draft: Draft, directory: ModelDirectory | None, advance: Callable[[int], None]) -> None:
     """Read the checkpoint back with the reader that knows nothing of the writer, and compare every byte.
 
     Args:
         path: the checkpoint.
         draft: what it was made from.
         directory: the directory that a conversion made: a conversion of the checkpoint has to give its settings again.
+        advance: called with numbers of bytes that were compared.
     """
-    from convert.transfer import read_array
+    from convert.pieces import read_array
 
     with open_checkpoint(path) as opened:
         if directory is not None:
@@ -105,8 +115,10 @@ def _prove(path: Path, draft: Draft, directory: ModelDirectory | None) -> None:
             if opened.inventory_of(name) != part.specs:
                 raise MismatchError(f"{path.name} read back with other tensors; nothing was kept", code="read-back")
             for key, tensor in opened.tensors_of(name).items():
-                if read_array(opened.container, tensor).tobytes() != b"".join(part.bytes[key]()):
+                found = read_array(opened.container, tensor).tobytes()
+                if found != b"".join(part.bytes[key]()):
                     raise MismatchError(f"{key} read back differently; nothing was kept", code="read-back", key=key)
+                advance(len(found))
 
 
 def _compare_settings(opened: Checkpoint, directory: ModelDirectory) -> None:
@@ -157,7 +169,7 @@ def _from_conversion(directory: ModelDirectory) -> Draft:
         )
     notes = _changed(directory, record.files)
     notes += family.restoring.notes
-    settings = (family.restoring.settings or _loadable)(record.settings)
+    settings = (family.restoring.settings or loadable)(record.settings)
     dictionary = None if kind.data_config else record.dictionary
     draft = Draft({}, {}, settings, dictionary, notes, record.dictionaries, restoring=family.restoring)
     made = {fill.key for fill in record.fills}
@@ -254,38 +266,3 @@ def _with_rows(whole: Callable[[], Iterator[bytes]], rows: Mapping[str, str]) ->
         yield bytes(data)
 
     return read
-
-
-def _loadable(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as today's fairseq wants them: a plain `cfg`, whatever layout they came from."""
-
-    def section(values: Mapping[str, Any]) -> dict[str, Any]:
-        model = {key: value for key, value in values["model"].items() if key not in ("flat", "w2v_args")}
-        if values["model"].get("flat"):  # a Namespace has the options of task, criterion and trainer too
-            model = {key: value for key, value in model.items() if key in _of_model(values["model"])}
-        if isinstance(values["model"].get("w2v_args"), dict):
-            model["w2v_args"] = section(values["model"]["w2v_args"])
-            inner = model["w2v_args"]["model"]  # 0.12.2 has them there only: today's defaults would replace its layers
-            model = {name: inner[name] for name in LAYER_SETTINGS if inner.get(name) is not None} | model
-        task = {"data": "", **values["task"]}
-        _, kind = ARCHITECTURES.get(str(model.get("_name")), (None, Kind("")))
-        task["_name"] = kind.task
-        model |= {"_name": kind.restored} if kind.restored else {}
-        if "w2v_args" in values["model"]:
-            model.setdefault("data", "")
-            model.setdefault("normalize", task.get("normalize", False))
-        if kind.label_list and isinstance(task.get("labels"), str):  # in a Namespace, a list's text
-            task["labels"] = [label.strip("[]'\" ") for label in task["labels"].split(",")]
-        return {"model": model, "task": task, "criterion": None if "w2v_args" not in model else values["criterion"]}
-
-    return {"cfg": {"_name": None, "common": {}, **section(settings)}}
-
-
-def _of_model(model: Mapping[str, Any]) -> set[str]:
-    """Name the settings that belong to a model, by its family, or by that of the encoder in it."""
-    inner = model["w2v_args"]["model"] if isinstance(model.get("w2v_args"), dict) else model
-    family, kind = ARCHITECTURES[str(inner.get("_name"))]
-    fields = family.settings
-    known = {"_name", *fields.same, *fields.read, *fields.training_only, *(limit.field for limit in fields.limits)}
-    outer = ARCHITECTURES[str(model.get("_name"))][1]
-    return known | {*kind.read} | ({*FINE_TUNING, *outer.read, "w2v_path"} if inner is not model else set())

@@ -2,60 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
+from convert.checkpoint import Checkpoint
 from convert.checkpoint.dictionary import SPECIAL, Dictionary
+from convert.checkpoint.layouts import open_container
 from convert.directory import ModelDirectory
-from convert.draft import Draft, read_place
+from convert.draft import Draft, loadable, read_place
 from convert.errors import PlanError, Problem
-from convert.families import FAMILIES, Family
-from convert.families.base import FromConfig
-from convert.families.encoder_settings import ACTIVATIONS
+from convert.families import ARCHITECTURES, FAMILIES, Family, Request, sources_of
+from convert.families.base import Part, Sources
+from convert.families.inverse import differing, settings_from
+from convert.families.planning import classify, encoder_values, stated_layout
+from convert.families.settings import Reader
 from convert.files import WIDTHS
 from convert.rules import Table, TensorSpec
-from convert.typed import Misfit, read
 
 # What a model in transformers may still call the positional convolution's weight norm (before torch 2.1).
 _ALIASES = {"conv.weight_g": "conv.parametrizations.weight.original0"}
 _ALIASES["conv.weight_v"] = "conv.parametrizations.weight.original1"
+_MASK = "masked_spec_embed"  # which transformers leaves out without masking
 _NEVER = -1e4  # the bias of symbols that fairseq's dictionary must have and the model never learned
-
-
-@dataclass(frozen=True, slots=True)
-class _Config:
-    """The types of what is read of a config.json that transformers saved; what is absent has transformers' default."""
-
-    conv_dim: tuple[int, ...]
-    conv_kernel: tuple[int, ...]
-    conv_stride: tuple[int, ...]
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_conv_pos_embeddings: int = 1
-    num_conv_pos_embedding_groups: int = 1
-    num_codevector_groups: int = 1
-    num_codevectors_per_group: int = 1
-    codevector_dim: int = 1
-    proj_codevector_dim: int = 1
-    pad_token_id: int | None = None
-    conv_bias: bool = False
-    apply_spec_augment: bool = False
-    ctc_zero_infinity: bool = False
-    feat_extract_norm: str = ""
-
-    def __post_init__(self) -> None:
-        convolutions = (self.conv_dim, self.conv_kernel, self.conv_stride)
-        if not 0 < len(self.conv_dim) == len(self.conv_kernel) == len(self.conv_stride):
-            raise ValueError("conv_dim")
-        counts = {name: getattr(self, name) for name, kind in self.__annotations__.items() if kind == "int"}
-        for name, count in [*counts.items(), *(("conv_dim", count) for counted in convolutions for count in counted)]:
-            if not 0 < count < 2**31:
-                raise ValueError(name)
 
 
 def from_config(directory: ModelDirectory) -> Draft:
@@ -67,78 +39,125 @@ def from_config(directory: ModelDirectory) -> Draft:
     Raises:
         PlanError: the model has no fairseq counterpart; every reason is in `problems`.
     """
-    config = directory.config
-    family, way, head, problems = _from_class(config)
-    if problems:
-        raise PlanError(f"{directory.path} has no fairseq counterpart", code="unsupported", problems=problems)
-    try:
-        said = read(_Config, config)
-        numbers = {key: config[key] for key in way.numbers if config.get(key) is not None}
-        wrong = [
-            key for key, value in numbers.items() if not isinstance(value, (int, float)) or not math.isfinite(value)
-        ]
-        if wrong or said.num_hidden_layers > len(directory.tensors):
-            raise Misfit((*wrong, "num_hidden_layers")[0])
-    except (Misfit, OverflowError) as error:
-        message = f"{directory.path}: config.json: {error}: not what a {config['architectures'][0]} has"
-        raise PlanError(message, code="bad-setting", key=str(error)) from None
+    family, head = _of_class(directory)
+    kind = family.kinds["pretraining" if head == "encoder" else head]
+    name = next(name for name, (_, known) in ARCHITECTURES.items() if known is kind)
+    config = Reader(dict(directory.config), dict.fromkeys(directory.config, "config.json"))
+    settings = settings_from(config, family, kind, head, name, _sound(directory, config.problems))
+    notes = ["settings come from config.json"]
     names = {_alias(name): name for name in directory.tensors}
-    mask = f"{family.name}.masked_spec_embed"  # transformers has none without masking
-    lm_head = directory.tensors.get("lm_head.bias")
-    layout = way.layout(config, head, lm_head.spec.shape[0] if lm_head else 0)
-    made = _table(family, layout, directory, names, mask)
-    draft = Draft({}, {}, {"cfg": _settings(way, head, directory)}, None, ["settings come from config.json"])
-    for target, source in made.inverse.renames.items():
-        if target == mask and target not in names:
-            draft.specs[source] = TensorSpec(source, (config["hidden_size"],), "F32")
-            draft.bytes[source] = lambda: iter([b"\0" * 4 * config["hidden_size"]])
-            draft.notes.append(f"{source}: zeros, the model never masks")
-            continue
-        spec = directory.tensors[names[target]].spec
-        draft.specs[source] = TensorSpec(source, spec.shape, spec.dtype)
-        draft.bytes[source] = functools.partial(read_place, directory, directory.tensors[names[target]])
+    with _opened(directory, settings) as opened:
+        sources, _ = sources_of(opened, Request(head=head))
+        _check(sources, config, notes)
+        seen = {rule.source: directory.tensors[rule.target].spec.shape for rule in kind.rules if rule.target in names}
+        layout = None if config.problems else stated_layout(sources, kind.measure(seen), Part())
+    if layout is None:
+        raise PlanError(
+            f"{directory.path} has no fairseq counterpart; nothing was written",
+            code="unsupported",
+            problems=config.problems or sources.problems,
+        )
+    made = _table(family, layout, head, directory, names)
+    owner = ARCHITECTURES[name][0]
+    draft = Draft({}, {}, (owner.restoring.settings or loadable)(settings), None, notes, restoring=owner.restoring)
+    _fill(draft, directory, names, made)
+    if head == "encoder":
+        beside = Table.build("beside", owner.restoring.made, layout.axes, layout.dims)
+        for key, shape in beside.shapes.items():
+            _zeros(draft, key, shape, beside.fills[key].reason)
+        draft.dictionaries = (None,) if kind.label_list else ()
+    draft.dictionary = sources.dictionary
     if head == "ctc":
-        _vocabulary(directory, config, draft)
+        _vocabulary(directory, config.values, draft)
+    draft.teacher = owner.restoring.taught(draft.specs, settings["model"])
+    draft.notes += owner.restoring.notes if draft.teacher else ()
     return draft
+
+
+def _of_class(directory: ModelDirectory) -> tuple[Family, str]:
+    """Find the family and the head of a class of transformers.
+
+    Raises:
+        PlanError: there is no way back from it.
+    """
+    ways = [family for family in FAMILIES.values() if family.from_config]
+    known = {
+        name: (family, head)
+        for family in ways
+        for head, name in family.classes.items()
+        if head == "encoder" or (head in family.kinds and family.kinds[head].from_config)
+    }
+    config, name = directory.config, directory.architecture
+    if name not in known or config.get("model_type") != known[name][0].model_type:
+        found = f"{config.get('model_type')}, {config.get('architectures')}"
+        detail = f"{', '.join(sorted(known))} expected, {found} found"
+        raise PlanError(
+            f"{directory.path} has no fairseq counterpart; nothing was written",
+            code="unsupported",
+            problems=[Problem("unsupported-architecture", "architectures", detail)],
+        )
+    return known[name]
+
+
+def _sound(directory: ModelDirectory, problems: list[Problem]) -> dict[str, Any]:
+    """What the feature extractor says of waveforms, in the words of fairseq's tasks."""
+    features: Any = {}
+    if (directory.path / "preprocessor_config.json").is_file():
+        features = directory.json("preprocessor_config.json")
+    elif (directory.path / "processor_config.json").is_file():
+        features = directory.json("processor_config.json").get("feature_extractor", {})
+    if not isinstance(features, dict) or not isinstance(features.get("do_normalize"), bool):
+        raise PlanError(
+            f"{directory.path} does not say whether its input is normalised (no preprocessor_config.json)",
+            code="missing-setting",
+            key="do_normalize",
+            hint="save the model's feature extractor beside it",
+        )
+    rate = Reader(features, {}, problems).count("sampling_rate", 16000)
+    return {"normalize": features["do_normalize"], "sample_rate": rate}
+
+
+@contextlib.contextmanager
+def _opened(directory: ModelDirectory, settings: dict[str, Any]) -> Iterator[Checkpoint]:
+    """Open the weights as if they were a checkpoint's; its names are still those of transformers."""
+    with contextlib.ExitStack() as stack:
+        files = [
+            stack.enter_context(contextlib.closing(open_container(directory.path / name)))
+            for name in directory.weight_files()
+        ]
+        tensors = {name: tensor for file in files for name, tensor in file.value.items()}
+        yield Checkpoint(directory.path, files[0], "cfg", settings, None, tensors, (), {})
+
+
+def _check(sources: Sources, config: Reader, notes: list[str]) -> None:
+    """Translate the settings forward again, and refuse what does not come back."""
+    if sources.kind.symbols and not sources.kind.text:
+        labels = config.get("id2label", dict)
+        symbols = tuple(str(labels.get(str(index))) for index in range(len(labels)))
+        sources.dictionary = Dictionary(symbols, (1,) * len(symbols), ())
+    fields = sources.family.settings
+    classify(sources, fields)
+    problems, training = differing(config, fields, encoder_values(sources))
+    config.problems.extend(problems)
+    if not config.problems:  # or what follows from them
+        names = {**fields.same} | {name: target for name, (target, _) in fields.choices.items()}
+        config.problems.extend(replace(one, key=names.get(one.key, one.key)) for one in sources.problems)
+    if training:
+        notes.append(f"fairseq has no such setting, which acts while training only: {', '.join(training)}")
 
 
 def _alias(name: str) -> str:
     return next((name.removesuffix(old) + new for old, new in _ALIASES.items() if name.endswith(old)), name)
 
 
-def _from_class(config: Mapping[str, Any]) -> tuple[Family, FromConfig, str, list[Problem]]:
-    """Find the family and the kind of checkpoint of a class of transformers, and what of its configuration fairseq lacks."""
-    ways = [(family, family.from_config) for family in FAMILIES.values() if family.from_config]
-    known = {family.classes[kind]: (family, way, kind) for family, way in ways for kind in way.kinds}
-    stated = config.get("architectures")
-    named = [name for name in stated if name in list(known)] if isinstance(stated, list) else []
-    family, way, head = known[named[0]] if named else (*ways[0], "")
-    problems = []
-    if config.get("model_type") != family.model_type or not head:
-        found = f"{config.get('model_type')}, {config.get('architectures')}"
-        problems.append(
-            Problem("unsupported-architecture", "architectures", f"{', '.join(known)} expected, {found} found")
-        )
-    if config.get("add_adapter") or config.get("adapter_attn_dim"):
-        problems.append(
-            Problem(
-                "unsupported-setting",
-                "adapter",
-                "adapters are restored from a directory of this tool, not from config.json",
-            )
-        )
-    if config.get("hidden_act", "gelu") not in list(ACTIVATIONS.values()):
-        problems.append(Problem("unsupported-setting", "hidden_act", f"{config.get('hidden_act')!r} has no equivalent"))
-    if config.get("feat_extract_activation", "gelu") != "gelu" or config.get("layer_norm_eps", 1e-5) != 1e-5:
-        problems.append(Problem("unsupported-setting", "feat_extract_activation, layer_norm_eps", "gelu and 1e-5 only"))
-    return family, way, head, problems
-
-
-def _table(family: Family, layout: Any, directory: ModelDirectory, names: Mapping[str, str], mask: str) -> Table:
+def _table(family: Family, layout: Any, head: str, directory: ModelDirectory, names: Mapping[str, str]) -> Table:
     """Make the table of a transformers model, and hold it against the tensors that are there."""
-    made = family.table(layout, "", ())
-    problems = [Problem("missing-tensor", key, "is not in the model") for key in made.shapes if key not in names]
-    problems = [problem for problem in problems if problem.key != mask]
+    made = family.table(layout, "encoder" if head == "encoder" else "", ())
+    problems = [
+        Problem("missing-tensor", key, "is not in the model")
+        for key in made.shapes
+        if key not in names and not key.endswith(_MASK)
+    ]
     problems += [
         Problem("unexpected-tensor", key, "has no place in fairseq's model") for key in names.keys() - made.shapes
     ]
@@ -156,6 +175,28 @@ def _table(family: Family, layout: Any, directory: ModelDirectory, names: Mappin
     return made
 
 
+def _fill(draft: Draft, directory: ModelDirectory, names: Mapping[str, str], made: Table) -> None:
+    for source, target in made.renames.items():
+        if target in names:
+            place = directory.tensors[names[target]]
+            draft.specs[source] = TensorSpec(source, place.spec.shape, place.spec.dtype)
+            draft.bytes[source] = functools.partial(read_place, directory, place)
+        else:
+            _zeros(draft, source, made.shapes[target], "the model never masks")
+    for source, drop in made.drops.items():
+        if drop.repeats:
+            draft.specs[source], draft.bytes[source] = (
+                replace(draft.specs[drop.repeats], name=source),
+                draft.bytes[drop.repeats],
+            )
+
+
+def _zeros(draft: Draft, key: str, shape: tuple[int, ...], why: str) -> None:
+    draft.specs[key] = TensorSpec(key, shape, "F32")
+    draft.bytes[key] = lambda: iter([bytes(4 * math.prod(shape))])
+    draft.notes.append(f"{key}: zeros, {why}")
+
+
 def _does_nothing(directory: ModelDirectory, name: str) -> bool:
     import numpy as np
 
@@ -164,23 +205,6 @@ def _does_nothing(directory: ModelDirectory, name: str) -> bool:
         return False
     value = np.frombuffer(directory.read(name), np.float32).reshape(spec.shape)
     return bool(np.array_equal(value, np.eye(*spec.shape) if len(spec.shape) == 2 else np.zeros(spec.shape)))
-
-
-def _settings(way: FromConfig, head: str, directory: ModelDirectory) -> dict[str, Any]:
-    """fairseq's settings from config.json; what it does not say has transformers' default."""
-    features: dict[str, Any] = {}
-    if (directory.path / "preprocessor_config.json").is_file():
-        features = directory.json("preprocessor_config.json")
-    elif (directory.path / "processor_config.json").is_file():
-        features = directory.json("processor_config.json").get("feature_extractor", {})
-    if not isinstance(features, dict) or not isinstance(features.get("do_normalize"), bool):
-        raise PlanError(
-            f"{directory.path} does not say whether its input is normalised (no preprocessor_config.json)",
-            code="missing-setting",
-            key="do_normalize",
-            hint="save the model's feature extractor beside it",
-        )
-    return way.settings(directory.config, features, head)
 
 
 def _vocabulary(directory: ModelDirectory, config: Mapping[str, Any], draft: Draft) -> None:
@@ -218,7 +242,7 @@ def _permuted(
     def make() -> Iterator[bytes]:
         import numpy as np
 
-        from convert.transfer import cast
+        from convert.pieces import cast
 
         data = b"".join(read())
         width = len(data) // spec.shape[0]

@@ -18,6 +18,7 @@ ORDER = (
     {"audio", "loading", "network", "workspace"},
     {"files"},
     {"checkpoint", "fetching"},
+    {"pieces"},
     {"transfer"},
     {"families"},
     {"conversion", "mapping"},

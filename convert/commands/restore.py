@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from convert.cli import Outcome
+from convert.cli import Outcome, progress_bar
 from convert.cli import command as make
 from convert.restoration import restore
 
@@ -19,13 +19,14 @@ from convert.restoration import restore
 )
 @click.argument("model_dir", type=click.Path(path_type=Path))
 @click.argument("out", metavar="CHECKPOINT", type=click.Path(path_type=Path))
-@click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint, once the new one is proved.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint, once the new one is complete.")
 def command(model_dir: Path, out: Path, overwrite: bool) -> Outcome:
     """Write a fairseq checkpoint from a model directory.
 
-    Takes a directory that this tool made, or one that transformers saved; fairseq's own loader takes the result.
+    MODEL_DIR is a directory that `convert` or transformers wrote. The result loads with fairseq.
     """
-    done = restore(model_dir, out, overwrite=overwrite)
+    with progress_bar("restore") as progress:
+        done = restore(model_dir, out, overwrite=overwrite, progress=progress)
     lines = [
         f"{out}: {done.tensors} tensors, each byte read back and compared",
         *(f"note: {note}" for note in done.notes),

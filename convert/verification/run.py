@@ -12,6 +12,7 @@ from convert.checkpoint import Checkpoint
 from convert.checkpoint.opened import UNSEEN
 from convert.directory import ModelDirectory
 from convert.errors import ConvertError, MismatchError, Problem
+from convert.families.planning import list_languages
 from convert.files import Hashes
 from convert.loading import quiet
 from convert.package import compare_opened
@@ -194,7 +195,7 @@ def _others(subject: Subject, asked: str, languages: Sequence[str]) -> list[str]
             f"{subject.name} has no language {unknown[0]!r}",
             code="unknown-language",
             key="--lang",
-            hint=f"it has: {', '.join(sorted(subject.languages)) or 'none'}",
+            hint=list_languages(subject.languages),
         )
     found = [] if asked else [name for name in subject.languages if name != subject.language]
     return [name for name in found if not languages or name in languages]
