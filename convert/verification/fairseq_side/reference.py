@@ -139,23 +139,22 @@ class Reference:
 
     def _watch(self, module: Any, name: str, shape: Any) -> None:
         def hook(_: Any, __: Any, output: Any) -> Any:
-            value = self._see(name, output[0] if isinstance(output, tuple) else output, shape)
+            value = output[0] if isinstance(output, tuple) else output
+            if name not in self.seen:
+                value = shelved(value)
+                self.seen[name] = shape(value)
             if name.startswith("layer.") and isinstance(output, tuple) and isinstance(output[-1], tuple):
-                attention, _ = output[
-                    -1
-                ]  # and what the residual is added to; fairseq holds them, of every layer, to the end
-                return value, (attention, value)
+                # fairseq holds every layer's to the end, and what its last residual is added to; all are the mapped numbers
+                return value, (output[-1][0], value)
             return None
 
         module.register_forward_hook(hook)
         self.lending.watch(module, name)
 
-    def _see(self, name: str, value: Any, shape: Any = same) -> Any:
-        """Keep what a stage computed first, and return it as it is kept."""
+    def _see(self, name: str, value: Any) -> None:
+        """Keep what a stage computed first."""
         if name not in self.seen:
-            value = shelved(value)
-            self.seen[name] = shape(value)
-        return value
+            self.seen[name] = shelved(value)
 
     def _hook(self) -> None:
         watch = self._watch
