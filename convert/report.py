@@ -197,12 +197,13 @@ def _finite(value: object) -> object:
     return json.dumps(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def parse_json(content: bytes, name: str) -> Any:
+def parse_json(content: bytes, name: str, made: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
     """Read JSON that somebody else may have written.
 
     Args:
         content: the bytes.
         name: where they come from, for the error.
+        made: makes what stands for an object of its keys and values; by default a dict.
 
     Raises:
         ConvertError: `not-json`: not UTF-8, not JSON, nested too deeply, or a number too long.
@@ -210,7 +211,7 @@ def parse_json(content: bytes, name: str) -> Any:
     from convert.errors import ConvertError
 
     try:
-        return json.loads(content.decode())
+        return json.loads(content.decode(), object_pairs_hook=made)
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise ConvertError(f"{name}: not JSON: {reason}", code="not-json", key=name) from None
