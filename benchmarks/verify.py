@@ -90,10 +90,11 @@ class Ran(NamedTuple):
     peak: int
 
 
-def measured(*words: str | Path) -> Ran:
+def measured(*words: str | Path, **environment: str) -> Ran:
     """Run a command, and sum up the anonymous memory of it and its children every 20 ms."""
     before, started = os.times(), time.perf_counter()
-    process = subprocess.Popen([str(word) for word in words], stdout=subprocess.DEVNULL)
+    command = [str(word) for word in words]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | environment)
     peak = 0
     while process.poll() is None:
         peak = max(peak, sum(map(anonymous, family_of(process.pid))))

@@ -120,9 +120,11 @@ class ModelDirectory:
             file.seek(place.start)
             return file.read(place.count)
 
-    def beside(self) -> dict[str, dict[str, Place]]:
-        """List the tensors of every file of further tensors that is there."""
-        return {file: self.places(file) for file in self.record.sidecars if (self.path / file).is_file()}
+    @property
+    def count(self) -> int:
+        """The number of its tensors, with those of every file of further tensors that is there."""
+        beside = (len(self.places(file)) for file in self.record.sidecars if (self.path / file).is_file())
+        return len(self.tensors) + sum(beside)
 
     def places(self, file: str) -> dict[str, Place]:
         """List the tensors of one safetensors file."""

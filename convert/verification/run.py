@@ -119,7 +119,7 @@ def verify(checkpoint: str | Path, model_dir: Path, options: Options) -> Verific
         done = findings.finish(
             files=files,
             checkpoint={"name": subject.name, "size": subject.size, "sha256": subject.sha256},
-            tensors=len(directory.tensors) + sum(map(len, directory.beside().values())),
+            tensors=directory.count,
             reference=_described(description),
             environment=surroundings,
             missing=sorted(absent),
