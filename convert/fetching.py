@@ -100,7 +100,7 @@ def fetch(
 ) -> Fetched:
     """Download a checkpoint as `NAME.pt`, its dictionary as `NAME.dict.txt`, each with its record `FILE.json`.
 
-    An interrupted download goes on where it stopped, unless the server's file has changed. A file that is there
+    An interrupted download continues where it stopped, unless the server's file has changed. A file that is there
     already is compared with its record; a record without its file says which bytes the download has to bring.
 
     Args:
@@ -175,7 +175,7 @@ def bring(
             reason = error
     kept = [f"{size} bytes are kept in {part}" for part, size in resumable(target)]
     message = f"{public}: {reason}, {attempts} attempts; {', '.join(kept) or 'nothing was written'}"
-    raise ConvertError(message, code="network", key=public, hint="run it again: it goes on where it stopped")
+    raise ConvertError(message, code="network", key=public, hint="run it again: it continues where it stopped")
 
 
 def _attempt(name: str, address: str, target: Path, recorded: Record | None, timeout: float, progress: bool) -> Record:

@@ -1,4 +1,4 @@
-"""The one place that formats: text from files, folded key lists, sizes, errors, JSON, the single JSON object of a command."""
+"""Formatting: text from files, folded key lists, sizes, errors, JSON, and the JSON object of a command."""
 
 from __future__ import annotations
 
