@@ -27,6 +27,9 @@ from convert.cli import COMMANDS
 # what an example names that only the net has -> what stands for it here
 HERE = {"openslr/librispeech_asr": "speech", "~/fairseq-env/bin/python": sys.executable}
 HERE |= {"me/my-checkpoints": "alice/my-checkpoints", "me/my-model": "alice/my-model", "their/model": "lab/model"}
+# with the released models' frames, 20 ms long: other tiny models make eight times as many of the long input
+FRAMES = "[(32, 10, 5)] + [(32, 3, 2)] * 4 + [(32, 2, 2)] * 2"
+CTC = fairseq_models.Variant("ctc", fairseq_models.BASE | {"conv_feature_layers": FRAMES})
 # what each example of a command makes anew
 MADE = {"convert": "my-model", "restore": "checkpoint.pt", "record": "reference.safetensors"}
 # the command line, with every released checkpoint at one address
@@ -52,8 +55,8 @@ def examples(name: str) -> list[str]:
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the examples name."""
     folder = tmp_path_factory.mktemp("files")
-    fairseq_models.save("ctc_base", folder / "checkpoint_best.pt")
-    fairseq_models.save("ctc_base", folder / "wav2vec_small_960h.pt", layout="namespace")
+    fairseq_models.save(CTC, folder / "checkpoint_best.pt")
+    fairseq_models.save(CTC, folder / "wav2vec_small_960h.pt", layout="namespace")
     fairseq_models.save("pretrained_base", folder / "wav2vec_small.pt")
     torch.save(read(folder / "checkpoint_best.pt")["model"], folder / "model_state.pt")
     (folder / "dict.ltr.txt").write_text("".join(f"{symbol} 1\n" for symbol in fairseq_models.LETTERS))

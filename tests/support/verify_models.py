@@ -110,6 +110,8 @@ def computed_once() -> Iterator[None]:
 
     def load(folder: Path, device: str) -> Target:
         files = sorted(path for path in folder.iterdir() if path.name not in UNREAD)
+        if not all(path.is_file() for path in folder.iterdir()):
+            return load_target(folder, device)
         key = _content(device, *((path.name, path.read_bytes()) for path in files))
         loaded[key] = loaded.pop(key, None) or _remembering(load_target(folder, device))
         while len(loaded) > 2:
