@@ -16,6 +16,7 @@ Waveform: TypeAlias = "np.ndarray[Any, np.dtype[np.float32]]"
 
 SUFFIXES = (".flac", ".wav")
 LONGEST = 4 * 3600  # seconds
+_UNKNOWN_FORMAT = 1  # SF_ERR_UNRECOGNISED_FORMAT of sndfile.h
 
 
 def read_audio(file: Path | BinaryIO, rate: int, *, name: str) -> Waveform:
@@ -47,9 +48,13 @@ def read_audio(file: Path | BinaryIO, rate: int, *, name: str) -> Waveform:
             samples, found = sound.read(dtype="float32", always_2d=True), sound.samplerate
     except FileNotFoundError:
         raise bad_audio(name, "no such file", "name a wav or flac file, or a folder of them") from None
-    except (soundfile.SoundFileError, OSError) as error:
-        reason = getattr(error, "error_string", error)  # without the path
-        raise bad_audio(name, f"cannot be read as audio ({reason})", "name a wav or flac file") from error
+    except soundfile.LibsndfileError as error:
+        what = (
+            "not a WAV or FLAC file" if error.code == _UNKNOWN_FORMAT else f"damaged: {error.error_string.strip('.')}"
+        )
+        raise bad_audio(name, what, f"write it anew, for example: ffmpeg -i IN -ac 1 -ar {rate} OUT.wav") from error
+    except OSError as error:
+        raise bad_audio(name, f"cannot be read: {error.strerror or error}", "check its permissions") from error
     if found != rate:
         detail = f"its sampling rate is {found} Hz, the model's is {rate} Hz; nothing was resampled"
         raise bad_audio(name, detail, f"resample it, for example: sox IN.wav -r {rate} OUT.wav")

@@ -310,7 +310,7 @@ def _symbols(dictionary: Dictionary) -> dict[str, Any]:
 
 def _edited_rows(opened: Checkpoint, model: Conversion) -> dict[str, dict[str, str]]:
     """The bytes of every row that is edited as they were before, in hexadecimal, for the way back."""
-    from convert.transfer import read_array
+    from convert.pieces import read_array
 
     sources = {target: source for source, target in model.plan.renames.items()}
     tensors = opened.over(model.group)
@@ -323,7 +323,7 @@ def _edited_rows(opened: Checkpoint, model: Conversion) -> dict[str, dict[str, s
 
 def _left_rows(opened: Checkpoint, model: Conversion, dtype: str) -> dict[str, str]:
     """The bytes of the rows before those that a tensor takes, of the same type as it, in hexadecimal, for the way back."""
-    from convert.transfer import cast, read_array
+    from convert.pieces import cast, read_array
 
     sources = {target: source for source, target in model.plan.renames.items()}
     left: dict[str, str] = {}
@@ -377,11 +377,11 @@ def differences(name: str, expected: Any, found: Any, key: str = "") -> Iterator
             yield from differences(name, expected[part], found[part], inner)
 
 
-def json_text(value: Any) -> str:
+def json_text(value: object) -> str:
     """Write a value so that two are equal only if they are of one type: to Python, `True == 1 == 1.0`."""
     return json.dumps(value, sort_keys=True)
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."

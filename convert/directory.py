@@ -16,10 +16,10 @@ from convert.conversion import Record
 from convert.errors import ConvertError, Problem
 from convert.families.tokenizers import SUBWORDS
 from convert.files import WIDTHS, read_header
+from convert.pieces import Piece, tensor_bytes
 from convert.reading import open_file, read_file
 from convert.report import parse_json
 from convert.rules import TensorSpec
-from convert.transfer import Piece, tensor_bytes
 
 _REMEDY = "convert the checkpoint again"
 

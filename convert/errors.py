@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import re
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from convert.report import shown, without_user
 _EXTRAS = {"matplotlib": "plot", "datasets": "evaluate", "jiwer": "evaluate", "tqdm": "evaluate"}
 _EXTRAS |= dict.fromkeys(("safetensors", "sentencepiece", "soundfile", "torch", "transformers"), "verify")
 
+_NUMBERS = re.compile(r"([0-9]{1,18})")  # longer ones take Python too long to read
 _REMEDIES: dict[int | None, str] = dict.fromkeys(
     (errno.ENOSPC, errno.EDQUOT), "free some space, or write to another disk"
 )
@@ -22,12 +24,12 @@ _REMEDIES |= {errno.EROFS: "name a place that can be written to"}
 _REMEDIES |= {errno.EFBIG: "raise the limit (ulimit -f), or write to a file system that takes larger files"}
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True)
 class Problem:
     """One reason why something was refused; of an address in it, the user and the password are left out.
 
     Args:
-        code: a stable word for programs, such as `unmapped-source`.
+        code: a stable word for programs, such as `unexpected-tensor`.
         key: the tensor, setting, file or option the problem is about; empty when there is none.
         detail: what was expected and what was found, for people.
         hint: the remedy, where there is one.
@@ -41,6 +43,14 @@ class Problem:
     def __post_init__(self) -> None:
         for name in ("key", "detail", "hint"):
             object.__setattr__(self, name, without_user(getattr(self, name)))
+
+    def __lt__(self, other: Problem) -> bool:
+        """Sort by code, then by key, whose numbers count as numbers."""
+        return self._rank() < other._rank()
+
+    def _rank(self) -> tuple[object, ...]:
+        words = [int(word) if index % 2 else word for index, word in enumerate(_NUMBERS.split(self.key))]
+        return self.code, words, self.detail, self.hint
 
     @property
     def row(self) -> dict[str, str]:
@@ -129,6 +139,19 @@ def needing(command: str) -> Iterator[None]:
         yield
     except ImportError as error:
         raise explained(error, command) from error
+
+
+@contextlib.contextmanager
+def named_by(option: str) -> Iterator[None]:
+    """Put the option that names a file before what is wrong with the file."""
+    try:
+        yield
+    except (ConvertError, OSError) as raised:
+        error = explained(raised)
+        message, problems = f"{option}: {error.message}", error.problems
+        if [problem.detail for problem in problems] == [error.message]:
+            problems = (replace(problems[0], detail=message),)
+        raise type(error)(message, code=error.code, hint=error.hint, status=error.status, problems=problems) from raised
 
 
 def explained(error: BaseException, command: str = "") -> ConvertError:

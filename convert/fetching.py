@@ -32,7 +32,7 @@ class Entry:
     dictionary: str | None  # its address
     description: str
     license: str | None  # SPDX
-    twin: str | None  # the Hub model of the same weights, by its name and card
+    counterpart: str | None  # the Hub model of the same weights, by its name and card
     language: tuple[str, ...] | None  # ISO 639; None when there are more than a few
     datasets: tuple[str, ...]  # Hub ids, as far as its training data is on the Hub
     base_model: str | None  # the Hub id of what it was fine-tuned from
@@ -56,7 +56,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """The sidecar `FILE.json` of a fetched file: which bytes came from where."""
+    """The file `FILE.json` beside a fetched one: which bytes came from where."""
 
     name: str
     address: str
@@ -80,7 +80,7 @@ def catalogue() -> Mapping[str, Entry]:
     """Return the released checkpoints by name.
 
     Example:
-        >>> catalogue()["wav2vec2-large-lv60-10m-self"].twin
+        >>> catalogue()["wav2vec2-large-lv60-10m-self"].counterpart
         'Splend1dchan/wav2vec2-large-10min-lv60-self'
     """
     entries = json.loads(files("convert").joinpath("catalogue.json").read_text("utf-8"))["entries"]
@@ -159,15 +159,15 @@ def bring(
     Raises:
         ConvertError, MismatchError: as `fetch`.
     """
-    sidecar = _sidecar(target)
+    record_path = _record_path(target)
     public = public_address(address)
-    recorded = read_record(sidecar)
+    recorded = read_record(record_path)
     if target.exists():
         if recorded is None:
-            message = f"{target}: is in the way and has no record {sidecar.name}; left as it is"
+            message = f"{target}: is in the way and has no record {record_path.name}; left as it is"
             raise ConvertError(message, code="in-the-way", key=str(target), hint="move it away and fetch again")
         found = Record(name, public, target.stat().st_size, sha256_of(target), recorded.etag)
-        _compare(found, recorded, target, f"move {target.name} and {sidecar.name} away and fetch again")
+        _compare(found, recorded, target, f"move {target.name} and {record_path.name} away and fetch again")
         return recorded, False
     for attempt in range(attempts):
         time.sleep(pause * 2 ** (attempt - 1) if attempt else 0)
@@ -216,15 +216,15 @@ def _attempt(name: str, address: str, target: Path, recorded: Record | None, tim
         if brought != size:
             raise InterruptedTransfer(f"the connection ended at {brought} of {size} bytes")
         found = Record(name, public_address(address), size, sha256_of(file), etag)
-        sidecar = _sidecar(target)
+        record_path = _record_path(target)
         if recorded:
-            _compare(found, recorded, target, f"to accept the new bytes, delete {sidecar.name} and fetch again")
+            _compare(found, recorded, target, f"to accept the new bytes, delete {record_path.name} and fetch again")
         # the record first: killed in between, the next fetch finds the whole part and has only to rename it
-        write_file(sidecar, json_bytes({"schema": 1, **asdict(found)}))
+        write_file(record_path, json_bytes({"schema": 1, **asdict(found)}))
     return found
 
 
-def _sidecar(target: Path) -> Path:
+def _record_path(target: Path) -> Path:
     return target.with_name(f"{target.name}.json")
 
 
@@ -240,21 +240,27 @@ def _bar(show: bool, label: str, size: int) -> Iterator[Callable[[int], None]]:
 
 
 def _compare(found: Record, recorded: Record, path: Path, hint: str) -> None:
-    said, is_ = (f"{record.address}, {record.size} bytes, sha256 {record.sha256}" for record in (recorded, found))
-    if said != is_:
-        message = f"{path}: recorded {said}; found {is_}; nothing was changed"
+    then, now = (f"{record.address}, {record.size} bytes, sha256 {record.sha256}" for record in (recorded, found))
+    if then != now:
+        message = f"{path}: recorded {then}; found {now}; nothing was changed"
         raise MismatchError(message, code="sha256", key=str(path), hint=hint)
 
 
-def read_record(sidecar: Path) -> Record | None:
+def read_record(record_path: Path) -> Record | None:
     """Read the record of a fetched file; `None`, when there is none.
 
     Raises:
         ConvertError: `record`, when it is something else.
     """
-    kinds: dict[str, Any] = {"name": str, "address": str, "size": int, "sha256": str, "etag": (str, type(None))}
+    kinds: dict[str, type | tuple[type, ...]] = {
+        "name": str,
+        "address": str,
+        "size": int,
+        "sha256": str,
+        "etag": (str, type(None)),
+    }
     try:
-        fields = parse_json(read_file(sidecar), sidecar.name)
+        fields = parse_json(read_file(record_path), record_path.name)
         wrong = [name for name, kind in kinds.items() if not isinstance(fields[name], kind)]
         if not wrong:
             return Record(**{name: fields[name] for name in kinds})
@@ -263,5 +269,5 @@ def read_record(sidecar: Path) -> Record | None:
         return None
     except (ConvertError, LookupError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
-    message = f"{sidecar}: is not the record of a fetched file ({reason})"
-    raise ConvertError(message, code="record", key=str(sidecar), hint="delete it and fetch again")
+    message = f"{record_path}: is not the record of a fetched file ({reason})"
+    raise ConvertError(message, code="record", key=str(record_path), hint="delete it and fetch again")

@@ -12,7 +12,6 @@ import json
 import math
 import os
 import stat
-import tempfile
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -375,11 +374,15 @@ def open_log(path: Path) -> BinaryIO:
 
 def scratch_file() -> BinaryIO:
     """Open a private file for what is not kept; it goes when it is closed. Its `name` is its path."""
+    import tempfile
+
     return cast(BinaryIO, tempfile.NamedTemporaryFile(prefix="fairseq-to-hf-"))
 
 
 @contextlib.contextmanager
 def scratch_directory() -> Iterator[Path]:
     """Make a private directory for what is not kept."""
+    import tempfile
+
     with tempfile.TemporaryDirectory(prefix="fairseq-to-hf-") as folder:
         yield Path(folder)

@@ -40,7 +40,7 @@ def infer_layout(source: Mapping[str, TensorSpec] | Mapping[str, tuple[int, ...]
         The family's layout, for `table`.
 
     Raises:
-        PlanError: `missing-source`, when it is not such a model; `unknown-family`.
+        PlanError: `missing-tensor`, when it is not such a model; `unknown-family`.
     """
     shapes = {key: spec.shape if isinstance(spec, TensorSpec) else tuple(spec) for key, spec in source.items()}
     if family and family not in FAMILIES:
@@ -99,7 +99,7 @@ def rename_key(key: str, shapes: Mapping[str, tuple[int, ...]], head: str = "", 
         Hugging Face's name, or `None` for a tensor that is dropped.
 
     Raises:
-        PlanError: `unmapped-source`.
+        PlanError: `unexpected-tensor`.
     """
     single = stack(unstack({key: shapes.get(key, ())}, tuple, lambda shape, _: shape))[key]
     return table(infer_layout(shapes, family), head).rename_key(single[0] if single else key)

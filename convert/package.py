@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ from convert.families import Conversion, Request, describe
 from convert.families.base import Sidecar
 from convert.families.tokenizers import SUBWORDS
 from convert.files import check_directory, create, new_directory, sha256_of
-from convert.report import json_pieces
+from convert.pieces import Piece, pieces, split
+from convert.report import VERSION, json_pieces
 from convert.request import Options, request_again
 from convert.sources import open_source
-from convert.transfer import Piece, Transfer, Written, pieces, split
+from convert.transfer import Transfer, Written
 from convert.workspace import in_the_way, sweep
 
 MAX_SHARD_SIZE = 5_000_000_000  # what transformers' save_pretrained splits at
@@ -30,6 +31,7 @@ CARD = "README.md"
 _RECORDS = {"conversion.json", "verification.json", "evaluation.json"}
 _USUAL = {"config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json"}
 _USUAL |= {SUBWORDS, "tokenizer_config.json", "vocab.json"}
+_SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?) ?([KMGT]?)B?")
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")  # of the files that are taken for checkpoints in a folder
 Progress = Callable[[int, int], None]
 
@@ -121,7 +123,7 @@ def convert(
     arch: str = "",
     normalize: bool | None = None,
     dtype: str = "keep",
-    max_shard_size: int = MAX_SHARD_SIZE,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
     overwrite: bool = False,
     allow_non_finite: bool = False,
     progress: Progress | None = None,
@@ -133,7 +135,7 @@ def convert(
         out: the directory to make.
         head, dictionary, base, training_only, keep_final_proj, language, data_config, post_process, ema, arch, normalize: as for `plan`.
         dtype: `keep`, `float32`, `float16` or `bfloat16`.
-        max_shard_size: the largest safetensors file, in bytes.
+        max_shard_size: the largest safetensors file: a number of bytes, or a text such as `5GB`, in powers of 1000.
         overwrite: whether an existing model directory is replaced, once the new one is proved.
         allow_non_finite: whether NaN and infinite weights are taken as they are.
         progress: called with (bytes done, bytes in all), from several threads.
@@ -156,8 +158,7 @@ def convert(
     out = Path(out)
     if dtype not in DTYPES:
         raise ConvertError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}", code="usage", key="--dtype")
-    if max_shard_size < 1:
-        raise ConvertError(f"a shard of {max_shard_size} bytes is too small", code="usage", key="--max-shard-size")
+    shard_size = _bytes(max_shard_size)
     replaceable = functools.partial(_replaceable, checkpoint=Path(checkpoint)) if overwrite else None
     check_directory(out, replaceable)
     options = Options(
@@ -176,9 +177,7 @@ def convert(
     with options.opened(checkpoint) as (opened, request):
         model = describe(opened, request)
         with new_directory(out, replaceable) as work:
-            files, digest = _write(
-                opened, model, request, work, DTYPES[dtype], max_shard_size, allow_non_finite, progress
-            )
+            files, digest = _write(opened, model, request, work, DTYPES[dtype], shard_size, allow_non_finite, progress)
             opened.container.check_unchanged()
     return Converted(out, model, files, digest, opened.base is not None)
 
@@ -214,6 +213,16 @@ def convert_all(folder: str | Path, out: str | Path, **options: Any) -> dict[Pat
     return done
 
 
+def _bytes(text: int | str) -> int:
+    """Read the size of a shard."""
+    found = _SIZE.fullmatch(str(text).strip().upper())
+    count = round(float(found[1]) * 1000 ** " KMGT".index(found[2] or " ")) if found else 0
+    if count < 1:
+        hint = "give a number of bytes, or of KB, MB, GB or TB, such as 5GB"
+        raise ConvertError(f"--max-shard-size: {text} is not a size", code="usage", key="--max-shard-size", hint=hint)
+    return count
+
+
 def _write(
     opened: Checkpoint,
     model: Conversion,
@@ -239,12 +248,12 @@ def _write(
 
     shards = split(listed, max_shard_size)
     written: list[Written] = []
-    transfer = Transfer(opened.container, allow_non_finite=allow_non_finite, progress=advance)
-    for index, shard in enumerate(shards, 1):
-        name = "model.safetensors" if len(shards) == 1 else f"model-{index:05}-of-{len(shards):05}.safetensors"
-        written.append(transfer.write(work / name, shard))
-    sidecars = [transfer.write(work / sidecar.file, beside(sidecar)) for sidecar in model.sidecars]
-    digest = transfer.source_sha256()
+    with Transfer(opened.container, allow_non_finite=allow_non_finite, progress=advance) as transfer:
+        for index, shard in enumerate(shards, 1):
+            name = "model.safetensors" if len(shards) == 1 else f"model-{index:05}-of-{len(shards):05}.safetensors"
+            written.append(transfer.write(work / name, shard))
+        sidecars = [transfer.write(work / sidecar.file, beside(sidecar)) for sidecar in model.sidecars]
+        digest = transfer.source_sha256()
     if len(shards) > 1:
         names = {piece.spec.name: file.name for shard, file in zip(shards, written, strict=True) for piece in shard}
         size = sum(piece.count for piece in listed)
@@ -262,7 +271,7 @@ def _write(
         file.name: {"size": file.size, "sha256": file.sha256} for file in sorted(written, key=lambda file: file.name)
     }
     named = names_of_dtypes.get(dtype, "keep")
-    _file(work, "conversion.json", record_of(opened, model, request, digest, named, files, tool_version()))
+    _file(work, "conversion.json", record_of(opened, model, request, digest, named, files, VERSION))
     return files, digest
 
 
@@ -305,14 +314,6 @@ def compare_opened(
         listed = pieces(opened.container, sidecar.plan, opened.tensors_of(sidecar.group), dtype)
         problems += directory.compare(opened, listed, sidecar.file)
     return problems
-
-
-def tool_version() -> str:
-    """Return the installed version of this package."""
-    try:
-        return version("fairseq-to-hf")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def _file(work: Path, name: str, content: Any) -> Written:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from convert.errors import ConvertError, Problem
 
+VERSION = "0.2.0"  # of this package; reading the installed one's metadata would take 20 ms
 SCHEMA = 1
 # a password may hold a slash that should have been escaped; after a port, a slash begins the path
 _USER = re.compile(r"(?<=//)(?:[^/\s]*|[^/\s:@\[]*:(?!\d*/)\S*)@")
@@ -169,14 +170,14 @@ def json_pieces(value: Mapping[str, Any]) -> Iterator[bytes]:
     yield b"\n"
 
 
-def _encoded(value: Any, sort_keys: bool = False) -> Iterator[bytes]:
+def _encoded(value: object, sort_keys: bool = False) -> Iterator[bytes]:
     encoder = json.JSONEncoder(indent=2, ensure_ascii=False, sort_keys=sort_keys)
     pieces = encoder.iterencode(value if _is_finite(value) else _finite(value))
     while batch := "".join(itertools.islice(pieces, 10_000)):
         yield batch.encode("utf-8", "backslashreplace")  # a file's name may be no valid text
 
 
-def _is_finite(value: Any) -> bool:
+def _is_finite(value: object) -> bool:
     if isinstance(value, Mapping):
         return all(map(_is_finite, value.values()))
     if isinstance(value, list | tuple):
@@ -184,7 +185,7 @@ def _is_finite(value: Any) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> object:
     """Write the numbers that JSON does not have as texts: `NaN`, `Infinity`, `-Infinity`."""
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}

@@ -6,13 +6,16 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from convert.checkpoint import Checkpoint
 from convert.checkpoint.data_config import read_data_config
 from convert.checkpoint.dictionary import from_file
-from convert.directory import ModelDirectory
 from convert.families import Request
 from convert.sources import dictionary_beside, locate, open_source
+
+if TYPE_CHECKING:
+    from convert.directory import ModelDirectory
 
 Name = str | Path
 

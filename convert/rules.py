@@ -366,13 +366,13 @@ class Table:
         """Translate one source key; `None` for a key that is dropped.
 
         Raises:
-            PlanError: `unmapped-source`.
+            PlanError: `unexpected-tensor`.
         """
         if key in self.renames:
             return self.renames[key]
         if key in self.drops:
             return None
-        raise PlanError(f"table {self.name!r} does not know {key}", code="unmapped-source", key=key)
+        raise PlanError(f"table {self.name!r} does not know {key}", code="unexpected-tensor", key=key)
 
     def map_state_dict(self, state_dict: Mapping[str, T]) -> dict[str, T]:
         """Translate the keys of a state_dict; the values are handed on as they are, dropped ones left out.
@@ -384,11 +384,13 @@ class Table:
             The tensors under their target names, in the table's order. What the table fills is not among them.
 
         Raises:
-            PlanError: `unmapped-source` and `missing-source`, every one of them.
+            PlanError: `unexpected-tensor` and `missing-tensor`, every one of them.
         """
         wanted = {*self.renames, *(key for key, drop in self.drops.items() if not drop.optional)}
-        problems = [Problem("unmapped-source", key, "no rule for it") for key in state_dict if not self._knows(key)]
-        problems += [Problem("missing-source", key, "is not in the state_dict") for key in wanted - set(state_dict)]
+        problems = [
+            Problem("unexpected-tensor", key, "has no place in the model") for key in state_dict if not self._knows(key)
+        ]
+        problems += [Problem("missing-tensor", key, "is not in the state_dict") for key in wanted - set(state_dict)]
         if problems:
             raise PlanError(f"{len(problems)} keys do not fit table {self.name!r}", code="keys", problems=problems)
         return {target: state_dict[source] for source, target in self.renames.items()}
@@ -440,7 +442,7 @@ def plan(table: Table, source: Mapping[str, TensorSpec], target: Mapping[str, Te
         The plan.
 
     Raises:
-        PlanError: every `unmapped-source`, `dead-rule`, `unfilled-target`, `unknown-target`, `shape` and `dtype` at once.
+        PlanError: every `unexpected-tensor`, `missing-tensor`, `unfilled-target`, `unknown-target`, `shape` and `dtype` at once.
 
     Example:
         >>> table = Table.build("toy", [Rename("proj.bias", "lm_head.bias", "vocab")], {}, {"vocab": 32})
@@ -449,12 +451,12 @@ def plan(table: Table, source: Mapping[str, TensorSpec], target: Mapping[str, Te
     """
     wanted = table.target if target is None else target
     problems = [
-        Problem("unmapped-source", key, f"no rule takes this tensor of shape {spec.shape}")
+        Problem("unexpected-tensor", key, f"has no place in the model; its shape is {spec.shape}")
         for key, spec in source.items()
         if key not in table.renames and key not in table.drops
     ]
     problems += [
-        Problem("dead-rule", key, "the checkpoint has no such tensor" + _expected(spec.shape))
+        Problem("missing-tensor", key, "the checkpoint has no such tensor" + _expected(spec.shape))
         for key, spec in table.source.items()
         if key not in source
     ]

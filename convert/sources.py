@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from convert.checkpoint import Checkpoint, Origin, open_checkpoint
-from convert.errors import ConvertError
+from convert.errors import ConvertError, named_by
 from convert.families import ANCHORS
 
 DIRECTORY = Path("checkpoints")  # where downloads go
@@ -35,7 +35,10 @@ def open_source(source: str | Path, *, base: str | Path | None = None, **options
         CheckpointError: it cannot be read, as for `open_checkpoint`.
     """
     path, origin = locate(source)
-    opened = open_checkpoint(path, anchors=ANCHORS, base=None if base is None else locate(base)[0], **options)
+    if base is not None:
+        with named_by("--base"):
+            base, _ = locate(base)
+    opened = open_checkpoint(path, anchors=ANCHORS, base=base, **options)
     return replace(opened, origin=origin)
 
 

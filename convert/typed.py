@@ -17,7 +17,7 @@ class Misfit(Exception):  # noqa: N818
     """A value is not of its type. The text is its key, such as `drops[0].reason`."""
 
 
-def read(kind: type[T], value: Any, name: str = "") -> T:
+def read(kind: type[T], value: object, name: str = "") -> T:
     """Turn a JSON value into a dataclass.
 
     Its fields are texts, numbers of at most 64 bits, booleans, `Any`, dataclasses, and `T | None`, `tuple[T, ...]` and
@@ -45,7 +45,7 @@ def read(kind: type[T], value: Any, name: str = "") -> T:
     return made
 
 
-def _read(kind: Any, value: Any, name: str) -> Any:
+def _read(kind: Any, value: object, name: str) -> Any:
     if kind is Any:
         return value
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
@@ -71,7 +71,7 @@ def _of(kind: Any, value: Any, name: str) -> Any:
     return value
 
 
-def _matching(pattern: re.Pattern[str], value: Any, name: str) -> str:
+def _matching(pattern: re.Pattern[str], value: object, name: str) -> str:
     if type(value) is not str or not pattern.fullmatch(value):
         raise Misfit(name)
     return value

@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import re
-import secrets
 import shutil
 import stat
 import sys
@@ -78,7 +77,7 @@ def naming(target: Path, work: Path) -> Iterator[None]:
 def make(target: Path, stack: contextlib.ExitStack) -> Path:
     """Make a working directory, locked for as long as the stack lives."""
     for _ in range(100):
-        work = target.with_name(f"{_start(target.name)}{secrets.token_hex(8)}{_SUFFIX}")
+        work = target.with_name(f"{_start(target.name)}{os.urandom(8).hex()}{_SUFFIX}")
         with naming(target, work):
             check_parent(target)
             try:

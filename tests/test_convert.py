@@ -26,7 +26,7 @@ from fairseq_models import REFUSED, VARIANTS, Variant, build, save
 from safetensors.torch import load_file
 
 import convert
-from convert.errors import PlanError
+from convert.errors import ConvertError, PlanError
 
 # Where the two frameworks do not do the same sums: the norm of a weight-norm-removed convolution is taken anew, and
 # fairseq adds blank_weight to the logit, the converted model has it in its bias.
@@ -142,8 +142,8 @@ def test_all_reasons_at_once(tmp_path: Path) -> None:
         (lambda s: s["cfg"]["model"]["w2v_args"]["model"].pop("layer_norm_first"), "missing-setting", "layer_norm_first"),
         (lambda s: s["cfg"]["model"]["w2v_args"]["model"].update(encoder_attention_heads=7), "bad-setting", "encoder_attention_heads"),
         (lambda s: s["cfg"]["model"]["w2v_args"]["model"].update(encoder_attention_heads=0), "bad-setting", "encoder_attention_heads"),
-        (lambda s: s["cfg"]["model"]["w2v_args"]["model"].update(encoder_layers=3), "dead-rule", "w2v_encoder.w2v_model.encoder.layers.2.fc1.bias"),
-        (lambda s: s["cfg"]["model"]["w2v_args"]["model"].update(conv_bias=True), "dead-rule", "w2v_encoder.w2v_model.feature_extractor.conv_layers.0.0.bias"),
+        (lambda s: s["cfg"]["model"]["w2v_args"]["model"].update(encoder_layers=3), "missing-tensor", "w2v_encoder.w2v_model.encoder.layers.2.fc1.bias"),
+        (lambda s: s["cfg"]["model"]["w2v_args"]["model"].update(conv_bias=True), "missing-tensor", "w2v_encoder.w2v_model.feature_extractor.conv_layers.0.0.bias"),
         (lambda s: s["cfg"]["model"]["w2v_args"]["model"].update(encoder_ffn_embed_dim=100), "shape", "w2v_encoder.w2v_model.encoder.layers.0.fc1.bias"),
         (lambda s: s["cfg"]["model"]["w2v_args"]["model"].update(conv_feature_layers="__import__('os')"), "bad-setting", "conv_feature_layers"),
         (lambda s: s["cfg"]["model"].update(dropout=float("nan")), "bad-setting", "dropout"),
@@ -151,8 +151,8 @@ def test_all_reasons_at_once(tmp_path: Path) -> None:
         (lambda s: s["cfg"]["task"].pop("normalize"), "missing-setting", "normalize"),
         (lambda s: s["cfg"]["task"].update(sample_rate=-1), "bad-setting", "sample_rate"),
         (lambda s: s["cfg"]["criterion"].update(post_process="byte_pairs"), "unsupported-setting", "criterion.post_process"),
-        (lambda s: s["model"].update(extra=torch.zeros(1)), "unmapped-source", "extra"),
-        (lambda s: s["model"].pop("w2v_encoder.proj.bias"), "dead-rule", "w2v_encoder.proj.bias"),
+        (lambda s: s["model"].update(extra=torch.zeros(1)), "unexpected-tensor", "extra"),
+        (lambda s: s["model"].pop("w2v_encoder.proj.bias"), "missing-tensor", "w2v_encoder.proj.bias"),
         (lambda s: s.pop("task_state"), "no-dictionary", "--dict"),
     ],
 )  # fmt: skip
@@ -175,6 +175,38 @@ def test_what_no_reference_can_prove_is_refused_by_name(name: str, tmp_path: Pat
 def test_a_setting_that_the_caller_vouches_for(tmp_path: Path) -> None:
     path = edited(save("ctc_base", tmp_path / "m.pt"), lambda s: s["cfg"]["model"].update(my_trick=True))
     assert convert.plan(path, training_only=["my_trick"]).training_only["my_trick"] is True
+    with pytest.raises(PlanError) as raised:
+        convert.plan(path, training_only=["my_trick", "my_trck", "dropuot", "dropout"])
+    assert [(problem.code, str(problem)) for problem in raised.value.problems] == [
+        ("no-setting", "--training-only: the checkpoint has no setting called my_trck or dropuot")
+    ]
+    assert raised.value.hint == "`inspect --json` lists its settings: check the name, or leave it out"
+
+
+def test_tensors_that_are_not_those_of_the_settings(tmp_path: Path) -> None:
+    path = save("ctc_base", tmp_path / "m.pt")
+    added = edited(path, lambda s: s["model"].update({f"new.{index}": torch.zeros(2) for index in range(11)}))
+    with pytest.raises(PlanError) as raised:
+        convert.plan(added)
+    assert [problem.key for problem in raised.value.problems] == [f"new.{index}" for index in range(11)]
+    assert raised.value.hint == "tensors that a fork added need rules of their own: docs/adding_a_family.md"
+    edited(added, lambda s: s["model"].pop("w2v_encoder.w2v_model.encoder.layer_norm.bias"))
+    with pytest.raises(PlanError) as raised:
+        convert.plan(added)
+    assert raised.value.hint == (
+        "tensors and settings are not of the same model: convert the file as its trainer wrote it"
+    )
+
+
+@pytest.mark.parametrize("content", [None, b"no checkpoint"])
+def test_an_error_of_a_base_names_the_option(content: bytes | None, tmp_path: Path) -> None:
+    path = save("ctc_base", tmp_path / "m.pt")
+    edited(path, lambda state: state["cfg"]["model"].update(w2v_args=None))
+    if content is not None:
+        (tmp_path / "base.pt").write_bytes(content)
+    with pytest.raises(ConvertError, match=r"^--base: .*base\.pt") as raised:
+        convert.plan(path, base=tmp_path / "base.pt")
+    assert str(raised.value.problems[0]).count("--base: ") == 1
 
 
 def test_dictionaries_that_disagree(tmp_path: Path) -> None:
@@ -201,6 +233,10 @@ def test_a_fine_tuned_model_without_its_pretrained_settings(tmp_path: Path) -> N
     with pytest.raises(PlanError) as raised:
         convert.plan(path)
     assert raised.value.code == "no-base-settings" and "--base base.pt" in raised.value.hint
+    edited(path, lambda state: state["cfg"]["model"].update(w2v_path="/runs/7/checkpoint_last.pt"))
+    with pytest.raises(PlanError) as raised:
+        convert.plan(path)
+    assert raised.value.hint == "pass the pretrained checkpoint: --base PRETRAINED.pt"
     values = {value.name: value.value for value in convert.plan(path, base=base).config}
     assert values == {value.name: value.value for value in whole.config}
 
@@ -237,11 +273,24 @@ def test_other_dtypes_round_as_torch_does(dtype: str, kind: torch.dtype, tmp_pat
 def test_shards(tmp_path: Path) -> None:
     model = build("ctc_base")
     path = save("ctc_base", tmp_path / "m.pt", model=model)
-    convert.convert(path, tmp_path / "out", max_shard_size=60_000)
+    convert.convert(path, tmp_path / "out", max_shard_size="60 kB")
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
     wave = torch.randn(1, EVEN[0])
     assert torch.equal(outputs(model, wave)[0], counterpart_outputs(load(tmp_path / "out"), wave)[0])
     assert convert.compare_weights(path, tmp_path / "out") == []
+
+
+def test_sizes_of_shards_as_people_write_them(tmp_path: Path) -> None:
+    path, shards = save("ctc_base", tmp_path / "m.pt"), {}
+    for text in ("0.06MB", "60kb", "60000", "60000 B", "5GB"):
+        convert.convert(path, tmp_path / text, max_shard_size=text)
+        shards[text] = len(list((tmp_path / text).glob("model*.safetensors")))
+    *small, whole = shards.values()
+    assert whole == 1 < small[0] and len(set(small)) == 1
+    for text in ("0", "-1", "5 GiB", "many", "1e3", ""):
+        with pytest.raises(ConvertError, match="is not a size") as raised:
+            convert.convert(path, tmp_path / "out", max_shard_size=text)
+        assert (raised.value.code, raised.value.status) == ("usage", 2) and "such as 5GB" in raised.value.hint
 
 
 def test_one_changed_bit_is_found(tmp_path: Path) -> None:

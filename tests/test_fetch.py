@@ -443,7 +443,7 @@ def test_bar_only_on_a_terminal(
 def complaints(entries: list[Entry]) -> list[str]:
     """What is wrong with a catalogue, an entry's name first."""
     hub = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-    twins = {item.twin for item in entries}
+    counterparts = {item.counterpart for item in entries}
     rules = {
         "name": lambda item: re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", item.name),
         "title": lambda item: item.title and item.description,
@@ -456,12 +456,12 @@ def complaints(entries: list[Entry]) -> list[str]:
             item.dictionary or "CTC" not in item.description or "lists no dict" in item.description
         ),
         "license": lambda item: item.license == ("CC-BY-NC-4.0" if item.name.startswith("mms-") else "MIT"),
-        "twin": lambda item: item.twin is None or hub.fullmatch(item.twin),
+        "counterpart": lambda item: item.counterpart is None or hub.fullmatch(item.counterpart),
         "language": lambda item: (
             item.language is None or all(re.fullmatch("[a-z]{2,3}", code) for code in item.language)
         ),
         "datasets": lambda item: all(hub.fullmatch(name) for name in item.datasets),
-        "base_model": lambda item: item.base_model is None or item.base_model in twins,
+        "base_model": lambda item: item.base_model is None or item.base_model in counterparts,
         "fine-tuned from nothing": lambda item: item.base_model or "fine-tuned" not in item.description,
         "citation": lambda item: re.fullmatch(r"\d{4}\.\d{5}", item.citation),
     }
@@ -469,8 +469,8 @@ def complaints(entries: list[Entry]) -> list[str]:
     for field in ("name", "title", "address", "description"):
         values = [getattr(item, field) for item in entries]
         found += [f"{value}: twice" for value in sorted({value for value in values if values.count(value) > 1})]
-    named = [item.twin for item in entries if item.twin]
-    return found + [f"{twin}: twice" for twin in sorted({twin for twin in named if named.count(twin) > 1})]
+    named = [item.counterpart for item in entries if item.counterpart]
+    return found + [f"{name}: twice" for name in sorted({name for name in named if named.count(name) > 1})]
 
 
 def test_catalogue_is_well_formed() -> None:
@@ -492,7 +492,7 @@ def test_catalogue_is_well_formed() -> None:
         ({"dictionary": None}, "needs a dictionary"),
         ({"license": None}, "license"),
         ({"license": "Apache-2.0"}, "license"),
-        ({"twin": "wav2vec2"}, "twin"),
+        ({"counterpart": "wav2vec2"}, "counterpart"),
         ({"language": ("english",)}, "language"),
         ({"datasets": ("librispeech",)}, "datasets"),
         ({"base_model": "facebook/unknown"}, "base_model"),
@@ -511,7 +511,13 @@ def test_control_an_entry_that_stands_twice_is_found() -> None:
     again = complaints([*entries, entries[0]])
     assert [line for line in again if line.endswith(": twice")] == [
         f"{value}: twice"
-        for value in (entries[0].name, entries[0].title, entries[0].address, entries[0].description, entries[0].twin)
+        for value in (
+            entries[0].name,
+            entries[0].title,
+            entries[0].address,
+            entries[0].description,
+            entries[0].counterpart,
+        )
     ]
 
 
@@ -519,7 +525,7 @@ def test_first_model_of_the_project() -> None:
     item = catalogue()["wav2vec2-large-lv60-10m-self"]
     assert item.address == "https://dl.fbaipublicfiles.com/fairseq/wav2vec/wav2vec_vox_10m_pl.pt"
     assert item.dictionary == "https://dl.fbaipublicfiles.com/fairseq/wav2vec/dict.ltr.txt"
-    assert (item.twin, item.base_model) == (
+    assert (item.counterpart, item.base_model) == (
         "Splend1dchan/wav2vec2-large-10min-lv60-self",
         "facebook/wav2vec2-large-lv60",
     )

@@ -896,7 +896,6 @@ ALLOWED = {
     # files without names: unlinked as soon as they are mapped
     "verification/fairseq_side/shelf.py": {"import tempfile", "unlink()"},
     "verification/report.py": {"import tempfile"},  # asks where temporary files lie, to name none of them
-    "transfer.py": {"read in pieces"},  # the source is hashed on the way through, with what is converted
     "evaluation/transcripts.py": {"unlink()"},  # a log that is not needed any more
 }
 

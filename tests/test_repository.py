@@ -23,7 +23,7 @@ def found(pattern: str, text: str) -> list[str]:
 
 
 def test_the_version_heads_the_changelog() -> None:
-    (version,) = found(r'^version = "(.*)"$', PROJECT)
+    (version,) = found(r'^VERSION = "(.*?)"', (ROOT / "convert/report.py").read_text("utf-8"))
     assert found(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text("utf-8"))[0] == version
 
 

@@ -144,19 +144,12 @@ def test_a_vocabulary_in_another_order(tmp_path: Path) -> None:
     assert (found[:, [1, 2]] < -1000).all()
 
 
-@pytest.mark.parametrize(
-    ("changes", "key"),
-    [
-        ({"hidden_act": "silu"}, "hidden_act"),
-        ({"add_adapter": True}, "adapter"),
-        ({"layer_norm_eps": 1e-6}, "feat_extract_activation, layer_norm_eps"),
-    ],
-)
-def test_what_fairseq_does_not_have_is_refused(changes: dict[str, Any], key: str, tmp_path: Path) -> None:
+def test_what_fairseq_does_not_have_is_refused(tmp_path: Path) -> None:
+    changes = {"hidden_act": "silu", "add_adapter": True, "layer_norm_eps": 1e-6}
     save_with_transformers(tmp_path / "hf", config(False, vocab_size=7, **changes), ORDERED)
     with pytest.raises(PlanError) as raised:
         convert.restore(tmp_path / "hf", tmp_path / "back.pt")
-    assert key in {problem.key for problem in raised.value.problems}
+    assert {problem.key for problem in raised.value.problems} == changes.keys()
     assert not (tmp_path / "back.pt").exists()
 
 

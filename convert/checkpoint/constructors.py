@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import struct
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 from convert.checkpoint.stored import Global, Storage, StoredTensor, Stub
+
+T = TypeVar("T")
 
 
 class MalformedError(Exception):
@@ -54,7 +56,7 @@ def rebuild(function: Global, args: tuple[Any, ...]) -> Any:
     return Stub(function, args)
 
 
-def checked_key(key: Any) -> Any:
+def checked_key(key: T) -> T:
     """Refuse keys whose hash would walk a structure: nested tuples can make that endless, or overflow the C stack.
 
     Numbers beyond 64 bits are refused with them: Python's hash of a number is the number modulo 2**61 - 1, so that a file
@@ -67,12 +69,12 @@ def checked_key(key: Any) -> Any:
     return key
 
 
-def plain_set(values: Iterable[Any]) -> set[Any]:
+def plain_set(values: Iterable[object]) -> set[object]:
     """Make a set of the plain values among some."""
     return {checked_key(value) for value in values if isinstance(value, _PLAIN)}
 
 
-def is_count(value: Any) -> bool:
+def is_count(value: object) -> bool:
     """Say whether a value is a whole number that can count elements."""
     return type(value) is int and 0 <= value < 2**62  # True and False are numbers to Python, not to safetensors
 

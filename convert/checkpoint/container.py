@@ -240,7 +240,7 @@ def release(data: mmap.mmap, start: int, count: int) -> None:
         data.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
-def tensors_in(value: Any, name: str) -> Iterator[StoredTensor]:
+def tensors_in(value: object, name: str) -> Iterator[StoredTensor]:
     """Yield every tensor inside an unpickled value once, refusing structures no trainer would write."""
     seen: set[int] = set()
     pending: list[tuple[Any, int]] = [(value, 0)]

@@ -81,7 +81,7 @@ def _row(tensor: StoredTensor, index: int) -> StoredTensor:
     return StoredTensor(tensor.storage, offset, shared(tensor.shape[1:]), shared(tensor.stride[1:]))
 
 
-def holds_numbers(value: Any, name: str) -> bool:
+def holds_numbers(value: object, name: str) -> bool:
     """Say whether an entry of a state_dict may be weights: whether tensors, or arrays of numpy, are in it.
 
     Args:
@@ -91,7 +91,7 @@ def holds_numbers(value: Any, name: str) -> bool:
     return is_array(value) or any(True for _ in tensors_in(value, name))
 
 
-def is_array(value: Any) -> bool:
+def is_array(value: object) -> bool:
     """Say whether a value is a pickled array of numpy."""
     return isinstance(value, Stub) and value.type.module.partition(".")[0] == "numpy"
 
@@ -116,11 +116,11 @@ def read_groups(holders: Iterable[Parts], room: Room) -> dict[str, Group]:
     return groups
 
 
-def _is_tensor(entry: tuple[Any, Any]) -> bool:
+def _is_tensor(entry: tuple[object, object]) -> bool:
     return isinstance(entry[0], str) and entry[0].isprintable() and isinstance(entry[1], StoredTensor)
 
 
-def bytes_in(container: Container, value: Any) -> int:
+def bytes_in(container: Container, value: object) -> int:
     """Count the bytes of the storages that a value names."""
     return sum(
         container.storages[key].count
@@ -156,11 +156,11 @@ def _dictionaries_in(holder: Parts, room: Room) -> tuple[Dictionary, ...]:
     return tuple(whole) if len(whole) == len(found) else ()
 
 
-def _is_texts(value: Any) -> bool:
+def _is_texts(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-def _symbols(value: Any, room: Room) -> Dictionary | None:
+def _symbols(value: object, room: Room) -> Dictionary | None:
     state = value.state if isinstance(value, Stub) and isinstance(value.state, dict) else {}
     symbols = state.get("symbols")
     if isinstance(symbols, list):

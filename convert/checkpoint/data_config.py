@@ -52,7 +52,7 @@ def read_data_config(path: Path) -> DataConfig:
     return DataConfig(values, dictionary, _subwords(_beside(path, named, "sentencepiece_model")) if named else b"")
 
 
-def _beside(path: Path, named: Any, setting: str) -> Path:
+def _beside(path: Path, named: object, setting: str) -> Path:
     """Find a file that is named with the path that it had where the model was trained: beside this one, nowhere else."""
     if not isinstance(named, str) or not named:
         raise _bad(path, f"names no file as {setting}, but {str(named)[:60]!r}")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypeGuard
 
 from convert.checkpoint.beside import read_beside
 from convert.checkpoint.sentencepiece import CONTROL, SentencePieceModel, read_model
@@ -41,7 +41,7 @@ class Dictionary:
         return len(self.symbols)
 
 
-def is_dictionary(value: Any) -> bool:
+def is_dictionary(value: object) -> TypeGuard[Stub]:
     """Say whether an unpickled object is a dictionary: fairseq's class, one made of it, or a copy under another name."""
     state = value.state if isinstance(value, Stub) else None
     return isinstance(state, dict) and "symbols" in state and ("indices" in state or "count" in state)
@@ -52,7 +52,7 @@ def from_symbols(symbols: Sequence[str], name: str) -> Dictionary:
     return _checked(symbols, [1] * len(symbols), SPECIAL if tuple(symbols[:4]) == SPECIAL else (), name)
 
 
-def from_pickle(value: Any, name: str) -> Dictionary | None:
+def from_pickle(value: object, name: str) -> Dictionary | None:
     """Read a pickled `fairseq.data.dictionary.Dictionary`; `None` when the value is something else.
 
     Args:

@@ -59,9 +59,9 @@ def read_settings(run: Run, family: str, options: Options) -> tuple[dict[str, An
     """
     fields, origin, architecture, file = _fields(run, family, options)
     task: dict[str, Any] = {"_name": "fairseq2", "sample_rate": 16000, "settings_from": origin}
-    normalize, said = _normalize(run, family, architecture, options)
+    normalize, stated_by = _normalize(run, family, architecture, options)
     if normalize is not None:
-        task |= {"normalize": normalize, "normalize_from": said}
+        task |= {"normalize": normalize, "normalize_from": stated_by}
     return {"model": {"_name": f"fairseq2.{family}"} | fields, "task": task, "criterion": {}}, file
 
 
@@ -139,7 +139,7 @@ def _based(name: str, known: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def _architecture(name: Any, family: str, key: str) -> Mapping[str, Any]:
+def _architecture(name: object, family: str, key: str) -> Mapping[str, Any]:
     found = ARCHITECTURES[family].get(name) if isinstance(name, str) else None
     if found is None:
         raise CheckpointError(
@@ -151,7 +151,7 @@ def _architecture(name: Any, family: str, key: str) -> Mapping[str, Any]:
     return found
 
 
-def _configuration(value: Any, file: Path | None) -> dict[str, Any]:
+def _configuration(value: object, file: Path | None) -> dict[str, Any]:
     """Give a `model_config` of any version the fields of today's, those of the encoder beside the others."""
     value = value if value is not None else {}
     if isinstance(value, dict) and isinstance(value.get("_set_"), dict):
@@ -240,5 +240,5 @@ def _decoding(path: Path, model: SentencePieceModel, data: bytes) -> dict[str, A
     }
 
 
-def _last(path: Any) -> str:
+def _last(path: object) -> str:
     return str(path).replace("\\", "/").rstrip("/").rpartition("/")[2]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from convert.checkpoint.settings import content_of, might_be_settings, read_any, read_settings
 from convert.checkpoint.stored import StoredTensor, Stub
@@ -83,7 +83,7 @@ class FoundSettings:
     where: tuple[str, ...] = ()
 
 
-def parts_of(value: Any) -> Mapping[Any, Any]:
+def parts_of(value: object) -> Mapping[Any, Any]:
     """Return what a value consists of, by name: a dict, whatever its class, an object's attributes, the items of a list."""
     if is_module(value):
         return module_entries(value)
@@ -94,7 +94,7 @@ def parts_of(value: Any) -> Mapping[Any, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def states(value: Any, anchors: Sequence[Anchor]) -> list[State]:
+def states(value: object, anchors: Sequence[Anchor]) -> list[State]:
     """List the state_dicts of a file: those with a model, or, where there is none, all that hold tensors."""
     found = list(_states(value, "", (), set(), anchors))
     return [state for state in found if state.roots] or found
@@ -141,7 +141,7 @@ def find_roots(names: Iterable[str], anchors: Sequence[Anchor]) -> dict[str, Anc
     return {prefix: found[prefix] for prefix, start in layers.items() if any(name.startswith(start) for name in listed)}
 
 
-def find_settings(value: Any, state: State, name: str) -> FoundSettings:
+def find_settings(value: object, state: State, name: str) -> FoundSettings:
     """Find the settings of a model: in what holds it, or else those that the file has once, wherever they are.
 
     Args:
@@ -170,7 +170,7 @@ def find_settings(value: Any, state: State, name: str) -> FoundSettings:
     return FoundSettings(layout, values, (next(iter(found)),)) if alike else FoundSettings(where=tuple(found))
 
 
-def _candidates(value: Any) -> Iterator[tuple[str, Any]]:
+def _candidates(value: object) -> Iterator[tuple[str, Any]]:
     """Yield what may be settings, and where it is; not what is inside of it."""
     pending: list[tuple[str, Any, int]] = [("", value, 0)]
     seen: set[int] = set()
@@ -211,7 +211,7 @@ def fairseq_names(names: Iterable[str]) -> dict[str, str]:
     return {plain: name for plain, name in made.items() if plain not in taken}
 
 
-def is_module(value: Any) -> bool:
+def is_module(value: object) -> TypeGuard[Stub]:
     """Say whether a value is a pickled `torch.nn.Module`."""
     state = value.state if isinstance(value, Stub) else None
     return isinstance(state, dict) and all(isinstance(state.get(part), dict) for part in _MODULE)
@@ -234,5 +234,5 @@ def module_entries(module: Stub) -> dict[str, Any]:
     return made
 
 
-def _holds(names: Any, name: str) -> bool:
+def _holds(names: object, name: str) -> bool:
     return isinstance(names, set) and name in names

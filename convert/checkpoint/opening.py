@@ -29,7 +29,7 @@ from convert.checkpoint.pickled import is_harmful
 from convert.checkpoint.refusals import ambiguous, no_model, no_settings
 from convert.checkpoint.settings import read_generation, read_settings
 from convert.checkpoint.stored import StoredTensor
-from convert.errors import CheckpointError
+from convert.errors import CheckpointError, named_by
 from convert.files import sha256_of
 
 _SLACK = 64_000_000  # bytes that the views of a small file may need beyond the file's size
@@ -312,7 +312,9 @@ def _based(opened: Checkpoint, base: Path | None, anchors: Sequence[Anchor]) -> 
         return replace(opened, notes=opened.notes + note)
     if base is None:
         return opened
-    with open_checkpoint(base, anchors=anchors) as other:
+    with named_by("--base"):
+        other = open_checkpoint(base, anchors=anchors)
+    with other:
         pretrained = other.settings
         if other.inner:
             pretrained = other.settings["model"].get("w2v_args")
@@ -351,12 +353,12 @@ def _normalized(opened: Checkpoint, normalize: bool | None) -> Checkpoint:
     if task.get("normalize") is not None and not (opened.base and opened.base.whole):
         if bool(task["normalize"]) == normalize:
             return opened
-        said = f"{opened.path.name}: its settings say normalize = {task['normalize']}"
-        raise CheckpointError(said, code="usage", key=option, hint=f"leave {option} out")
+        message = f"{opened.path.name}: its settings say normalize = {task['normalize']}"
+        raise CheckpointError(message, code="usage", key=option, hint=f"leave {option} out")
     note = f"normalize = {normalize}, as {option} says"
     settings = opened.settings | {"task": task | {"normalize": normalize}}
     return replace(opened, settings=settings, notes=(*opened.notes, note))
 
 
-def _printable(key: Any) -> str:
+def _printable(key: object) -> str:
     return str(key) if str(key).isprintable() else ascii(key)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ _OTHERS = {
 }
 
 
-def writer(top: Mapping[Any, Any]) -> str:
+def writer(top: Mapping[Any, object]) -> str:
     """Name the program that wrote a file, by the keys of its top level; empty, where they do not say."""
     for keys, name in _WRITERS.items():
         if top.keys() >= set(keys):
@@ -77,7 +77,7 @@ def no_settings(path: Path, state: State, prefix: str, several: Sequence[str] = 
     )
 
 
-def no_model(path: Path, value: Any, states: Sequence[State]) -> CheckpointError:
+def no_model(path: Path, value: object, states: Sequence[State]) -> CheckpointError:
     """Make the error for a file in which no model is found."""
     top = value if isinstance(value, dict) else {}
     by = f", written by {writer(top)}," if writer(top) else ""
@@ -112,7 +112,7 @@ def _parts(state: State) -> list[str]:
     return [part for part in state.where.split(".") if part]
 
 
-def _some(names: Any) -> str:
+def _some(names: Iterable[object]) -> str:
     listed = [str(name) if str(name).isprintable() else ascii(name) for name in names]
     folded = fold(listed[:5000])
     more = f", and {len(folded) - _SOME} more" if len(folded) > _SOME else ""

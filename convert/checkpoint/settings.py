@@ -52,7 +52,7 @@ def read_settings(top: Mapping[Any, Any], name: str) -> tuple[str, dict[str, Any
     return None
 
 
-def read_any(value: Any, name: str) -> tuple[str, dict[str, Any]] | None:
+def read_any(value: object, name: str) -> tuple[str, dict[str, Any]] | None:
     """Read settings as `read_settings` does, wherever they stand: `None`, when they are those of another program."""
     with _bounded(name):
         plain = _resolved(plain_data(value))
@@ -129,7 +129,7 @@ def _sections(plain: Any) -> dict[str, Any]:
     return settings
 
 
-def _is_unilms(plain: Any) -> bool:
+def _is_unilms(plain: object) -> bool:
     return isinstance(plain, dict) and not {"model", "_name", "arch"} & plain.keys() and "gru_rel_pos" in plain
 
 
@@ -139,11 +139,11 @@ def _unilm(plain: dict[str, Any]) -> dict[str, Any]:
     return {"model": plain, "task": task, "criterion": {}}
 
 
-def _is_section(value: Any) -> bool:
+def _is_section(value: object) -> bool:
     return value is None or isinstance(value, dict)
 
 
-def plain_data(value: Any) -> Any:
+def plain_data(value: object) -> Any:
     """Turn what a pickle or a YAML file held into dicts, lists, texts and numbers.
 
     Raises:
@@ -151,7 +151,7 @@ def plain_data(value: Any) -> Any:
     """
     nodes, letters = [_NODES], [_TEXT]
 
-    def walk(item: Any, depth: int) -> Any:
+    def walk(item: object, depth: int) -> Any:
         nodes[0] -= 1
         letters[0] -= len(item) if isinstance(item, (str, bytes)) else 0  # one text may stand there many times
         if depth > _DEPTH or nodes[0] < 0 or letters[0] < 0:

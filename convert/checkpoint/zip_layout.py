@@ -12,7 +12,7 @@ import zlib
 from array import array
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 from convert.checkpoint.container import Container, Opened, Range, corrupted, release, tensors_in, unreadable
 from convert.checkpoint.foreign import archive_of
@@ -205,7 +205,7 @@ def _pack(container: Container, listed: dict[str, zipfile.ZipInfo]) -> None:
     container.storages, container.unpack, container.unpacked = places, unpack, at
 
 
-def _inflate(path: Path, original: Opened, info: zipfile.ZipInfo, file: Any) -> None:
+def _inflate(path: Path, original: Opened, info: zipfile.ZipInfo, file: BinaryIO) -> None:
     """Write an entry's bytes, no more than the directory says that there are, and hold them against its CRC-32."""
     where, crc, count = _range(path, original, info), 0, 0
     for piece in _pieces(path, original.data, info, where):

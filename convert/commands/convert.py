@@ -27,19 +27,25 @@ from convert.report import error_text, quoted, size
 @source
 @click.argument("out", type=click.Path(path_type=Path))
 @planning()
-@click.option("--dtype", default="keep", type=click.Choice(list(package.DTYPES)), show_default=True)
 @click.option(
-    "--max-shard-size", default=package.MAX_SHARD_SIZE, show_default=True, help="Largest safetensors file, in bytes."
+    "--dtype", default="keep", type=click.Choice(list(package.DTYPES)), show_default=True, help="Type of the weights."
 )
-@click.option("--overwrite", is_flag=True, help="Replace an existing model directory, once the new one is proved.")
+@click.option(
+    "--max-shard-size",
+    default="5GB",
+    show_default=True,
+    metavar="SIZE",
+    help="Largest safetensors file, such as 500MB.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace an existing model directory, once the new one is complete.")
 @click.option("--all", "every", is_flag=True, help="SOURCE is a folder: convert each checkpoint in it into OUT/NAME.")
-@click.option("--allow-non-finite", is_flag=True, help="Take NaN and infinite weights. The model may be of no use.")
+@click.option("--allow-non-finite", is_flag=True, help="Accept NaN and infinite weights. The model may be useless.")
 def command(checkpoint: str, out: Path, every: bool, **asked: Any) -> Outcome:
     """Turn a fairseq checkpoint into a Hugging Face model directory.
 
-    SOURCE is a path, a name of the catalogue (fetch --list), an https address, or hf://USER/REPO/FILE.pt, at a revision
-    hf://USER/REPO@REVISION/FILE.pt. Every tensor and every setting is carried over, or named with a reason, or the
-    conversion is refused; what was written is read back and compared byte for byte.
+    SOURCE is a path, a name of the catalogue (fetch --list), an https address, or hf://USER/REPO/FILE.pt (of a revision:
+    hf://USER/REPO@REVISION/FILE.pt). Every tensor and every setting is carried over or named with a reason; otherwise the
+    conversion is refused. The result is read back and compared byte for byte.
     """
     if every:
         return _every(package.convert_all(checkpoint, out, **asked))
@@ -51,7 +57,7 @@ def command(checkpoint: str, out: Path, every: bool, **asked: Any) -> Outcome:
     more = "".join(f" {option} {quoted(name)}" for option, name in given.items() if name)
     lines = [
         f"{out}: {model.target}, {len(model.plan.target)} tensors, {size(weights)}, each byte read back and compared",
-        f"dropped {len(model.dropped)}, made {len(model.plan.fills)}: see conversion.json",
+        f"dropped {len(model.dropped)} tensors, filled {len(model.plan.fills)}: conversion.json says why",
         *(model.chosen or model.kept),
         *(f"note: {note}" for note in model.notes),
         f"next: fairseq-to-hf verify {quoted(checkpoint)} {quoted(out)}{more}",

@@ -31,33 +31,35 @@ FILE_OPTION = click.Path(path_type=Path)
 @click.option("--split", help="The dataset's split. [default: test]")
 @click.option("--revision", help="The dataset's commit, branch or tag.")
 @click.option(
-    "--text-column", help="The dataset's column of transcripts, where there are several or none of the usual names."
+    "--text-column", help="The dataset's column of transcripts, where its name is unusual or not the only usual one."
 )
 @click.option(
     "--normalizer",
     default="none",
     show_default=True,
     type=click.Choice(list(NORMALIZERS)),
-    help="What is done to both texts before they are compared.",
+    help="Applied to both texts before they are compared.",
 )
 @click.option(
-    "--reference", type=click.Choice(["fairseq"]), help="Transcribe with fairseq too; any difference is a no."
+    "--reference",
+    type=click.Choice(["fairseq"]),
+    help="Transcribe with fairseq too; exit status 1 if any transcript differs.",
 )
 @click.option("--checkpoint", metavar="SOURCE", help="The fairseq checkpoint, for --reference.")
-@click.option("--base", metavar="SOURCE", help="As for convert.")
+@click.option("--base", metavar="SOURCE", help="Where its settings are, as for convert.")
 @click.option(
-    "--lang", "language", metavar="LANG", help="The language to transcribe, of several. [default: the weights']"
+    "--lang", "language", metavar="LANG", help="Of several languages, the one to transcribe. [default: the weights']"
 )
 @click.option("--device", help="cpu, cuda or cuda:N. [default: cuda if available]")
 @click.option(
-    "--batch-size", default=8, show_default=True, help="Recordings in one forward pass; changes no transcript."
+    "--batch-size", default=8, show_default=True, help="Recordings in one forward pass; no transcript depends on it."
 )
-@click.option("--transcripts", type=FILE_OPTION, help="A .jsonl file that keeps every transcript.")
+@click.option("--transcripts", type=FILE_OPTION, help="Keep every transcript in this .jsonl file.")
 def command(model_dir: Path, **asked: Any) -> Outcome:
     """Measure the word error rate of a model directory.
 
-    The result goes into MODEL_DIR/evaluation.json, from where `publish` takes it. An interrupted run continues
-    where it stopped. Run under `accelerate launch` to share the work among devices: the numbers stay the same.
+    Writes the result into MODEL_DIR/evaluation.json, which `publish` reads. An interrupted run continues where it
+    stopped. `accelerate launch` shares the work among devices; the numbers stay the same.
     """
     context = click.get_current_context()
     result = evaluate(model_dir, **asked, progress=context.obj.progress)

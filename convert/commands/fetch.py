@@ -22,12 +22,19 @@ from convert.sources import DIRECTORY
     "fairseq-to-hf fetch wav2vec2-base --directory downloads",
 )
 @click.argument("words", metavar="NAME", nargs=-1)
-@click.option("--list", "listing", is_flag=True, help="List the catalogue: what it has with all of these WORDS.")
-@click.option("--directory", default=DIRECTORY, type=click.Path(path_type=Path), show_default=True)
+@click.option(
+    "--list",
+    "listing",
+    is_flag=True,
+    help="List the released checkpoints: all, or those that have every word given as NAME.",
+)
+@click.option(
+    "--directory", default=DIRECTORY, type=click.Path(path_type=Path), show_default=True, help="Where to keep it."
+)
 def command(words: tuple[str, ...], listing: bool, directory: Path) -> Outcome:
     """Download a released fairseq checkpoint by name.
 
-    An interrupted download goes on where it stopped; the file's SHA-256 is recorded beside it.
+    An interrupted download continues where it stopped. The address and SHA-256 are recorded beside the file.
     """
     entries = catalogue()
     if listing:
@@ -53,7 +60,7 @@ def command(words: tuple[str, ...], listing: bool, directory: Path) -> Outcome:
         "dictionary": str(done.dictionary) if done.dictionary else None,
         "license": entry.license,
         "needs": entry.needs,
-        "twin": entry.twin,
+        "counterpart": entry.counterpart,
         "downloaded": done.downloaded,
     }
     return Outcome(True, lines, data)

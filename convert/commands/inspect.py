@@ -28,10 +28,10 @@ _NEVER = ("unsupported-architecture", "unsupported-setting")  # what no option h
 @source
 @planning()
 def command(checkpoint: str, **asked: Any) -> Outcome:
-    """Say what a file is, what it holds, and whether it can be converted, or what is missing and which option supplies it.
+    """Say what a file is, what it holds, and whether it can be converted; if not, why, and which option helps.
 
-    Reads no tensors, and executes nothing in the file. Names the architecture, its size, the task, the dictionary, what
-    stands beside the model, and every global of the pickle.
+    Reads no tensors and executes nothing in the file. Names the architecture, its size, the task, the dictionary, what
+    else the file holds, and with -v every tensor and every global of the pickle.
     """
     data = inspect(checkpoint, **asked)
     return Outcome(True, _text(data), data)
@@ -60,7 +60,7 @@ def _text(data: dict[str, Any]) -> list[str]:
         inner = settings["model"].get("w2v_args")
         model = (inner if isinstance(inner, dict) else settings)["model"]
         shape = [f"{model[key]} {word}" for key, word in _SHAPE.items() if key in model]
-        rows["architecture"] = f"{data['architecture']} ({', '.join(shape)})"
+        rows["architecture"] = str(data["architecture"]) + (f" ({', '.join(shape)})" if shape else "")
         rows["task"] = str(data["task"])
         rows["normalize"] = str(settings["task"].get("normalize"))
     rows["parameters"] = f"{data['parameters']:,} in {len(data['tensors'])} tensors, {', '.join(data['dtypes'])}"

@@ -20,48 +20,51 @@ _OPTIONS = {
         "--head", type=click.Choice(HEADS), help="Default: what the checkpoint is; `encoder` leaves its head out."
     ),
     "dictionary": click.option(
-        "--dict", "dictionary", metavar="FILE", help="dict.*.txt, or the tokenizer's .model, where the file has none."
+        "--dict",
+        "dictionary",
+        metavar="FILE",
+        help="dict.*.txt, or the sentencepiece model, of a checkpoint that holds none.",
     ),
     "base": click.option(
         "--base",
         metavar="SOURCE",
-        help="Pretrained checkpoint, or model.yaml, where the settings are only there.",
+        help="A checkpoint or model.yaml with the settings, where SOURCE lacks them.",
     ),
     "arch": click.option(
         "--arch",
         default="",
         metavar="NAME",
-        help="Registered name of the architecture, of a checkpoint that lacks its model.yaml.",
+        help="fairseq2's name of the architecture, for a checkpoint without its model.yaml.",
     ),
     "normalize": click.option(
         "--normalize/--no-normalize",
         default=None,
-        help="Whether waveforms were normalised, where the settings do not say it.",
+        help="Whether waveforms were normalised in training, where the settings do not say.",
     ),
     "post_process": click.option(
         "--post-process",
         metavar="NAME",
-        help="How text is made of the symbols, where the recipe is wrong: letter, sentencepiece, wordpiece, ...",
+        help="How symbols become text, where the recipe is wrong: letter, sentencepiece, wordpiece, ...",
     ),
-    "ema": click.option("--ema", is_flag=True, help="Take the moving average of the weights that stands beside them."),
+    "ema": click.option("--ema", is_flag=True, help="Take the moving average of the weights in place of the weights."),
     "training_only": click.option(
         "--training-only",
         multiple=True,
         metavar="SETTING",
-        help="A setting unknown to this version that acts while training only. If it does not, the model is wrong.",
+        help="A setting unknown to this version that acts in training only. If it does not, the model is wrong.",
     ),
     "keep_final_proj": click.option(
         "--keep-final-proj",
         is_flag=True,
-        help="Keep a pretraining head that the class has no place for, in final_proj.safetensors.",
+        help="Keep a pretraining head that transformers' class lacks, in final_proj.safetensors.",
     ),
     "language": click.option(
-        "--lang", "language", metavar="LANG", help="The one language to take of several, or to write."
+        "--lang", "language", metavar="LANG", help="Of several languages, the one to convert, or to translate into."
     ),
     "data_config": click.option(
         "--data-config",
         type=click.Path(path_type=Path),
-        help="config.yaml of a speech-to-text model, its dictionary and sentencepiece model beside it.",
+        help="config.yaml of a speech-to-text model; its dictionary and sentencepiece model lie beside it.",
     ),
 }
 

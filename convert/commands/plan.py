@@ -23,8 +23,8 @@ from convert.report import fold
 def command(checkpoint: str, **asked: Any) -> Outcome:
     """Show what a conversion would do, or why it is refused.
 
-    Lists every tensor that is renamed, dropped or made, every value of config.json with its origin, and the settings that
-    only act while training. Exit status 1 when the checkpoint cannot be converted completely.
+    Lists every tensor that is renamed, dropped or filled, every value of config.json with its origin, and the settings that
+    do not change what the model computes. Exit status 1 when the checkpoint cannot be converted completely.
     """
     model = plan(checkpoint, **asked)
     return Outcome(True, describe(model), as_data(model))
@@ -66,10 +66,11 @@ def describe(model: Conversion) -> list[str]:
     pairs = [f"{source} -> {target}" for source, target in model.plan.renames.items()]
     lines += [f"  {line}" for line in fold(pairs)]
     lines += [f"dropped: {len(model.dropped)}", *(f"  {drop.source}: {drop.reason}" for drop in model.dropped)]
-    lines += [f"made by a rule: {len(model.plan.fills)}"]
+    lines += [f"filled: {len(model.plan.fills)}"]
     lines += [f"  {fill.target}: {fill.what} ({fill.reason})" for fill in model.plan.fills]
     lines += [f"  {e.target}[{e.row}]: {e.what.rule} {e.what.value} ({e.reason})" for e in model.plan.table.edits]
     lines += model.kept
     lines += ["config.json", *(f"  {v.name} = {v.value!r}  ({v.origin})" for v in model.config)]
-    lines += ["settings that act while training only", f"  {', '.join(model.training_only) or 'none'}"]
+    lines += ["settings that act in training only, or have no effect in this model"]
+    lines += [f"  {', '.join(model.training_only) or 'none'}"]
     return lines

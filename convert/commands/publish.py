@@ -25,12 +25,16 @@ if TYPE_CHECKING:
 @click.argument("model_dir", type=click.Path(path_type=str))
 @click.argument("repo_id", metavar="USER/REPO")
 @click.option("--dry-run", is_flag=True, help="Check and show everything; write nothing.")
-@click.option("--public", is_flag=True, help="Create the repository visible to everybody; by default it is private.")
-@click.option("--create-pr", is_flag=True, help="Propose the change as a pull request, or go on with our open one.")
+@click.option("--public", is_flag=True, help="Create the repository public; by default it is private.")
+@click.option("--create-pr", is_flag=True, help="Propose the change as a pull request, or continue your open one.")
 @click.option("--revision", default="main", show_default=True, help="The branch to commit to.")
-@click.option("--tag", help="Name the revision; by default after the files' hashes.")
+@click.option("--tag", help="The tag of the published revision; by default made of the files' hashes.")
 @click.option("--check", is_flag=True, help="Load the model from the Hub afterwards and compare what it computes.")
-@click.option("--catalogue", metavar="NAME", help="The released checkpoint this is: license, language, data, citation.")
+@click.option(
+    "--catalogue",
+    metavar="NAME",
+    help="The released checkpoint that this is: the source of license, language, data and citation.",
+)
 @click.option("--license", "license_", metavar="ID", help="The weights' license, such as mit.")
 @click.option("--language", multiple=True, metavar="CODE", help="ISO 639 code of a language; may be repeated.")
 @click.option("--dataset", "datasets", multiple=True, metavar="ID", help="Training data on the Hub; may be repeated.")
@@ -40,12 +44,12 @@ if TYPE_CHECKING:
     "--delete-stale", is_flag=True, help="Delete another model's files from the repository, in the same commit."
 )
 @click.option(
-    "--timeout", default=120.0, show_default=True, metavar="SECONDS", help="Give an answer up after this time."
+    "--timeout", default=120.0, show_default=True, metavar="SECONDS", help="Stop waiting for an answer after this time."
 )
 @click.option(
     "--unverified",
     is_flag=True,
-    help="Publish a model that nobody has verified; the card, the commit and the tag say so in their first line.",
+    help="Publish a model that was not verified; the card, the commit and the tag say so in their first line.",
 )
 def command(
     model_dir: str,
@@ -60,8 +64,8 @@ def command(
 ) -> Outcome:
     """Push a verified model directory to the Hub, in one commit.
 
-    The token comes from HF_TOKEN or `hf auth login`. Exit status: 0 published or up to date, 1 the gate or a conflict
-    says no, 2 no answer was to be had (token, network).
+    The token comes from HF_TOKEN or `hf auth login`. Exit status: 0 published or up to date, 1 refused by the gate or a
+    conflict, 2 no answer (token, network).
     """
     from convert.publishing.facts import Stated
     from convert.publishing.run import publish

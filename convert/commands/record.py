@@ -21,12 +21,23 @@ from convert.report import library, quoted, size
 )
 @source
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--fairseq-python", metavar="PYTHON", help="Another interpreter, with torch and fairseq.")
-@click.option("--audio", multiple=True, type=click.Path(path_type=Path), help="Your recordings: wav, flac, or folders.")
-@click.option("--dtype", type=click.Choice(["float16", "bfloat16"]), help="Answer for rounded weights too.")
-@click.option("--long/--no-long", default=True, show_default=True, help="30 seconds of speech among the inputs.")
-@click.option("--lang", "language", metavar="LANG", help="The language to answer in, of several. Default: all of them.")
-@click.option("--overwrite", is_flag=True, help="Replace an existing recording, once the new one is made.")
+@click.option(
+    "--fairseq-python", metavar="PYTHON", help="Run fairseq in this interpreter, which has torch and fairseq."
+)
+@click.option(
+    "--audio",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Your recordings too: a wav or flac file, or a folder; may be repeated.",
+)
+@click.option(
+    "--dtype", type=click.Choice(["float16", "bfloat16"]), help="Answer for weights rounded to this type too."
+)
+@click.option(
+    "--long/--no-long", default=True, show_default=True, help="Whether 30 seconds of speech are among the inputs."
+)
+@click.option("--lang", "language", metavar="LANG", help="Of several languages, the one to run. Default: all.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing recording, once the new one is complete.")
 @planning("keep_final_proj", "language")
 def command(checkpoint: str, out: Path, **options: Any) -> Outcome:
     """Run fairseq once and keep its answers, to verify later where fairseq is not installed."""

@@ -19,11 +19,11 @@ from convert.restoration import restore
 )
 @click.argument("model_dir", type=click.Path(path_type=Path))
 @click.argument("out", metavar="CHECKPOINT", type=click.Path(path_type=Path))
-@click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint, once the new one is proved.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint, once the new one is complete.")
 def command(model_dir: Path, out: Path, overwrite: bool) -> Outcome:
     """Write a fairseq checkpoint from a model directory.
 
-    Takes a directory that this tool made, or one that transformers saved; fairseq's own loader takes the result.
+    MODEL_DIR is a directory that `convert` or transformers wrote. The result loads with fairseq.
     """
     done = restore(model_dir, out, overwrite=overwrite)
     lines = [

@@ -20,21 +20,46 @@ from convert.commands.options import planning, source
 )
 @source
 @click.argument("model_dir", type=click.Path(path_type=Path))
-@click.option("--reference", type=click.Path(path_type=Path), help="A recording, where fairseq is not installed.")
-@click.option("--fairseq-python", metavar="PYTHON", help="Another interpreter, with torch and fairseq.")
-@click.option("--device", "devices", multiple=True, help="cpu or cuda, several times. Default: all there are.")
-@click.option("--audio", multiple=True, type=click.Path(path_type=Path), help="Your recordings: wav, flac, or folders.")
+@click.option(
+    "--reference", type=click.Path(path_type=Path), help="A recording of `record`: fairseq is not needed then."
+)
+@click.option(
+    "--fairseq-python", metavar="PYTHON", help="Run fairseq in this interpreter, which has torch and fairseq."
+)
+@click.option(
+    "--device",
+    "devices",
+    multiple=True,
+    metavar="NAME",
+    help="cpu, cuda or cuda:N; may be repeated. Default: all there are.",
+)
+@click.option(
+    "--audio",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Your recordings too: a wav or flac file, or a folder; may be repeated.",
+)
 @click.option(
     "--require",
     type=click.Choice(["identical", "rounding"]),
-    help="Of every input. Default: identical where both sides do the same arithmetic on this CPU, else rounding.",
+    help="What every input must be. Default: identical where both sides do the same arithmetic on this CPU, else rounding.",
 )
-@click.option("--long/--no-long", default=True, show_default=True, help="30 seconds of speech among the inputs.")
 @click.option(
-    "--lang", "languages", multiple=True, help="A language to run, of several; several times. Default: all of them."
+    "--long/--no-long", default=True, show_default=True, help="Whether 30 seconds of speech are among the inputs."
+)
+@click.option(
+    "--lang",
+    "languages",
+    multiple=True,
+    metavar="LANG",
+    help="Of several languages, one to run; may be repeated. Default: all.",
 )
 @planning(only=("dictionary", "base"))
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw the differences along the stages into a PNG.")
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path),
+    help="Draw the differences at every stage into a .png, .svg or .pdf file.",
+)
 def command(checkpoint: str, model_dir: Path, plot: Path | None, **options: Any) -> Outcome:
     """Prove that a model directory is the checkpoint's model.
 

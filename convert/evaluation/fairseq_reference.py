@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+from convert.audio import Waveform
 from convert.directory import ModelDirectory
 from convert.errors import ConvertError
 from convert.loading import quiet
@@ -53,7 +53,8 @@ class FairseqReference:
             taken = language or (directory.record.language if directory else "")
             self.subject, _ = read_subject(opened, replace(request, language=taken))
             if not self.subject.symbols:
-                raise ConvertError(f"{name} has no dictionary, so that its model writes no text", code="no-vocabulary")
+                hint = "`fairseq-to-hf verify` compares any model with fairseq's"
+                raise ConvertError(f"{name} has no dictionary: it writes no text", code="no-vocabulary", hint=hint)
             self.digest = self.subject.sha256
             with answering(), quiet():
                 try:
@@ -64,7 +65,7 @@ class FairseqReference:
             self.version = str(self.reference.info["fairseq"])
             self.close = stack.pop_all().close
 
-    def transcribe(self, samples: Any) -> str:
+    def transcribe(self, samples: Waveform) -> str:
         """Transcribe one waveform, float32 of shape (samples,), as fairseq does to count errors.
 
         Raises:

@@ -51,7 +51,7 @@ def hub_source(options: Options, rate: int) -> Source:
     audio = [column for column, feature in columns.items() if isinstance(feature, datasets.Audio)]
     wanted = (options.text_column,) if options.text_column else TEXT_COLUMNS
     text = [column for column in wanted if column in columns]
-    _single(shown, "audio", audio, list(columns), "")
+    _single(shown, "audio", audio, list(columns), "choose a dataset whose recordings are in one column")
     _single(shown, "transcripts", text, list(columns), "name it with --text-column")
     stream = stream.cast_column(audio[0], datasets.Audio(decode=False))
     counts = (stream.info.splits or {}).get(split)
@@ -63,7 +63,8 @@ def hub_source(options: Options, rate: int) -> Source:
 
 def _unreadable(name: str, what: str, error: Exception) -> ConvertError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return ConvertError(f"{name}: cannot be {what}: {reason}", code="dataset", key=name)
+    hint = "check its name, --config, --split and --revision; a gated dataset needs `hf auth login`"
+    return ConvertError(f"{name}: cannot be {what}: {reason}", code="dataset", key=name, hint=hint)
 
 
 def _single(name: str, what: str, found: list[str], columns: list[str], hint: str) -> None:
@@ -97,7 +98,7 @@ def _items(shown: str, stream: Any, audio: str, text: str, rate: int) -> Iterato
 
 def _decode(name: str, content: bytes | None, path: str | None, rate: int) -> Waveform:
     if content is None and path is None:
-        raise bad_audio(name, "the dataset has no audio for it", "")
+        raise bad_audio(name, "the dataset has no audio for it", "leave it out of the dataset")
     if content is None and "://" in str(path):
         import fsspec
 

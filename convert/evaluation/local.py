@@ -10,6 +10,8 @@ from convert.errors import ConvertError, Problem
 from convert.evaluation.data import Dataset, Item, Source, refuse
 from convert.reading import LISTS, read_file
 
+_RECORDINGS = "name a folder of .wav or .flac recordings, at any depth, with their transcripts"
+
 
 def manifest_source(path: Path, rate: int) -> Source:
     """Open a fairseq manifest: `FILE.tsv` with `FILE.ltr` or `FILE.wrd` beside it.
@@ -27,9 +29,10 @@ def manifest_source(path: Path, rate: int) -> Source:
         for number, row in enumerate(rows, start=2)
         if len(row) != 2 or not row[1].isdecimal()
     ]
-    refuse(f"{path.name} is not a fairseq manifest", broken)
+    hint = "below its first line, the folder of the recordings, each line is FILE<tab>SAMPLES, as wav2vec_manifest.py writes"
+    refuse(f"{path.name} is not a fairseq manifest", broken, hint)
     if not rows:
-        raise ConvertError(f"{path.name} lists no recordings", code="manifest", key=path.name)
+        raise ConvertError(f"{path.name} lists no recordings", code="manifest", key=path.name, hint=hint)
     texts = _transcripts(path, len(rows))
     candidates = (Path(lines[0]), path.parent / lines[0], path.parent)
     root = next((root for root in candidates if (root / rows[0][0]).is_file()), candidates[0])
@@ -53,10 +56,11 @@ def folder_source(folder: Path, rate: int) -> Source:
         ConvertError: there are no recordings, or some have no transcript (all of them are listed).
     """
     if not folder.is_dir():
-        raise ConvertError(f"{folder.name}: no such folder", code="no-folder", key=folder.name)
+        raise ConvertError(f"{folder.name}: no such folder", code="no-folder", key=folder.name, hint=_RECORDINGS)
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     if not paths:
-        raise ConvertError(f"{folder.name}: no .wav or .flac recordings in it", code="no-audio", key=folder.name)
+        message = f"{folder.name}: no .wav or .flac recordings in it"
+        raise ConvertError(message, code="no-audio", key=folder.name, hint=_RECORDINGS)
     listed = {parent: _librispeech(parent) for parent in {path.parent for path in paths}}
     names = [path.relative_to(folder).as_posix() for path in paths]
     texts = [
@@ -70,7 +74,8 @@ def folder_source(folder: Path, rate: int) -> Source:
         for name, text in zip(names, texts, strict=True)
         if text is None
     ]
-    refuse(f"{folder.name}: {len(missing)} of {len(paths)} recordings have no transcript", missing)
+    hint = "write the text of A.wav into A.txt beside it, or take the recording out of the folder"
+    refuse(f"{folder.name}: {len(missing)} of {len(paths)} recordings have no transcript", missing, hint)
     items = (
         Item(name, text or "", partial(read_audio, path, rate, name=name))
         for name, text, path in zip(names, texts, paths, strict=True)
@@ -93,7 +98,9 @@ def _lines(path: Path) -> list[str]:
     try:
         lines = read_file(path, LISTS).decode().split("\n")
     except UnicodeDecodeError as error:
-        raise ConvertError(f"{path.name}: not UTF-8 text: {error}", code="text", key=path.name) from error
+        message = f"{path.name}: not UTF-8 text: byte {error.start} is 0x{error.object[error.start]:02x}"
+        hint = "write it as UTF-8, for example: iconv -f latin1 -t utf-8 IN > OUT"
+        raise ConvertError(message, code="text", key=path.name, hint=hint) from error
     return [line.rstrip("\r") for line in (lines[:-1] if lines[-1] == "" else lines)]
 
 
@@ -102,14 +109,16 @@ def _transcripts(path: Path, count: int) -> list[str]:
     found = {suffix: path.with_suffix(suffix) for suffix in (".ltr", ".wrd") if path.with_suffix(suffix).is_file()}
     if not found:
         detail = f"{path.name}: no transcripts beside it, expected {path.stem}.ltr or {path.stem}.wrd"
-        raise ConvertError(detail, code="no-transcripts", key=path.name)
+        hint = "write them with fairseq's libri_labels.py, or give --folder recordings with .txt files beside them"
+        raise ConvertError(detail, code="no-transcripts", key=path.name, hint=hint)
     texts = {suffix: _lines(file) for suffix, file in found.items()}
     lengths = [
         Problem("transcripts", found[suffix].name, f"{len(lines)} lines for {count} recordings")
         for suffix, lines in texts.items()
         if len(lines) != count
     ]
-    refuse(f"{path.name} and its transcripts differ in length", lengths)
+    hint = "write them anew, with one line for each recording of the manifest"
+    refuse(f"{path.name} and its transcripts differ in length", lengths, hint)
     if ".ltr" not in texts:
         return [line.strip() for line in texts[".wrd"]]
     letters = [words_of_letters(line) for line in texts[".ltr"]]

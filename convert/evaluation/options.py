@@ -39,22 +39,26 @@ class Options:
         chosen = [f"--{name}" for name in ("manifest", "folder", "dataset") if getattr(self, name) is not None]
         if len(chosen) != 1:
             found = " and ".join(chosen) or "none"
-            _refuse(f"expected one of --manifest, --folder and --dataset, found {found}")
+            hint = "name the recordings: --manifest FILE.tsv, --folder DIR or --dataset NAME"
+            raise _usage(f"expected one of --manifest, --folder and --dataset, found {found}", hint)
         only = [name for name in ("config", "split", "revision", "text_column") if getattr(self, name) is not None]
         if only and self.dataset is None:
-            _refuse(f"--{only[0].replace('_', '-')} needs --dataset")
+            option = f"--{only[0].replace('_', '-')}"
+            raise _usage(f"{option} is for --dataset", f"leave {option} out, or name a dataset")
         if self.normalizer not in NORMALIZERS:
-            _refuse(f"unknown normalizer {self.normalizer!r}, expected one of {', '.join(NORMALIZERS)}")
+            raise _usage(f"unknown normalizer {self.normalizer!r}, expected one of {', '.join(NORMALIZERS)}")
         if self.reference not in (None, "fairseq"):
-            _refuse(f"unknown reference {self.reference!r}, expected fairseq")
-        if (self.reference is None) != (self.checkpoint is None):
-            _refuse("--reference fairseq and --checkpoint SOURCE need each other")
-        if self.base is not None and self.checkpoint is None:
-            _refuse("--base needs --checkpoint")
+            raise _usage(f"unknown reference {self.reference!r}, expected fairseq")
+        if self.checkpoint is None and self.reference is not None:
+            raise _usage("--reference fairseq needs the checkpoint", "name it: --checkpoint SOURCE")
+        for option, value in (("--checkpoint", self.checkpoint), ("--base", self.base)):
+            if value is not None and self.reference is None:
+                raise _usage(f"{option} is for --reference", f"leave {option} out, or add --reference fairseq")
         if self.batch_size < 1:
-            _refuse(f"batch size {self.batch_size}, expected at least 1")
+            raise _usage(f"batch size {self.batch_size}, expected at least 1")
         if self.manifest is not None and not self.manifest.is_file():
-            raise ConvertError(f"{self.manifest.name}: no such file", code="no-file", key=self.manifest.name)
+            hint = "name the FILE.tsv that fairseq's wav2vec_manifest.py wrote"
+            raise ConvertError(f"{self.manifest.name}: no such file", code="no-file", key=self.manifest.name, hint=hint)
 
     def command(self, revision: str | None) -> str:
         """Write the command line that measures the same, without folders and without what changes no number.
@@ -78,5 +82,5 @@ class Options:
         return shlex.join(words)
 
 
-def _refuse(message: str) -> None:
-    raise ConvertError(message, code="usage")
+def _usage(message: str, hint: str = "") -> ConvertError:
+    return ConvertError(message, code="usage", hint=hint)

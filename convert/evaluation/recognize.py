@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from convert.errors import ConvertError
 from convert.evaluation.data import Utterance
 from convert.families import of_class
+from convert.families.planning import list_languages
 from convert.loading import load, load_model, quiet, trying
 from convert.reading import read_file
 from convert.report import parse_json
@@ -39,7 +40,8 @@ def open_recognizer(model_dir: Path, device: str, language: str = "") -> Recogni
     """
     config = model_dir / "config.json"
     if not config.is_file():
-        raise ConvertError(f"{model_dir.name}: no config.json in it", code="no-model", key=model_dir.name)
+        hint = "name a directory that `convert` or transformers' save_pretrained wrote"
+        raise ConvertError(f"{model_dir.name}: no config.json in it", code="no-model", key=model_dir.name, hint=hint)
     says = parse_json(read_file(config), config.name)
     if not isinstance(says, dict):
         raise ConvertError(
@@ -187,8 +189,7 @@ def batches(utterances: Iterator[Utterance], size: int, pad: bool) -> Iterator[l
 def _check_language(model_dir: Path, language: str) -> None:
     """Refuse a language before transformers does, which would look for its file on the Hub."""
     files = model_dir.glob("adapter.*.safetensors")
-    known = sorted(path.name.removeprefix("adapter.").removesuffix(".safetensors") for path in files)
+    known = [path.name.removeprefix("adapter.").removesuffix(".safetensors") for path in files]
     if language not in known:
-        hint = f"it has: {', '.join(known)}" if known else "leave --lang out: this model has one language"
         message = f"{model_dir.name} has no language {language!r}"
-        raise ConvertError(message, code="unknown-language", key=language, hint=hint)
+        raise ConvertError(message, code="unknown-language", key="--lang", hint=list_languages(known))

@@ -185,7 +185,7 @@ def _rows(share: Iterator[list[Utterance]], ours: Transcribe, theirs: Transcribe
 
 def _result(options: Options, source: Source, decoder: str, rows: tuple[Row, ...]) -> Evaluation:
     if not rows:
-        raise ConvertError("the dataset has no utterances", code="no-data")
+        raise ConvertError("the dataset has no utterances", code="no-data", hint="choose another split")
     texts, hypotheses = [row.text for row in rows], [row.hypothesis for row in rows]
     scores = score(texts, hypotheses, options.normalizer)
     compared = options.reference is not None

@@ -49,7 +49,8 @@ def score(references: Sequence[str], hypotheses: Sequence[str], normalizer: str 
     change = NORMALIZERS[normalizer]
     expected, found = list(map(change, references)), list(map(change, hypotheses))
     if not any(text.split() for text in expected):
-        raise ConvertError("the transcripts have no words, so there is no error rate", code="no-words")
+        hint = "check the transcripts, or the column that --text-column names"
+        raise ConvertError("the transcripts have no words, so there is no error rate", code="no-words", hint=hint)
     counts = jiwer.process_words(expected, found)
     errors = counts.substitutions + counts.deletions + counts.insertions
     words = counts.hits + counts.substitutions + counts.deletions

@@ -36,6 +36,7 @@ __all__ = [
     "interface_of",
     "of_class",
     "settings_of",
+    "sources_of",
 ]
 
 
@@ -65,7 +66,7 @@ def describe(checkpoint: Checkpoint, request: Request) -> Conversion:
     Raises:
         PlanError: every problem of settings, vocabulary, names and shapes at once.
     """
-    sources, whole = _sources(checkpoint, request)
+    sources, whole = sources_of(checkpoint, request)
     if request.data_config is not None and not sources.kind.data_config:
         detail = f"{sources.name} has no config.yaml: leave --data-config out"
         raise PlanError(detail, code="usage", key="--data-config")
@@ -89,11 +90,11 @@ def interface_of(checkpoint: Checkpoint, request: Request, made: Conversion) -> 
         checkpoint, request: as for `describe`.
         made: what `describe` decided about them.
     """
-    sources, whole = _sources(checkpoint, request)
+    sources, whole = sources_of(checkpoint, request)
     return (whole.interface or encoder_interface)(sources, made)
 
 
-def _sources(checkpoint: Checkpoint, request: Request) -> tuple[Sources, Family]:
+def sources_of(checkpoint: Checkpoint, request: Request) -> tuple[Sources, Family]:
     """Gather what a conversion is decided from, and find the family that decides."""
     name = architecture_of(checkpoint)
     if name not in ARCHITECTURES:

@@ -20,7 +20,7 @@ from convert.families.ctc import HEAD as CTC_HEAD
 from convert.families.ctc import Symbols
 from convert.families.encoder import Layout, assemble, encoder_rules, infer_encoder
 from convert.families.planning import choose, describe_encoder
-from convert.families.settings import Limit, Reader, Value, only
+from convert.families.settings import Limit, Reader, Value, must_be, only
 from convert.families.tokenizers import Processor, is_plain, vocab
 from convert.rules import Drop, Edit, Fill, Plan, Rename, Rule, Table, TensorSpec, Zeros, add_prefix, plan
 
@@ -82,8 +82,8 @@ SETTINGS = replace(
     wav2vec2.SETTINGS,
     limits=(
         *(limit for limit in wav2vec2.LIMITS if limit.field != "layer_type"),
-        Limit("layer_norm_first", lambda value: value is True, "transformers has adapters only where the norm comes first", required=True),
-        Limit("adp_act_fn",       only("relu"),                "the adapters of transformers have a ReLU"),
+        must_be("layer_norm_first", True,           "transformers has adapters only where the norm comes first"),
+        Limit("adp_act_fn",         only("relu"),   "the adapters of transformers have a ReLU"),
     ),
     read=wav2vec2.SETTINGS.read | {"adp_num", "adp_dim", "adp_trf_idx"},
     training_only=wav2vec2.SETTINGS.training_only - {"adp_num", "adp_dim", "adp_act_fn", "adp_trf_idx"},
@@ -95,7 +95,7 @@ def infer(shapes: Shapes) -> Layout[Own]:
     """Read the geometry of a wav2vec 2.0 model with adapters off its names and shapes; see `convert.mapping.infer_layout`.
 
     Raises:
-        PlanError: `missing-source`, when it is not a wav2vec 2.0 model.
+        PlanError: `missing-tensor`, when it is not a wav2vec 2.0 model.
     """
     shapes = unstack(shapes, lambda shape: shape, lambda shape, _: shape[1:])
     kind, prefix, encoder, head = infer_encoder(shapes, wav2vec2.KINDS)
@@ -226,7 +226,7 @@ def describe(sources: Sources) -> Conversion:
             Problem("no-head", "--head", "the languages of a model are told apart by their heads too", _ALONE)
         )
     model = None
-    view = checkpoint if chosen is None else speaking(checkpoint, chosen)
+    view = checkpoint if chosen is None else in_language(checkpoint, chosen)
     try:
         one = replace(request, language=chosen.name if chosen else "")
         model = describe_encoder(replace(sources, checkpoint=view, request=one))
@@ -259,7 +259,7 @@ def describe(sources: Sources) -> Conversion:
     )
 
 
-def speaking(checkpoint: Checkpoint, language: Language) -> Checkpoint:
+def in_language(checkpoint: Checkpoint, language: Language) -> Checkpoint:
     """Return the checkpoint with the tensors and the dictionary of one of its languages.
 
     That is what fairseq's `examples/speech_recognition/new/infer.py` does: it replaces the parameters that the language has.

@@ -14,7 +14,7 @@ from convert.errors import Problem
 from convert.families.damages import Converted, Damage, encoder_damages
 from convert.families.settings import Reader, Settings, Value
 from convert.families.tokenizers import Processor
-from convert.rules import Drop, Edit, Plan, Rename, Table
+from convert.rules import Drop, Edit, Fill, Plan, Rename, Table
 
 if TYPE_CHECKING:
     from convert.families.interface import Interface
@@ -263,6 +263,8 @@ class Kind:
         text: whether the symbols spell text; otherwise they are labels, and none of them is special.
         values: the values of `config.json` that only this kind has.
         edits: changes of single rows of its head.
+        from_config: what it adds to each section of the settings (`model`, `criterion`, `task`), of `config.json`; `None` where
+            there is no way back from what transformers saved.
         data_config: whether the task's config.yaml belongs to it.
         task: what today's fairseq calls the task of such a checkpoint.
         label_list: whether that task has a list of labels.
@@ -284,6 +286,7 @@ class Kind:
     text: bool = True
     values: Callable[[Sources], list[Value]] = _nothing
     edits: Callable[[Sources], list[Edit]] = _nothing
+    from_config: Callable[[Reader], dict[str, dict[str, Any]]] | None = lambda config: {}
     data_config: bool = False
     task: str = "audio_pretraining"
     label_list: bool = False
@@ -293,9 +296,11 @@ class Kind:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Restoring:
-    """What is particular to the way back from a conversion: what fairseq's own loader insists on.
+    """What is particular to the way back: what fairseq's own loader insists on.
 
     Args:
+        made: tensors that fairseq's pretrained model has beside its encoder, to be filled where only that is there; the keys
+            are fairseq's.
         settings: makes the entries of the file that hold the settings, from those in `conversion.json`; by default one
             `cfg` as today's trainer writes it.
         bare: whether the file holds the settings and the tensors alone.
@@ -305,29 +310,13 @@ class Restoring:
         notes: what people should know.
     """
 
+    made: tuple[Fill, ...] = ()
     settings: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
     bare: bool = False
     renamed: Mapping[str, str] = field(default_factory=dict)
     teacher: str = ""
     taught: Callable[[Iterable[str], Mapping[str, Any]], dict[str, str]] = lambda names, settings: {}
     notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class FromConfig:
-    """The way back from a directory that transformers itself saved, whose settings are those of its `config.json`.
-
-    Args:
-        kinds: the kinds of checkpoint that can be made.
-        settings: translates (config, preprocessor_config, kind) into fairseq's settings.
-        layout: states the geometry by (config, kind, rows of `lm_head`).
-        numbers: the keys of `config.json` whose numbers become settings as they are.
-    """
-
-    kinds: tuple[str, ...]
-    settings: Callable[[Mapping[str, Any], Mapping[str, Any], str], dict[str, Any]]
-    layout: Callable[[Mapping[str, Any], str, int], Any]
-    numbers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -376,7 +365,8 @@ class Family:
         pads: whether fairseq pads frames to a multiple, `required_seq_len_multiple`.
         restoring: what is particular to the way back.
         running: how transformers runs its models.
-        from_config: the way back from a directory that transformers itself saved, where there is one.
+        from_config: for the way back from what transformers itself saved: the settings that `settings` does not translate, of
+            `config.json`; `None` where there is no such way.
         trainer: the repository of the project whose trainer writes its checkpoints.
         paper: the arXiv number of what describes it, a key of `convert/publishing/papers.json`.
         splits_masks: whether fairseq cuts the mask of a padded batch into as many equal pieces as there are frames.
@@ -411,7 +401,7 @@ class Family:
     pads: bool = True
     restoring: Restoring = Restoring()
     running: Running = Running()
-    from_config: FromConfig | None = None
+    from_config: Callable[[Reader], dict[str, Any]] | None = None
     trainer: str = "facebookresearch/fairseq"
     paper: str = ""
     splits_masks: bool = False

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from convert.families.base import NO_HEAD, Kind, Part, Shapes, Sources
+from convert.families.ctc import tuned
 from convert.families.damages import Absent, Change, Converted, Damages, roll
-from convert.families.settings import Value
+from convert.families.settings import Reader, Value
 from convert.rules import Drop, Rename
 
 # fmt: off
@@ -91,6 +93,12 @@ def _values(sources: Sources) -> list[Value]:
     ]
 
 
+def _from_config(config: Reader) -> dict[str, dict[str, Any]]:
+    pooling = {name: known for name, (_, known, _) in POOLING.items()}
+    own = tuned(config) | pooling | {"latent_embed_dim": config.count("classifier_proj_size", 256)}
+    return {"model": own, "criterion": {"_name": "cross_entropy"}, "task": {"labels": "lbl"}}
+
+
 def _damages(model: Converted) -> Damages:
     if "classifier.weight" not in model.weights:
         return {}
@@ -114,5 +122,6 @@ CLASSIFICATION = Kind(
     text=False,
     task="audio_classification",
     values=_values,
+    from_config=_from_config,
     damages=_damages,
 )

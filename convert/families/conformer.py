@@ -11,9 +11,9 @@ from convert.families.damages import Change, Configure, Converted, Damages, Exch
 from convert.families.encoder import Layout, assemble, encoder_rules, infer_encoder
 from convert.families.encoder_settings import CHOICES, DEFAULTS, SAME
 from convert.families.planning import describe_encoder
-from convert.families.settings import Limit, Settings, Value
+from convert.families.settings import Limit, Reader, Settings, Value, must_be
 from convert.families.wav2vec2 import FAMILY as WAV2VEC2
-from convert.families.wav2vec2 import KINDS, LIMITS, QUANTIZER, quantizer_values
+from convert.families.wav2vec2 import KINDS, LIMITS, QUANTIZER, from_config, quantizer_values
 from convert.families.wav2vec2 import SETTINGS as PLAIN
 from convert.rules import Drop, Edit, Rename, Rule, Table
 
@@ -85,9 +85,9 @@ POSITIONS = {"rel_pos": "relative", "rope": "rotary"}  # pos_enc_type -> positio
 _WITHOUT_EFFECT = {"activation_fn", "activation_dropout", "attention_dropout"}
 # fmt: off
 _LIMITS = (
-    Limit("layer_norm_first", lambda value: value is True, "Wav2Vec2ConformerModel normalises after its layers, fairseq then before them", required=True),
-    Limit("attn_type",        lambda value: value == "espnet", "fairseq's own attention leaves positions out, Wav2Vec2ConformerModel's does not", required=True),
-    Limit("pos_enc_type",     lambda value: value in POSITIONS, "Wav2Vec2ConformerModel has relative and rotary positions, and does not use its positional convolution",
+    must_be("layer_norm_first", True,     "Wav2Vec2ConformerModel normalises after its layers, fairseq then before them"),
+    must_be("attn_type",        "espnet", "fairseq's own attention leaves positions out, Wav2Vec2ConformerModel's does not"),
+    Limit("pos_enc_type",       lambda value: value in POSITIONS, "Wav2Vec2ConformerModel has relative and rotary positions, and does not use its positional convolution",
           required=True),
 )
 # fmt: on
@@ -102,6 +102,12 @@ SETTINGS = Settings(
     defaults={**PLAIN.defaults, "depthwise_conv_kernel_size": 31},
     counts=PLAIN.counts | {"depthwise_conv_kernel_size"},
     flags=PLAIN.flags,
+    absent={
+        **PLAIN.absent,
+        "position_embeddings_type": "relative",
+        "rotary_embedding_base": 10000,
+        "conv_depthwise_kernel_size": 31,
+    },
 )
 
 
@@ -156,6 +162,12 @@ def _values(sources: Sources) -> list[Value]:
     ]
 
 
+def _from_config(config: Reader) -> dict[str, Any]:
+    words = {value: key for key, value in POSITIONS.items()}
+    given = config.get("position_embeddings_type", str, SETTINGS.absent["position_embeddings_type"])
+    return from_config(config) | {"pos_enc_type": words.get(given, given)}
+
+
 def _damages(model: Converted) -> Damages:
     made = encoder_damages(model, "self_attn.linear_{}", "ffn2", ("pos_bias_u", "inv_freq"))
     layer = f"{model.prefix}encoder.layers.{model.base.config.num_hidden_layers // 2}."
@@ -196,6 +208,7 @@ FAMILY = Family(
     state=_state,
     values=_values,
     paper=WAV2VEC2.paper,
+    from_config=_from_config,
     damages=_damages,
     # transformers 5 chooses sdpa, which 4 does not have; a positional convolution is there, and neither framework uses it
     running=Running(attention="eager", usual="sdpa", rounds=_rounds, unused=frozenset({"pos_conv"})),

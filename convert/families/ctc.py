@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from convert.families.base import Kind, Part, Shapes, Sources
-from convert.families.settings import Value
+from convert.families.settings import Reader, Value
 from convert.rules import Add, Edit, Rename, Set
 
 # fmt: off
@@ -65,6 +66,22 @@ def _blank(sources: Sources) -> list[Edit]:
     return [Edit("lm_head.weight", 0, Set(0.0), reason), Edit("lm_head.bias", 0, Set(float(weight)), reason)]
 
 
+def from_config(config: Reader) -> dict[str, dict[str, Any]]:
+    """What fine-tuning with CTC adds to each section of the settings, of `config.json`; see `Kind.from_config`."""
+    criterion = {
+        "_name": "ctc",
+        "zero_infinity": config.get("ctc_zero_infinity", bool, False),
+        "post_process": "letter",
+    }
+    return {"model": tuned(config), "criterion": criterion}
+
+
+def tuned(config: Reader) -> dict[str, Any]:
+    """What every fine-tuned model has, of config.json."""
+    names = {"apply_mask": ("apply_spec_augment", bool, True), "final_dropout": ("final_dropout", float, 0.1)}
+    return {name: config.get(*field) for name, field in names.items()}
+
+
 CTC = Kind(
     name="ctc",
     rules=HEAD,
@@ -76,5 +93,6 @@ CTC = Kind(
     symbols="w2v_encoder.proj.bias",
     values=_values,
     edits=_blank,
+    from_config=from_config,
     task="audio_finetuning",  # audio_pretraining until June 2021
 )

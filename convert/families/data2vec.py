@@ -18,10 +18,10 @@ from convert.families.classification import CLASSIFICATION
 from convert.families.ctc import CTC
 from convert.families.damages import Converted, Damages, encoder_damages, pair
 from convert.families.encoder import Layout, assemble, encoder_rules, infer_encoder, kind_of
-from convert.families.encoder_settings import CHOICES, COUNTS, DEFAULTS, FLAGS, READ, SAME, TRAINING_ONLY
+from convert.families.encoder_settings import ABSENT, CHOICES, COUNTS, DEFAULTS, FLAGS, READ, SAME, TRAINING_ONLY
 from convert.families.planning import describe_encoder, kept_head
-from convert.families.settings import Limit, Settings, Value, only
-from convert.rules import Drop, Edit, Rename, Table
+from convert.families.settings import Limit, Reader, Settings, Value, must_be, only
+from convert.rules import Drop, Edit, Fill, Rename, Table, Zeros
 
 # fmt: off
 POSITIONS = (
@@ -81,8 +81,8 @@ SETTINGS = Settings(
     same={name: field for name, field in SAME.items() if name not in ("conv_pos", "layer_norm_first")},
     choices={"activation_fn": CHOICES["activation_fn"]},
     limits=(
-        Limit("extractor_mode",   lambda value: value == "layer_norm", "Data2VecAudioModel has a layer norm on every feature convolution", required=True),
-        Limit("layer_norm_first", lambda value: value is False,        "Data2VecAudioModel has its layer norms after each block",          required=True),
+        must_be("extractor_mode",   "layer_norm", "Data2VecAudioModel has a layer norm on every feature convolution"),
+        must_be("layer_norm_first", False,        "Data2VecAudioModel has its layer norms after each block"),
         Limit("pos_conv_depth",   lambda value: isinstance(value, int) and value > 1,
               "Data2VecAudioModel has norms after its positional convolutions, and fairseq has them from two on",              required=True),
         Limit("layer_type",       only("transformer"),                 "Data2VecAudioModel has transformer layers"),
@@ -93,6 +93,7 @@ SETTINGS = Settings(
     counts=COUNTS,
     flags=FLAGS,
     min_masks=1,
+    absent={**ABSENT, "num_conv_pos_embeddings": 5, "conv_pos_kernel_size": 19},
 )
 # fmt: on
 
@@ -101,12 +102,12 @@ def infer(shapes: Shapes) -> Layout[Positions]:
     """Read the geometry of a data2vec audio model off its names and shapes; see `convert.mapping.infer_layout`.
 
     Raises:
-        PlanError: `missing-source`, when it is not a data2vec audio model.
+        PlanError: `missing-tensor`, when it is not a data2vec audio model.
     """
     first = kind_of(shapes)[1] + "encoder.pos_conv.0.0.weight"
     if len(shapes.get(first, ())) != 3:
-        problem = Problem("missing-source", first, f"3 axes expected, source {shapes.get(first, 'without it')}")
-        raise PlanError("this is not a data2vec audio state_dict", code="missing-source", problems=[problem])
+        problem = Problem("missing-tensor", first, f"3 axes expected, source {shapes.get(first, 'without it')}")
+        raise PlanError("this is not a data2vec audio state_dict", code="missing-tensor", problems=[problem])
     alike = {key.replace("encoder.pos_conv.0.0.", "encoder.pos_conv.0."): shape for key, shape in shapes.items()}
     found = re.compile(r"encoder\.pos_conv\.(\d{1,3})\.0\.weight$")
     depth = max(int(match[1]) for key in shapes if (match := found.search(key))) + 1
@@ -151,6 +152,17 @@ def _positions(sources: Sources) -> tuple[int, int]:
     return depth, max(3, sources.reader.count("conv_pos") // max(1, depth))
 
 
+def _from_config(config: Reader) -> dict[str, Any]:
+    depth, kernel = (
+        config.count(name, SETTINGS.absent[name]) for name in ("num_conv_pos_embeddings", "conv_pos_kernel_size")
+    )
+    if depth == 1:
+        detail = "is 1: fairseq has norms after its positional convolutions from two on, Data2VecAudioModel always"
+        config.problems.append(Problem("unsupported-setting", "num_conv_pos_embeddings", detail))
+    # the dataclass takes the last two from the section of the optimizer, where it has one
+    return {"pos_conv_depth": depth, "conv_pos": depth * kernel, "max_update": 0, "ema_anneal_end_step": 0}
+
+
 def _taught(names: Iterable[str], settings: Mapping[str, Any]) -> dict[str, str]:
     """`Data2VecAudioModel.make_ema_teacher`: the teacher starts as the model itself."""
     whole = not settings.get("ema_transformer_only", True) and not settings.get("ema_layers_only", True)
@@ -190,7 +202,12 @@ FAMILY = Family(
     state=_state,
     values=_values,
     sidecars=_sidecars,
+    from_config=_from_config,
     restoring=Restoring(
+        made=tuple(
+            Fill(rule.source, Zeros(), "the pretraining that comes next learns it", rule.shape)
+            for rule in PRETRAINING_HEAD
+        ),
         renamed={"final_proj.0.": "final_proj."},
         teacher=TEACHER,
         taught=_taught,

@@ -227,7 +227,7 @@ def infer_encoder(shapes: Shapes, kinds: Mapping[str, Kind], inner: str = "fc1")
         The kind of checkpoint, what stands before the encoder's keys, the encoder's geometry, and the head's.
 
     Raises:
-        PlanError: `missing-source`, when there is no such encoder; `shape`, when a tensor has another number of axes.
+        PlanError: `missing-tensor`, when there is no such encoder; `shape`, when a tensor has another number of axes.
     """
     kind, prefix = kind_of(shapes)
     known = kinds.get(kind, Kind(kind))
@@ -238,9 +238,9 @@ def infer_encoder(shapes: Shapes, kinds: Mapping[str, Kind], inner: str = "fc1")
     needed = ["feature_extractor.conv_layers.0.0.weight", first, positions, "layer_norm.weight"]
     lost = [prefix + key for key in needed if key not in encoder]
     if lost:
-        problems = [Problem("missing-source", key, "is not there") for key in lost]
+        problems = [Problem("missing-tensor", key, "is not there") for key in lost]
         message = f"this is not a wav2vec 2.0 state_dict: {len(lost)} tensors that each has are missing"
-        raise PlanError(message, code="missing-source", problems=problems)
+        raise PlanError(message, code="missing-tensor", problems=problems)
     ranks = {prefix + key: rank for key, rank in zip(needed, (3, 2, 3, 1), strict=True)}
     convolution = re.compile(r"feature_extractor\.conv_layers\.\d+\.0\.weight")
     ranks |= {prefix + key: 3 for key in encoder if convolution.fullmatch(key)} | dict(known.ranks)

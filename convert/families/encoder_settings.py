@@ -74,6 +74,35 @@ CHOICES: dict[str, tuple[str, Mapping[str, str]]] = {
     "extractor_mode": ("feat_extract_norm", {"default": "group", "layer_norm": "layer"}),
 }
 
+# What transformers' configurations take where config.json is silent, as far as it shows in outputs or shapes, or stands in a
+# setting; widths, layers, heads and convolutions have to be stated.
+ABSENT: dict[str, Any] = {
+    "activation_dropout": 0.1,
+    "attention_dropout": 0.1,
+    "codevector_dim": 256,
+    "contrastive_logits_temperature": 0.1,
+    "conv_bias": False,
+    "do_stable_layer_norm": False,
+    "feat_extract_activation": "gelu",
+    "feat_extract_norm": "group",
+    "feat_proj_dropout": 0.0,
+    "feat_quantizer_dropout": 0.0,
+    "hidden_act": "gelu",
+    "hidden_dropout": 0.1,
+    "layer_norm_eps": 1e-5,
+    "layerdrop": 0.1,
+    "mask_feature_length": 10,
+    "mask_feature_prob": 0.0,
+    "mask_time_length": 10,
+    "mask_time_prob": 0.05,
+    "num_codevector_groups": 2,
+    "num_codevectors_per_group": 320,
+    "num_conv_pos_embedding_groups": 16,
+    "num_conv_pos_embeddings": 128,
+    "num_negatives": 100,
+    "proj_codevector_dim": 256,
+}
+
 # Settings of the fine-tuned model that replace the pretrained model's (wav2vec2_asr.Wav2VecEncoder, arg_overrides).
 FINE_TUNING = {
     "layerdrop": "encoder_layerdrop",
@@ -135,7 +164,7 @@ def encoder_settings(checkpoint: Checkpoint) -> Reader:
             f"{checkpoint.path.name} was fine-tuned, and the pretrained model's settings are not in it (w2v_args is empty)",
             code="no-base-settings",
             key="w2v_args",
-            hint=f"pass the pretrained checkpoint: --base {quoted(_last(outer.get('w2v_path')) or 'PRETRAINED.pt')}",
+            hint=f"pass the pretrained checkpoint: --base {quoted(_pretrained(outer.get('w2v_path')))}",
         )
     values = dict(inner["model"])
     origins = dict.fromkeys(values, origin)
@@ -207,5 +236,7 @@ def _masking(sources: Sources) -> list[Value]:
     ]
 
 
-def _last(path: Any) -> str:
-    return str(path).replace("\\", "/").rpartition("/")[2] if path else ""
+def _pretrained(path: object) -> str:
+    """Name the file that a model was fine-tuned from, unless all that fairseq's trainer writes are called so."""
+    name = str(path or "").replace("\\", "/").rpartition("/")[2]
+    return name if name and not name.startswith("checkpoint") else "PRETRAINED.pt"

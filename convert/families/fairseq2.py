@@ -162,16 +162,16 @@ def infer(shapes: Shapes) -> Layout[Own]:
     """Read the geometry of a model off its names and shapes; see `convert.mapping.infer_layout`.
 
     Raises:
-        PlanError: `missing-source`, `shape`: it is not such a model.
+        PlanError: `missing-tensor`, `shape`: it is not such a model.
     """
     front, layer = "encoder_frontend.", "encoder.layers.0.ffn.inner_proj.weight"
     ranks = {f"{front}feature_extractor.layers.0.conv.weight": 3, layer: 2, f"{front}pos_encoder.conv.weight_v": 3}
     ranks |= {f"{front}post_extract_layer_norm.weight": 1, "final_proj.weight": 2}
-    lost = [Problem("missing-source", key, "is not there") for key in ranks if key not in shapes]
+    lost = [Problem("missing-tensor", key, "is not there") for key in ranks if key not in shapes]
     if lost:
         raise PlanError(
             f"this is not a wav2vec 2.0 state_dict of fairseq2's: {len(lost)} tensors that each has are missing",
-            code="missing-source",
+            code="missing-tensor",
             problems=lost,
         )
     ranks |= {"quantizer.entries": 3, "final_target_proj.weight": 2}

@@ -9,15 +9,16 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from convert.families.base import KEPT_HEAD, Family, Kind, Part, Shapes, Sidecar, Sources
+from convert.families.base import KEPT_HEAD, Family, Kind, Part, Restoring, Shapes, Sidecar, Sources
 from convert.families.classification import CLASSIFICATION
 from convert.families.ctc import CTC as WAV2VEC_CTC
+from convert.families.ctc import from_config
 from convert.families.damages import Change, Converted, Damages, encoder_damages, ones
 from convert.families.encoder import Layout, assemble, encoder_rules, infer_encoder, kind_of
-from convert.families.encoder_settings import CHOICES, COUNTS, DEFAULTS, FLAGS, READ, SAME, TRAINING_ONLY
+from convert.families.encoder_settings import ABSENT, CHOICES, COUNTS, DEFAULTS, FLAGS, READ, SAME, TRAINING_ONLY
 from convert.families.planning import describe_encoder, kept_head
 from convert.families.settings import Limit, Settings, Value, at_most_one, only
-from convert.rules import Drop, Edit, Rename, Table
+from convert.rules import Drop, Edit, Fill, Rename, Table, Zeros
 
 # fmt: off
 POSITIONS_BATCH_NORM = (  # conv_pos_batch_norm: a norm before the convolution, which has no weight norm then
@@ -34,7 +35,7 @@ PRETRAINING_HEAD = (  # no class of transformers has it; a file beside the model
     Rename("target_glu.0.weight",                                  "target_glu.0.weight",                                          "2label label"),
     Rename("target_glu.0.bias",                                    "target_glu.0.bias",                                            "2label"),
 )
-_SPEAKER = "hears the speaker, as ContentVec's pretraining does; its features come from the layers before"
+_SPEAKER = "depends on the speaker, in ContentVec's pretraining only; the features come from the layers before it"
 SPEAKER_LAYERS = (  # of ContentVec: layers behind the others, whose norms are made of an embedding of the speaker
     Drop("encoder.layers.{speaker}.self_attn.{qkvo}_proj.{p}",              _SPEAKER, optional=True, relic=True),
     Drop("encoder.layers.{speaker}.self_attn_layer_norm.{part}_ln.weight",  _SPEAKER, optional=True, relic=True),
@@ -88,8 +89,11 @@ CTC = replace(
     edits=lambda sources: [],
     task=PRETRAINING.task,
     label_list=True,
+    from_config=lambda config: from_config(config) | {"task": {"fine_tuning": True, "labels": ["ltr"]}},
 )
-KINDS = {kind.name: kind for kind in (CTC, CLASSIFICATION, PRETRAINING)}
+# `Wav2VecEncoder.forward` takes a dict, and `HubertModel.extract_features` gives a tuple: no way back to such a classifier
+_CLASSIFIER = replace(CLASSIFICATION, from_config=None)
+KINDS = {kind.name: kind for kind in (CTC, _CLASSIFIER, PRETRAINING)}
 
 # The pretraining head's, or `dropout_features`, which acts before what nothing reads; those of ContentVec's pretraining,
 # which its author leaves in files that are plain HuBERT
@@ -109,6 +113,7 @@ SETTINGS = Settings(
     defaults=DEFAULTS | {"conv_pos_batch_norm": False},
     counts=COUNTS,
     flags=FLAGS | {"conv_pos_batch_norm"},
+    absent={**ABSENT, "conv_pos_batch_norm": False, "feat_proj_layer_norm": True},
 )
 # fmt: on
 
@@ -117,7 +122,7 @@ def infer(shapes: Shapes) -> Layout[Own]:
     """Read the geometry of a HuBERT model off its names and shapes; see `convert.mapping.infer_layout`.
 
     Raises:
-        PlanError: `missing-source`, when it is not such a model.
+        PlanError: `missing-tensor`, when it is not such a model.
     """
     prefix = kind_of(shapes)[1]
     norm, convolution = f"{prefix}encoder.pos_conv.0.", f"{prefix}encoder.pos_conv.1."
@@ -155,7 +160,8 @@ def _head_table(layout: Layout[Own], source: Iterable[str]) -> Table:
 
 def _state(sources: Sources, layout: Layout[Own]) -> Layout[Own]:
     """State what HuBERT alone has; how many clusters and dictionaries there were, only its pretraining head tells."""
-    reader, seen = sources.reader, layout.own
+    reader = sources.reader
+    seen = layout.own if isinstance(layout.own, Own) else Own(False, 0, 0, 0)  # of config.json alone
     label = reader.get("final_dim", int, 0)
     label = label if label > 0 else layout.encoder.hidden
     separate = reader.get("untie_final_proj", bool, False)
@@ -237,4 +243,11 @@ FAMILY = Family(
     paper="2106.07447",
     splits_masks=True,
     damages=_damages,
+    from_config=lambda config: {"label_rate": -1.0},  # no labels
+    restoring=Restoring(
+        made=tuple(
+            Fill(rule.source, Zeros(), "the pretraining that comes next learns it", rule.shape)
+            for rule in PRETRAINING_HEAD[:2]
+        )
+    ),
 )

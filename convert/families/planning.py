@@ -9,13 +9,13 @@ from typing import Any
 
 from convert.checkpoint.dictionary import Dictionary
 from convert.errors import PlanError
-from convert.families.base import KEPT_HEAD, Conversion, Language, Sidecar, Sources
+from convert.families.base import KEPT_HEAD, Conversion, Language, Part, Sidecar, Sources
 from convert.families.encoder import PREFIXES, Encoder, Layout
 from convert.families.encoder_settings import FINE_TUNING, encoder_config
 from convert.families.settings import Settings, Value
 from convert.families.tokenizers import Processor, make_processor
+from convert.pieces import not_repeated
 from convert.rules import Edit, Plan, Table, TensorSpec, plan
-from convert.transfer import not_repeated
 
 DEFAULT = "eng"  # the language of a `Wav2Vec2ForCTC` with adapters, where nobody asks for another
 _MADE = 16_000_000  # bytes that rules may make for a small file
@@ -31,7 +31,7 @@ def describe_encoder(sources: Sources) -> Conversion:
     training_only = classify(sources, family.settings)
     if kind.symbols:
         sources.dictionary = read_dictionary(sources, kind.symbols)
-    config = encoder_config(sources) + family.values(sources) + kind.values(sources)
+    config = encoder_values(sources)
     layout = None if any(p.code == "missing-setting" for p in sources.problems) else encoder_layout(sources)
     processor = make_processor(
         sources.dictionary if head != "encoder" and kind.text else None,
@@ -46,6 +46,11 @@ def describe_encoder(sources: Sources) -> Conversion:
     proved = prove(sources, layout, kind.edits(sources) if head != "encoder" else [])
     sidecars = family.sidecars(sources)
     return finish(sources, proved, family.classes.get(head, ""), config, training_only, processor, sidecars)
+
+
+def encoder_values(sources: Sources) -> list[Value]:
+    """Translate the settings of an encoder with its head into values of `config.json`."""
+    return encoder_config(sources) + sources.family.values(sources) + sources.kind.values(sources)
 
 
 def finish(
@@ -105,6 +110,11 @@ def classify(sources: Sources, fields: Settings) -> dict[str, Any]:
         reader.values.pop("flat", False)
     )  # a Namespace holds the trainer's options too: they are not the model's
     known = {*fields.same, *fields.read, *fields.training_only, *(limit.field for limit in fields.limits)}
+    absent = [name for name in sources.request.training_only if name not in reader.values and name not in outer]
+    if absent:
+        detail = f"the checkpoint has no setting called {' or '.join(absent)}"
+        hint = "`inspect --json` lists its settings: check the name, or leave it out"
+        sources.refuse("no-setting", "--training-only", detail, hint)
     settings = {name: (value, reader.origin(name)) for name, value in reader.values.items()}
     if sources.kind.nested:
         known_outer = known | {*FINE_TUNING, *sources.kind.read, "w2v_args", "flat"}
@@ -136,10 +146,9 @@ def classify(sources: Sources, fields: Settings) -> dict[str, Any]:
 
 def encoder_layout(sources: Sources) -> Layout[Any] | None:
     """State the geometry from the settings; what only tensors tell (weight norm removed, rows of the head) from them."""
-    reader, checkpoint, family = sources.reader, sources.checkpoint, sources.family
-    shapes = {name: spec.shape for name, spec in checkpoint.inventory.items()}
+    shapes = {name: spec.shape for name, spec in sources.checkpoint.inventory.items()}
     try:
-        seen: Layout[Any] = family.infer(shapes)
+        seen: Layout[Any] = sources.family.infer(shapes)
     except PlanError as error:
         sources.problems.extend(error.reasons)
         return None
@@ -152,9 +161,21 @@ def encoder_layout(sources: Sources) -> Layout[Any] | None:
         found = f"a {seen.kind} model" if seen.kind else "a model with a decoder"
         sources.refuse("conflict", "_name", f"the settings say {sources.kind.name}, the tensors are those of {found}")
         return None
-    if reader.get("encoder_layers", int) > len(checkpoint.tensors):  # or the table would be as long as it says
-        detail = f"{reader.get('encoder_layers', int)} layers of a checkpoint with {len(checkpoint.tensors)} tensors"
-        sources.refuse("bad-setting", "encoder_layers", detail)
+    return stated_layout(sources, seen.head, seen.own, seen.encoder.weight_norm)
+
+
+def stated_layout(sources: Sources, head: Part, own: Part, weight_norm: bool = True) -> Layout[Any] | None:
+    """State the geometry from the settings alone.
+
+    Args:
+        sources: where the settings are.
+        head, own: what tensors tell of the head and of what only the family has.
+        weight_norm: whether the positional convolution has its weight norm.
+    """
+    reader, kind, tensors = sources.reader, sources.kind.name, len(sources.checkpoint.tensors)
+    layers = reader.get("encoder_layers", int)
+    if layers > tensors:  # or the table would be as long as it says
+        sources.refuse("bad-setting", "encoder_layers", f"{layers} layers of a checkpoint with {tensors} tensors")
         return None
     convolutions = reader.convolutions("conv_feature_layers")
     hidden, groups = reader.get("encoder_embed_dim", int), reader.get("conv_pos_groups", int)
@@ -165,15 +186,18 @@ def encoder_layout(sources: Sources) -> Layout[Any] | None:
         group_norm=reader.get("extractor_mode", str) == "default",
         conv_bias=reader.get("conv_bias", bool),
         projection=convolutions[-1][0] != hidden,
-        weight_norm=seen.encoder.weight_norm,
+        weight_norm=weight_norm,
         hidden=hidden,
         ffn=reader.get("encoder_ffn_embed_dim", int),
-        layers=reader.get("encoder_layers", int),
+        layers=layers,
         conv_pos=reader.get("conv_pos", int),
         pos_group=hidden // groups,
     )
-    layout = replace(seen, encoder=encoder, head=sources.kind.state(sources, seen.head))
-    made: Layout[Any] | None = family.state(sources, layout)
+    stated = kind if kind in PREFIXES else ""
+    head = sources.kind.state(sources, head)
+    made: Layout[Any] | None = sources.family.state(
+        sources, Layout(sources.family.name, stated, PREFIXES[stated], encoder, head, own)
+    )
     return made
 
 
@@ -234,15 +258,22 @@ def prove(
         made = None if layout is None else (table or sources.family.table)(layout, sources.head, edits)
         for name in checkpoint.others:
             if made is None or name not in made.drops:
-                sources.refuse("unmapped-source", name, "is not a tensor")
+                sources.refuse("unexpected-tensor", name, "is not a tensor")
             else:
                 inventory[name] = TensorSpec(name, ())
         proved = None if made is None or _too_much(sources, made) else plan(made, inventory)
     except PlanError as error:
         reasons = error.reasons
-        missing = all(problem.code == "dead-rule" for problem in (*sources.problems, *reasons))
-        if layout is not None and missing and _without_head(layout, inventory, table or sources.family.table):
-            hint = "everything but the head is there: --head encoder converts the model without it"
+        codes = {problem.code for problem in (*sources.problems, *reasons)}
+        if layout is not None and codes <= {"missing-tensor", "unexpected-tensor"}:
+            if codes == {"missing-tensor"} and _without_head(layout, inventory, table or sources.family.table):
+                hint = "everything but the head is there: --head encoder converts the model without it"
+            elif checkpoint.base is not None:
+                hint = f"{checkpoint.base.name} is of another architecture: name one of the same with --base"
+            elif codes == {"unexpected-tensor"}:
+                hint = "tensors that a fork added need rules of their own: docs/adding_a_family.md"
+            else:
+                hint = "tensors and settings are not of the same model: convert the file as its trainer wrote it"
             reasons = tuple(replace(problem, hint=hint) for problem in reasons)
         sources.problems.extend(reasons)
         return None
@@ -273,13 +304,16 @@ def choose(found: Mapping[str, Language], wanted: str, file: str) -> Language:
 
 def unknown_language(file: str, wanted: str, known: Iterable[str]) -> PlanError:
     """Refuse a language that a checkpoint does not have, with the list of those that it has."""
-    listed = ", ".join(sorted(known)) or "none"
-    return PlanError(
-        f"{file} has no language {wanted!r}; nothing was written",
-        code="unknown-language",
-        key="--lang",
-        hint=f"it has: {listed if len(listed) < 400 else listed[:400] + ', ...'}",
-    )
+    message = f"{file} has no language {wanted!r}; nothing was written"
+    return PlanError(message, code="unknown-language", key="--lang", hint=list_languages(known))
+
+
+def list_languages(known: Iterable[str]) -> str:
+    """Write the remedy of a language that a model does not have: the list of those that it has."""
+    listed = ", ".join(sorted(known))
+    if not listed:
+        return "leave --lang out: this model has one language"
+    return f"it has: {listed if len(listed) < 400 else listed[:400] + ', ...'}"
 
 
 def _too_much(sources: Sources, made: Table) -> bool:

@@ -187,15 +187,15 @@ def infer(shapes: Shapes) -> Layout:
     """Read the geometry of a sequence-to-sequence model off its names and shapes; see `convert.mapping.infer_layout`.
 
     Raises:
-        PlanError: `missing-source`, when it is not such a model.
+        PlanError: `missing-tensor`, when it is not such a model.
     """
     needed = ("decoder.embed_tokens.weight", "decoder.layers.0.fc1.weight")
     wrong = [
-        Problem("missing-source", key, "no matrix of that name") for key in needed if len(shapes.get(key, ())) != 2
+        Problem("missing-tensor", key, "no matrix of that name") for key in needed if len(shapes.get(key, ())) != 2
     ]
     if wrong:
         message = f"this is not a sequence-to-sequence state_dict: {len(wrong)} tensors that each has are missing"
-        raise PlanError(message, code="missing-source", problems=wrong)
+        raise PlanError(message, code="missing-tensor", problems=wrong)
     alike = [key.removeprefix("encoder.w2v_model.") for key in shapes]
     found = next(family for family in ENCODERS if family.knows(alike) or family.general)
     learned = shapes.get("decoder.embed_positions.weight", ())

@@ -37,6 +37,7 @@ class Limit:
         why: what is missing on the other side.
         heads: the heads that the limit holds for; all, if it is empty.
         required: whether the limit holds where the setting is absent, too.
+        value: the one neutral value, where the way back has to state it.
     """
 
     field: str
@@ -44,6 +45,12 @@ class Limit:
     why: str
     heads: tuple[str, ...] = ()
     required: bool = False
+    value: Any = MISSING
+
+
+def must_be(field: str, value: Any, why: str, *heads: str) -> Limit:
+    """Make the limit of a setting that has to have one value, and may not be absent."""
+    return Limit(field, lambda found: type(found) is type(value) and found == value, why, heads, True, value)
 
 
 def off(value: Any) -> bool:
@@ -74,6 +81,7 @@ class Settings:
         defaults: what fairseq's dataclass says where a checkpoint is silent.
         counts, flags: the names in `same` that are whole numbers above zero, and true or false.
         min_masks: how many masks of time `apply_mask` asks for at least.
+        absent: what transformers takes where `config.json` is silent, by field; those of geometry have no default.
     """
 
     same: Mapping[str, str]
@@ -85,6 +93,7 @@ class Settings:
     counts: AbstractSet[str]
     flags: AbstractSet[str] = frozenset()
     min_masks: int = 2
+    absent: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -95,11 +104,13 @@ class Reader:
         values: the settings.
         origins: where each stands in the checkpoint, such as `cfg.model.w2v_args.model`.
         problems: what was wrong so far.
+        used: the names that were read.
     """
 
     values: dict[str, Any]
     origins: dict[str, str]
     problems: list[Problem] = field(default_factory=list)
+    used: set[str] = field(default_factory=set)
 
     def origin(self, name: str) -> str:
         """Say where a setting stands, such as `cfg.model.dropout`."""
@@ -114,6 +125,7 @@ class Reader:
 
         A problem is noted, and a harmless value returned, when it is absent without a default, or of another type.
         """
+        self.used.add(name)
         value = self.values.get(name, default)
         if value is MISSING or (value is None and default is MISSING):
             self.problems.append(
@@ -133,7 +145,7 @@ class Reader:
             except ValueError:
                 value = object()
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
+            value = float(value) if abs(value) < 1 << 1000 else math.inf
         wrong = not isinstance(value, kind) or (kind is int and isinstance(value, bool))
         if wrong or (kind is float and not math.isfinite(value)):
             text = repr(self.values[name])[:60]

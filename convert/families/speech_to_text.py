@@ -143,7 +143,7 @@ def infer(shapes: Shapes) -> Layout:
         shapes: fairseq's keys with their shapes.
 
     Raises:
-        PlanError: `missing-source`, when it is not a speech-to-text transformer; `shape`, when a tensor has other axes.
+        PlanError: `missing-tensor`, when it is not a speech-to-text transformer; `shape`, when a tensor has other axes.
 
     Example:
         >>> infer({})
@@ -154,10 +154,10 @@ def infer(shapes: Shapes) -> Layout:
     needed = {"encoder.transformer_layers.0.fc1.weight": 2, "decoder.layers.0.fc1.weight": 2}
     needed |= {"encoder.subsample.conv_layers.0.weight": 3, "encoder.layer_norm.weight": 1}
     needed |= {"decoder.embed_tokens.weight": 2}
-    lost = [Problem("missing-source", key, "is not there") for key in needed if key not in shapes]
+    lost = [Problem("missing-tensor", key, "is not there") for key in needed if key not in shapes]
     if lost:
         message = f"this is not a speech-to-text transformer: {len(lost)} tensors that each has are missing"
-        raise PlanError(message, code="missing-source", problems=lost)
+        raise PlanError(message, code="missing-tensor", problems=lost)
     kernels = [shapes.get(f"encoder.subsample.conv_layers.{index}.weight", (0, 0, 0)) for index in range(convolutions)]
     needed |= {f"encoder.subsample.conv_layers.{index}.weight": 3 for index in range(convolutions)}
     wrong = [

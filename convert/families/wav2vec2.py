@@ -6,25 +6,24 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from convert.families.base import NO_HEAD, Family, FromConfig, Kind, Part, Shapes, Sources
+from convert.families.base import NO_HEAD, Family, Kind, Part, Restoring, Shapes, Sources
 from convert.families.classification import CLASSIFICATION
-from convert.families.ctc import CTC, Symbols
+from convert.families.ctc import CTC
 from convert.families.damages import Change, Converted, Damages, roll
-from convert.families.encoder import PREFIXES, Encoder, Layout, assemble, encoder_rules, infer_encoder
+from convert.families.encoder import Layout, assemble, encoder_rules, infer_encoder
 from convert.families.encoder_settings import (
-    ACTIVATIONS,
+    ABSENT,
     CHOICES,
     COUNTS,
     DEFAULTS,
-    FINE_TUNING,
     FLAGS,
     READ,
     SAME,
     TRAINING_ONLY,
 )
 from convert.families.planning import describe_encoder
-from convert.families.settings import Limit, Reader, Settings, Value, at_most_one, off, only
-from convert.rules import Drop, Edit, Rename, Table
+from convert.families.settings import Limit, Reader, Settings, Value, at_most_one, must_be, off, only
+from convert.rules import Drop, Edit, Fill, Rename, Table, Zeros
 
 # fmt: off
 HEAD = (
@@ -129,10 +128,18 @@ LIMITS = (
     Limit("layer_type",           only("transformer"), "Wav2Vec2Model has transformer layers"),
     Limit("quantizer_depth",      at_most_one, "the quantizer of Wav2Vec2ForPreTraining is one projection", ("pretraining",)),
     Limit("target_glu",           off,         "Wav2Vec2ForPreTraining has no gated linear unit on its targets", ("pretraining",)),
-    Limit("quantize_targets",     lambda value: value is True,
-          "Wav2Vec2ForPreTraining always quantizes its targets; --head encoder leaves them out", ("pretraining",), required=True),
+    must_be("quantize_targets",   True,        "Wav2Vec2ForPreTraining always quantizes its targets; --head encoder leaves them out", "pretraining"),
 )
 # fmt: on
+_UNUSED = "the pretraining that comes next learns it"
+RESTORING = Restoring(
+    made=(
+        Fill("project_q.weight", Zeros(), _UNUSED, "final features"),
+        Fill("project_q.bias", Zeros(), _UNUSED, "final"),
+        Fill("final_proj.weight", Zeros(), _UNUSED, "final hidden"),
+        Fill("final_proj.bias", Zeros(), _UNUSED, "final"),
+    )
+)
 SETTINGS = Settings(
     same=SAME | QUANTIZER,
     choices=CHOICES,
@@ -142,6 +149,7 @@ SETTINGS = Settings(
     defaults=DEFAULTS | _DEFAULTS,
     counts=COUNTS | {"latent_groups", "latent_vars", "num_negatives"},
     flags=FLAGS,
+    absent=ABSENT,
 )
 
 
@@ -168,7 +176,7 @@ def infer(shapes: Shapes) -> Layout[Part]:
     """Read the geometry of a wav2vec 2.0 model off its names and shapes; see `convert.mapping.infer_layout`.
 
     Raises:
-        PlanError: `missing-source`, when it is not a wav2vec 2.0 model.
+        PlanError: `missing-tensor`, when it is not a wav2vec 2.0 model.
 
     Example:
         >>> infer({})
@@ -197,69 +205,12 @@ def table(layout: Layout[Part], head: str = "", edits: Iterable[Edit] = ()) -> T
     return assemble(layout, head, edits, encoder_rules(layout.encoder), KINDS)
 
 
-def layout_of(config: Mapping[str, Any], kind: str, vocab: int) -> Layout[Part]:
-    """State the geometry from transformers' configuration; what it does not say has transformers' default.
-
-    Args:
-        config: the content of `config.json`.
-        kind: the kind of checkpoint to make: `ctc` or `pretraining`.
-        vocab: the rows of `lm_head`.
-    """
-    groups, per_group = config.get("num_codevector_groups", 2), config.get("num_codevectors_per_group", 320)
-    codevector = config.get("codevector_dim", 256)
-    encoder = Encoder(
-        convolutions=tuple(zip(config["conv_dim"], config["conv_kernel"], strict=True)),
-        group_norm=config.get("feat_extract_norm", "group") == "group",
-        conv_bias=config.get("conv_bias", False),
-        projection=config["conv_dim"][-1] != config["hidden_size"],
-        weight_norm=True,
-        hidden=config["hidden_size"],
-        ffn=config["intermediate_size"],
-        layers=config["num_hidden_layers"],
-        conv_pos=config.get("num_conv_pos_embeddings", 128),
-        pos_group=config["hidden_size"] // config.get("num_conv_pos_embedding_groups", 16),
-    )
-    quantizer = Quantizer(groups * per_group, codevector // groups, codevector, config.get("proj_codevector_dim", 256))
-    head = Symbols(vocab) if kind == "ctc" else quantizer
-    return Layout("wav2vec2", kind, PREFIXES[kind], encoder, head, Part())
-
-
-def settings_of(config: Mapping[str, Any], features: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """Translate transformers' configuration into fairseq's settings; what it does not say has transformers' default.
-
-    Args:
-        config: the content of `config.json`.
-        features: that of `preprocessor_config.json`.
-        kind: the kind of checkpoint to make: `ctc` or `pretraining`.
-    """
-    defaults: dict[str, Any] = {"conv_bias": False, "layer_norm_first": False, "conv_pos": 128, "conv_pos_groups": 16}
-    defaults |= {"mask_length": 10, "mask_channel_length": 10, "latent_vars": 320, "latent_groups": 2}
-    defaults |= {"num_negatives": 100, "logit_temp": 0.1, "mask_channel_prob": 0.0}
-    model: dict[str, Any] = {}
-    for name, target in SETTINGS.same.items():
-        model[name] = config.get(target, defaults.get(name, 0.1 if "drop" in name else None))
-    words = {value: key for key, value in reversed(ACTIVATIONS.items())}
-    convolutions = zip(config["conv_dim"], config["conv_kernel"], config["conv_stride"], strict=True)
-    model |= {
-        "_name": "wav2vec2",
-        "activation_fn": words[config.get("hidden_act", "gelu")],
-        "extractor_mode": "default" if config.get("feat_extract_norm", "group") == "group" else "layer_norm",
-        "conv_feature_layers": str([tuple(layer) for layer in convolutions]),
-        "mask_prob": config.get("mask_time_prob", 0.05),
-        "final_dim": config.get("proj_codevector_dim", 256),
-        "latent_dim": config.get("codevector_dim", 256),
-        "quantize_targets": kind == "pretraining",
+def from_config(config: Reader) -> dict[str, Any]:
+    """What `quantizer_values` reads of the settings, of config.json."""
+    return {
+        "final_dim": config.count("proj_codevector_dim", SETTINGS.absent["proj_codevector_dim"]),
+        "latent_dim": config.count("codevector_dim", SETTINGS.absent["codevector_dim"]),
     }
-    sound = {"normalize": features["do_normalize"], "sample_rate": features.get("sampling_rate", 16000)}
-    inner = {"model": model, "task": {"_name": PRETRAINING.task, "data": "", **sound}, "criterion": None}
-    if kind == "pretraining":
-        return {"_name": None, "common": {}, **inner}
-    outer = {"_name": "wav2vec_ctc", "w2v_args": inner, "data": "", "normalize": sound["normalize"], "w2v_path": ""}
-    outer |= {"apply_mask": config.get("apply_spec_augment", True), "final_dropout": config.get("final_dropout", 0.1)}
-    outer |= {name: model[own] for name, own in FINE_TUNING.items()}
-    criterion = {"_name": "ctc", "zero_infinity": config.get("ctc_zero_infinity", False), "post_process": "letter"}
-    task = {"_name": CTC.task, "data": "", **sound}
-    return {"_name": None, "common": {}, "model": outer, "task": task, "criterion": criterion}
 
 
 _NO_CODE = "neither fairseq nor s3prl holds its model's code, so that nothing could prove a conversion"
@@ -283,8 +234,7 @@ FAMILY = Family(
     kinds=KINDS,
     settings=SETTINGS,
     values=quantizer_values,
-    from_config=FromConfig(
-        ("ctc", "pretraining"), settings_of, layout_of, (*SETTINGS.same.values(), "mask_time_prob", "final_dropout")
-    ),
+    from_config=from_config,
+    restoring=RESTORING,
     paper="2006.11477",
 )

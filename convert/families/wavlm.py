@@ -9,9 +9,9 @@ from typing import Any
 from convert.families.base import Family, Kind, Part, Restoring, Running, Shapes, Sources
 from convert.families.damages import Change, Configure, Converted, Damages, encoder_damages
 from convert.families.encoder import LAYERS, Layout, assemble, encoder_rules, infer_encoder
-from convert.families.encoder_settings import CHOICES, COUNTS, DEFAULTS, FLAGS, READ, SAME, TRAINING_ONLY
+from convert.families.encoder_settings import ABSENT, CHOICES, COUNTS, DEFAULTS, FLAGS, READ, SAME, TRAINING_ONLY
 from convert.families.planning import describe_encoder
-from convert.families.settings import Limit, Settings
+from convert.families.settings import Limit, Settings, must_be
 from convert.rules import Edit, Rename, Table
 
 # fmt: off
@@ -53,8 +53,8 @@ SETTINGS = Settings(
     same=SAME | {"num_buckets": "num_buckets", "max_distance": "max_bucket_distance"},
     choices=CHOICES,
     limits=(
-        Limit("relative_position_embedding", lambda value: value is True, _ALWAYS, required=True),
-        Limit("gru_rel_pos",                 lambda value: value is True, _ALWAYS, required=True),
+        must_be("relative_position_embedding", True, _ALWAYS),
+        must_be("gru_rel_pos",                 True, _ALWAYS),
         Limit("expand_attention_head_size",  lambda value: value in (None, -1, 0), "the heads of WavLMModel share the width"),
     ),
     read=READ | {"normalize"},
@@ -62,6 +62,7 @@ SETTINGS = Settings(
     defaults=DEFAULTS,
     counts=COUNTS | {"num_buckets", "max_distance"},
     flags=FLAGS,
+    absent={**ABSENT, "num_buckets": 320, "max_bucket_distance": 800},
 )
 # fmt: on
 
@@ -70,7 +71,7 @@ def infer(shapes: Shapes) -> Layout[Positions]:
     """Read the geometry of a WavLM model off its names and shapes; see `convert.mapping.infer_layout`.
 
     Raises:
-        PlanError: `missing-source`, when it is not such a model.
+        PlanError: `missing-tensor`, when it is not such a model.
     """
     kind, prefix, encoder, head = infer_encoder(shapes, KINDS)
     buckets, heads = [*shapes.get("encoder.layers.0.self_attn.relative_attention_bias.weight", ()), 0, 0][:2]
@@ -116,6 +117,7 @@ FAMILY = Family(
     settings=SETTINGS,
     pads=False,
     state=_state,
+    from_config=lambda config: {},
     restoring=Restoring(settings=_settings, bare=True),
     trainer="microsoft/unilm",
     paper="2110.13900",

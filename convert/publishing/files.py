@@ -206,7 +206,7 @@ def private(text: str) -> bool:
     return bool(_HOME.search(text) or _ABSOLUTE.fullmatch(text) or (len(home) > 5 and home in text))
 
 
-def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
+def _texts(value: object, key: str) -> Iterator[tuple[str, str]]:
     if isinstance(value, dict):
         for name, item in value.items():
             yield from _texts(item, f"{key}.{name}" if key else str(name))

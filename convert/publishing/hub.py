@@ -277,8 +277,8 @@ def explain(error: BaseException, what: str, repo_id: str) -> ConvertError:
     """Turn an error of the client into one sentence with the next step; status 2, but 1 for a conflict."""
     from huggingface_hub import errors
 
-    said = _SECRETS.sub("…", without_user(_said(error).strip().split("\n")[0]))
-    tail = f": {said}" if said else ""
+    answer = _SECRETS.sub("…", without_user(_answer_of(error).strip().split("\n")[0]))
+    tail = f": {answer}" if answer else ""
     status = status_of(error)
     if isinstance(error, errors.OfflineModeIsEnabled):
         code, text, hint = "offline", "HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE"
@@ -329,7 +329,7 @@ def _nonsense(reason: str, what: str = "publish", repo_id: str = "") -> ConvertE
     return ConvertError(message, code="nonsense", key=repo_id, hint=hint)
 
 
-def text_of(value: Any) -> str:
+def text_of(value: object) -> str:
     """Return a text of the Hub's.
 
     Raises:
@@ -340,7 +340,7 @@ def text_of(value: Any) -> str:
     return value
 
 
-def _said(error: BaseException | None) -> str:
+def _answer_of(error: BaseException | None) -> str:
     while error is not None:
         if getattr(error, "server_message", None):
             return str(error.server_message)  # type: ignore[attr-defined]

@@ -83,7 +83,7 @@ class Verified:
     skipped: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, value: Any) -> Verified:
+    def of(cls, value: object) -> Verified:
         """Read the value of verification.json.
 
         Raises:
@@ -128,7 +128,7 @@ class Evaluated:
     results: tuple[Result, ...] = ()
 
     @classmethod
-    def of(cls, value: Any) -> Evaluated:
+    def of(cls, value: object) -> Evaluated:
         """Read the value of evaluation.json.
 
         Raises:
@@ -137,7 +137,7 @@ class Evaluated:
         return _of(cls, value, EVALUATION, "fairseq-to-hf evaluate MODEL_DIR", status=2)
 
 
-def _of(kind: type[T], value: Any, name: str, hint: str, status: int = 1) -> T:
+def _of(kind: type[T], value: object, name: str, hint: str, status: int = 1) -> T:
     try:
         return read(kind, value)
     except Misfit as error:

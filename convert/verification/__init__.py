@@ -72,11 +72,10 @@ def verify(
         >>> verify("checkpoint_best.pt", "my-model").passed  # doctest: +SKIP
         True
     """
+    from convert.verification.run import Options
     from convert.verification.run import verify as run
 
-    return run(
-        checkpoint,
-        Path(model_dir),
+    options = Options(
         reference=_path(reference),
         fairseq_python=fairseq_python,
         devices=tuple(devices),
@@ -86,10 +85,11 @@ def verify(
         base=base,
         long=long,
         languages=tuple(languages),
-        write_report=write,
+        write=write,
         progress=progress,
         doing=doing,
     )
+    return run(checkpoint, Path(model_dir), options)
 
 
 def assert_identical(
@@ -178,14 +178,14 @@ def record(
     Example:
         >>> record("checkpoint_best.pt", "reference.safetensors")  # doctest: +SKIP
     """
-    from convert.request import Options
-    from convert.verification.make import make_recording
+    from convert import request
+    from convert.verification.make import Options, make_recording
     from convert.verification.subject import HALVES
 
     check_file(Path(out), overwrite)
     if dtype and dtype not in HALVES:
         raise ConvertError(f"{dtype!r} is neither float16 nor bfloat16", code="usage", key="--dtype")
-    options = Options(
+    conversion = request.Options(
         head=head,
         dictionary=dictionary,
         base=base,
@@ -197,19 +197,17 @@ def record(
         arch=arch,
         normalize=normalize,
     )
-    with options.opened(checkpoint) as (opened, request):
-        return make_recording(
-            opened,
-            Path(out),
-            request,
-            audio=tuple(audio),
-            fairseq_python=fairseq_python,
-            dtype=dtype or "",
-            long=long,
-            overwrite=overwrite,
-            progress=progress,
-            doing=doing,
-        )
+    options = Options(
+        audio=tuple(audio),
+        fairseq_python=fairseq_python,
+        dtype=dtype or "",
+        long=long,
+        overwrite=overwrite,
+        progress=progress,
+        doing=doing,
+    )
+    with conversion.opened(checkpoint) as (opened, asked):
+        return make_recording(opened, Path(out), asked, options)
 
 
 def _path(value: str | Path | None) -> Path | None:

@@ -95,9 +95,9 @@ def _vocabulary(work: Work, reference: Reference, target: Target, findings: Find
     processor = vocabulary.load_processor(folder)
     findings.problems += vocabulary.check(processor, work.directory.config, work.subject, reference.spell())
     for language in dict.fromkeys(probe.language for probe in work.probes if probe.language):
-        speaking, subject = vocabulary.load_processor(folder, language), work.subject.speaking(language)
+        chosen, subject = vocabulary.load_processor(folder, language), work.subject.in_language(language)
         config = work.directory.config | {"vocab_size": len(subject.symbols)}  # load_adapter sets it likewise
-        found = vocabulary.check(speaking, config, subject, reference.spell(language))
+        found = vocabulary.check(chosen, config, subject, reference.spell(language))
         findings.problems += [replace(problem, key=f"{language}: {problem.key}") for problem in found]
     tokens = vocabulary.tokens_of(processor.tokenizer, len(work.subject.symbols))
     findings.controls.append(controls.blank_and_pad(tokens, work.subject))

@@ -15,9 +15,8 @@ from convert.directory import ModelDirectory
 from convert.errors import Problem
 from convert.families import describe
 from convert.files import Hashes
-from convert.package import tool_version
 from convert.reading import read_file
-from convert.report import json_bytes
+from convert.report import VERSION, json_bytes
 from convert.request import request_again
 
 INDEX = "model.safetensors.index.json"
@@ -37,20 +36,20 @@ class Expected:
     record: Mapping[str, Any]
 
 
-def expect(opened: Checkpoint, directory: ModelDirectory, sha256: str, **options: Any) -> Expected:
+def expect(opened: Checkpoint, directory: ModelDirectory, sha256: str, dictionary: Path | None) -> Expected:
     """Plan the conversion again, with what the directory's conversion.json says was asked for.
 
     Args:
         opened: the checkpoint.
         directory: the model directory.
         sha256: the checkpoint's.
-        options: `dictionary`, as for `convert.plan`.
+        dictionary: as for `convert.plan`.
 
     Raises:
         PlanError: the checkpoint cannot be converted.
         ConvertError: `not-a-model`.
     """
-    request = request_again(directory, opened, **options)
+    request = request_again(directory, opened, dictionary=dictionary)
     model, dtype = describe(opened, request), directory.record.dtype
     config = model.configuration
     if dtype != "keep":
@@ -60,7 +59,7 @@ def expect(opened: Checkpoint, directory: ModelDirectory, sha256: str, **options
         names = {name: place.file for name, place in directory.tensors.items()}
         size = sum(place.count for place in directory.tensors.values())
         files[INDEX] = {"metadata": {"total_size": size}, "weight_map": names}
-    made = record_of(opened, model, request, sha256, dtype, {}, tool_version())
+    made = record_of(opened, model, request, sha256, dtype, {}, VERSION)
     return Expected(files, json.loads(json_bytes(made)))
 
 
@@ -114,29 +113,30 @@ def compare_records(
     problems = _compare_files_named(directory, expected, hashes(directory.path) if found_files is None else found_files)
     made_by = directory.record.tool.version
     if made_by != meant["tool"]["version"]:
-        words = f"the words of version {made_by or 'unknown'}"
-        differing["conversion.json: tool.version"] = words
+        version = f"version {made_by or 'unknown'}"
+        differing["conversion.json: tool.version"] = f"made by {version}"
         found["tool"] = _but(found.get("tool"), version=meant["tool"]["version"])
         for key, without in _WORDS.items():
             ours, theirs = without(meant.get(key)), without(found.get(key))
             if json_text(meant.get(key)) != json_text(found.get(key)) and json_text(ours) == json_text(theirs):
-                differing[f"conversion.json: {key}"] = words
+                differing[f"conversion.json: {key}"] = f"worded by {version}"
                 found[key] = meant[key]
     for key in [key for key in meant.keys() - found.keys() if not meant[key]]:
-        differing[f"conversion.json: {key}"] = "is not there; it would be empty"
+        differing[f"conversion.json: {key}"] = "missing; it would be empty"
         del meant[key]
     if meant.get("base") and isinstance(found.get("base"), dict) and found["base"].get("name") != meant["base"]["name"]:
-        differing[f"{RECORD}: base.name"] = "the checkpoint with the settings had another name"
+        differing[f"{RECORD}: base.name"] = f"{found['base'].get('name')}, which is called {meant['base']['name']} now"
         found["base"] = _but(found["base"], name=meant["base"]["name"])
     if found.get("source") != meant["source"]:
-        if (found.get("source") or {}).get("name") != meant["source"]["name"]:
-            differing[f"{RECORD}: source.name"] = "the checkpoint had another name"
+        named = (found.get("source") or {}).get("name")
+        if named != meant["source"]["name"]:
+            differing[f"{RECORD}: source.name"] = f"{named}, which is called {meant['source']['name']} now"
         found["source"] = _but(found.get("source"), name=meant["source"]["name"])
         meant["source"] = dict(meant["source"])
         for key in ("address", "catalogue"):
             stated, known = (found["source"] or {}).get(key), meant["source"].get(key)
             if known is not None and stated is None:
-                differing[f"{RECORD}: source.{key}"] = "was converted from a file here, which says less"
+                differing[f"{RECORD}: source.{key}"] = "converted from a local file, which has none"
                 del meant["source"][key]
             elif stated is not None and known is None:
                 detail = f"source.{key} is {stated!r}, and this file was not fetched there: name that as the checkpoint"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from convert.checkpoint import Checkpoint
@@ -18,39 +18,41 @@ from convert.verification.run import Doing, Progress, Steps, pieces_of
 from convert.verification.subject import read_subject
 
 
-def make_recording(
-    opened: Checkpoint,
-    out: Path,
-    request: Request,
-    *,
-    fairseq_python: str | None,
-    audio: Sequence[str | Path],
-    dtype: str,
-    long: bool,
-    overwrite: bool,
-    progress: Progress | None,
-    doing: Doing | None,
-) -> Path:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """The arguments of `convert.record`, which explains them, beside those that a conversion has too."""
+
+    audio: tuple[str | Path, ...]
+    fairseq_python: str | None
+    dtype: str
+    long: bool
+    overwrite: bool
+    progress: Progress | None
+    doing: Doing | None
+
+
+def make_recording(opened: Checkpoint, out: Path, request: Request, options: Options) -> Path:
     """Run fairseq and write its answers.
 
     Args:
         opened: the checkpoint.
+        out: the file.
         request: what a conversion would be asked for.
-        out, fairseq_python, audio, dtype, long, overwrite, progress, doing: as for `convert.verification.record`.
+        options: as for `convert.record`.
     """
-    with new_file(out, overwrite=overwrite) as path, opened.unchanged():
+    with new_file(out, overwrite=options.overwrite) as path, opened.unchanged():
         opened.check_bytes()
         subject, geometry = read_subject(opened, request)
-        clips = collect(audio, subject.rate, geometry)
-        wanted = [one for one in probes(geometry, clips, rate=subject.rate) if long or one.name != "30-seconds"]
+        clips = collect(options.audio, subject.rate, geometry)
+        wanted = [one for one in probes(geometry, clips, rate=subject.rate) if options.long or one.name != "30-seconds"]
         if not request.language:
             wanted = in_languages(wanted, (name for name in subject.languages if name != subject.language))
         pieces = list(pieces_of(geometry, clips, wanted).values())
-        asked, arrays = ask(subject, clips, wanted, pieces, dtype)
-        steps = Steps(progress, doing)
+        asked, arrays = ask(subject, clips, wanted, pieces, options.dtype)
+        steps = Steps(options.progress, options.doing)
         steps.tell("loading the model", len(asked["runs"]))
-        if fairseq_python is not None:
-            with run_interpreter(fairseq_python, asked, arrays) as answers:
+        if options.fairseq_python is not None:
+            with run_interpreter(options.fairseq_python, asked, arrays) as answers:
                 pack(answers, path, clips)
         else:
             with scratch_directory() as folder:

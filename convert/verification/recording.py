@@ -20,7 +20,7 @@ from convert.audio import Waveform
 from convert.errors import ConvertError
 from convert.files import read_header
 from convert.reading import open_file
-from convert.report import parse_json, size
+from convert.report import parse_json
 from convert.typed import Misfit, read
 from convert.verification.compare import Answer, Stage
 from convert.verification.fairseq_side import tensorfile
@@ -220,21 +220,15 @@ class Recorded:
 
     def __init__(self, path: Path, kind: str = "recording") -> None:
         try:
-            with open_file(path) as file:
-                if os.fstat(file.fileno()).st_size > LARGEST:
-                    raise ValueError(f"larger than {size(LARGEST)}")
-                read_header(file)
-                file.seek(0)
-                self.arrays, text = tensorfile.parse(file)
-            value = parse_json(text.encode(), "its description")
-            if isinstance(value, dict) and value.get("schema") != SCHEMA:
-                raise ValueError(f"its schema is {value.get('schema')}, expected {SCHEMA}")
-            self.about = read(About, value)
+            self.arrays, about = _read(path)
+            self.about = read(About, about)
             self._check(kind)
         except OSError as error:
             raise _bad(path, f"cannot be read: {error.strerror or error}") from None
-        except (ValueError, KeyError, ConvertError, Misfit) as error:
-            raise _bad(path, f"is not a recording of fairseq-to-hf, or a damaged one ({error})") from None
+        except (ValueError, Misfit) as error:
+            raise _bad(path, f"is a damaged recording: {error}") from None
+        except KeyError as error:
+            raise _bad(path, f"is a damaged recording: it lacks {error.args[0]}") from None
         self.checkpoint = asdict(self.about.description.checkpoint)
         self.language = self.about.description.language
         keys = ("fairseq", "settings", "ignored_settings", "patches", "environment")
@@ -369,9 +363,27 @@ def _unlike(kind: str, theirs: Any, there: Mapping[str, Any]) -> str:
         for key in here
         if key != "python" and here[key] != there.get(key)
     ]
-    said = {"interpreter": "the other interpreter computes other bits than this one"}
-    what = said.get(kind, "this machine computes other bits than the one that recorded")
+    reasons = {"interpreter": "the other interpreter computes other bits than this one"}
+    what = reasons.get(kind, "this machine computes other bits than the one that recorded")
     return f"{what} ({'; '.join([', '.join(other), *named])})"
+
+
+def _read(path: Path) -> tuple[Any, Any]:
+    """Read the arrays and the description of a recording."""
+    try:
+        with open_file(path) as file:
+            if os.fstat(file.fileno()).st_size > LARGEST:
+                raise ValueError
+            read_header(file)
+            file.seek(0)
+            arrays, text = tensorfile.parse(file)
+        about = parse_json(text.encode(), path.name)
+        schema = about["schema"]
+    except (ConvertError, ValueError, KeyError, TypeError):
+        raise _bad(path, "is not a recording that `fairseq-to-hf record` wrote, or is damaged") from None
+    if schema != SCHEMA:
+        raise _bad(path, f"is a recording of schema {schema}, and this version reads schema {SCHEMA}")
+    return arrays, about
 
 
 def _bad(path: Path, what: str) -> ConvertError:

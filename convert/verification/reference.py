@@ -42,7 +42,7 @@ class Subject(Interface):
     sha256: str
     handed: Mapping[str, Any]
 
-    def speaking(self, language: str) -> Subject:
+    def in_language(self, language: str) -> Subject:
         """Return the same with another language."""
         return replace(self, symbols=self.languages[language][0], language=language)
 

@@ -25,6 +25,12 @@ OF_WEIGHTS = ("bytes", "shape", "missing-tensor", "unexpected-tensor")  # codes 
 OF_OUTPUTS = ("different", "not-identical", "end-to-end")
 EFFECTS = ("changed-file", *OF_OUTPUTS)  # what follows from any other problem
 Row = tuple[str, float, float]
+# the words of the table
+_MEANINGS = {
+    "identical": "every bit is the same",
+    "rounding": "within the floor, what rounding to float32 makes here, as measured; the same in float64",
+    "explained": "normalised or rounded otherwise before the model, which computes the same on equal inputs",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,12 +175,14 @@ def text(report: Mapping[str, Any]) -> str:
         group = [run for run in runs if (run["device"], run["dtype"]) == (device, dtype)]
         width = max(19, *(len(run["input"]) for run in group)) + 1
         lines += [_line(run, width) for run in group]
-    lines += ["  waveform to text", *map(_spoken, report["end_to_end"])] if report["end_to_end"] else []
+    lines += ["  waveform to text", *map(_waveform, report["end_to_end"])] if report["end_to_end"] else []
     caught = sum(control["caught"] for control in report["controls"])
     lines.append(f"  {'deliberate mistakes':<22}{caught} of {len(report['controls'])} caught")
-    lines += [f"  {name} was not there: not verified on it" for name in report["missing"]]
+    lines += [f"  {name}: not on this machine, not verified there" for name in report["missing"]]
     lines += [f"  not checked: {key}: {reason}" for key, reason in report["skipped"].items()]
     lines += [f"  {padding_text(one)}" for one in report["padding"]]
+    verdicts = {one["verdict"] for one in (*runs, *report["end_to_end"])}
+    lines += [f"  {word:<12}{meaning}" for word, meaning in _MEANINGS.items() if word in verdicts]
     lines.append("verified: the same model" if report["passed"] else "NOT the same, or not proved:")
     lines += [f"  {line}" for line in problem_lines(_reasons(report))]
     return "\n".join(map(shown, lines))
@@ -207,7 +215,7 @@ def _line(run: Mapping[str, Any], width: int) -> str:
     return f"{line}{run['stage']}: {run['max_abs_difference']:.1e}, floor {run['allowed']:.1e}"
 
 
-def _spoken(one: Mapping[str, Any]) -> str:
+def _waveform(one: Mapping[str, Any]) -> str:
     line = f"    {one['input']:<20}{one['verdict']:<11}"
     if one["verdict"] == "different":
         return f"{line}{one['why']}"

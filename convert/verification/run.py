@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from convert.checkpoint import Checkpoint
 from convert.checkpoint.opened import UNSEEN
 from convert.directory import ModelDirectory
 from convert.errors import ConvertError, MismatchError, Problem
+from convert.families.planning import list_languages
 from convert.files import Hashes
 from convert.loading import quiet
 from convert.package import compare_opened
@@ -32,59 +33,73 @@ Progress = Callable[[int, int], None]
 Doing = Callable[[str], None]
 
 
-def verify(
-    checkpoint: str | Path,
-    model_dir: Path,
-    *,
-    reference: Path | None,
-    fairseq_python: str | None,
-    devices: Sequence[str],
-    audio: Sequence[str | Path],
-    require: str | None,
-    dictionary: Path | None,
-    base: str | Path | None,
-    long: bool,
-    languages: Sequence[str],
-    write_report: bool,
-    progress: Progress | None,
-    doing: Doing | None,
-) -> Verification:
-    """Verify; the arguments are those of `convert.verification.verify`."""
-    _usage(require, reference, fairseq_python, audio)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """The arguments of `convert.verify`, which explains them, beside the checkpoint and the model directory."""
+
+    reference: Path | None
+    fairseq_python: str | None
+    devices: tuple[str, ...]
+    audio: tuple[str | Path, ...]
+    require: str | None
+    dictionary: Path | None
+    base: str | Path | None
+    long: bool
+    languages: tuple[str, ...]
+    write: bool
+    progress: Progress | None
+    doing: Doing | None
+
+    def __post_init__(self) -> None:
+        if self.require not in (None, "identical", "rounding"):
+            raise ConvertError(f"{self.require!r} is neither identical nor rounding", code="usage", key="--require")
+        if self.reference is not None and (self.fairseq_python is not None or self.audio):
+            other = "--audio" if self.audio else "--fairseq-python"
+            raise ConvertError(
+                f"a recording has its own inputs and answers: leave {other} out", code="usage", key="--reference"
+            )
+
+
+def verify(checkpoint: str | Path, model_dir: Path, options: Options) -> Verification:
+    """Verify; `convert.verify` documents the result and the errors."""
     directory = ModelDirectory(model_dir)
     known = Hashes()
     files = expected.hashes(model_dir, known)
     opening = directory.record.asked.opening
-    with open_source(checkpoint, base=base, dictionary=dictionary, **opening) as opened, opened.unchanged():
+    with (
+        open_source(checkpoint, base=options.base, dictionary=options.dictionary, **opening) as opened,
+        opened.unchanged(),
+    ):
         digest = opened.sha256()
         check_source(directory, opened.path.name, digest)
-        request = request_again(directory, opened, dictionary=dictionary or dictionary_beside(opened))
+        dictionary = options.dictionary or dictionary_beside(opened)
+        request = request_again(directory, opened, dictionary=dictionary)
         subject, geometry = read_subject(opened, request, digest)
-        others = _others(subject, request.language, languages)
-        chosen, absent = choose(devices)
-        recorded = _recording(reference, subject) if reference is not None else None
-        clips = recorded.clips if recorded else collect(audio, subject.rate, geometry)
+        others = _others(subject, request.language, options.languages)
+        chosen, absent = choose(options.devices)
+        recorded = _recording(options.reference, subject) if options.reference is not None else None
+        clips = recorded.clips if recorded else collect(options.audio, subject.rate, geometry)
         wanted = recorded.probes() if recorded else in_languages(probes(geometry, clips, rate=subject.rate), others)
-        wanted = [probe for probe in wanted if long or probe.name != LONG]
+        wanted = [probe for probe in wanted if options.long or probe.name != LONG]
         wanted = [probe for probe in wanted if not probe.language or probe.language in others]
         pieces = pieces_of(geometry, clips, wanted)
         half, rounded = half_type(directory)
         findings = Findings()
-        if not long:
+        if not options.long:
             findings.skipped[LONG] = "left out, as asked"
         run = {subject.language, *(probe.language for probe in wanted)}
         findings.skipped |= {
             f"language {name}": "its bytes only, as asked" for name in subject.languages if name not in run
         }
-        if fairseq_python is not None:
-            recorded = answers(subject, clips, wanted, list(pieces.values()), rounded, fairseq_python)
-        if recorded and long and LONG not in {probe.name for probe in wanted}:
+        if options.fairseq_python is not None:
+            recorded = answers(subject, clips, wanted, list(pieces.values()), rounded, options.fairseq_python)
+        if recorded and options.long and LONG not in {probe.name for probe in wanted}:
             findings.skipped[LONG] = "the recording has no answers for it"
-        findings.skipped |= on_trust(opened, subject, directory, bool(dictionary or dictionary_beside(opened)))
-        steps = Steps(progress, doing)
+        findings.skipped |= on_trust(opened, subject, directory, bool(dictionary))
+        steps = Steps(options.progress, options.doing)
         steps.tell("the bytes and the files", 2 * len(wanted))
-        _check_files(opened, directory, digest, files, {"dictionary": dictionary}, findings)
-        work = Work(subject, directory, clips, wanted, pieces, half, rounded, require, steps.tell)
+        _check_files(opened, directory, digest, files, dictionary, findings)
+        work = Work(subject, directory, clips, wanted, pieces, half, rounded, options.require, steps.tell)
         description = None
         with steady(), quiet():
             for device in chosen:
@@ -109,7 +124,7 @@ def verify(
             environment=surroundings,
             missing=sorted(absent),
         )
-    if write_report:
+    if options.write:
         write(directory.path, done.report)
     steps.end()
     return done
@@ -180,20 +195,10 @@ def _others(subject: Subject, asked: str, languages: Sequence[str]) -> list[str]
             f"{subject.name} has no language {unknown[0]!r}",
             code="unknown-language",
             key="--lang",
-            hint=f"it has: {', '.join(sorted(subject.languages)) or 'none'}",
+            hint=list_languages(subject.languages),
         )
     found = [] if asked else [name for name in subject.languages if name != subject.language]
     return [name for name in found if not languages or name in languages]
-
-
-def _usage(require: str | None, reference: Path | None, python: str | None, audio: Sequence[str | Path]) -> None:
-    if require not in (None, "identical", "rounding"):
-        raise ConvertError(f"{require!r} is neither identical nor rounding", code="usage", key="--require")
-    if reference is not None and (python is not None or audio):
-        other = "--audio" if audio else "--fairseq-python"
-        raise ConvertError(
-            f"a recording has its own inputs and answers: leave {other} out", code="usage", key="--reference"
-        )
 
 
 def _recording(path: Path, subject: Subject) -> Recorded:
@@ -228,17 +233,17 @@ def _check_files(
     directory: ModelDirectory,
     sha256: str,
     files: Mapping[str, str],
-    options: Mapping[str, Any],
+    dictionary: Path | None,
     findings: Findings,
 ) -> None:
     """Check what needs no model: every tensor's bytes, every value of every JSON file; and that both checks see."""
 
     def bytes_of(path: Path) -> list[Problem]:
-        return compare_opened(opened, ModelDirectory(path), **options)
+        return compare_opened(opened, ModelDirectory(path), dictionary=dictionary)
 
     findings.problems += bytes_of(directory.path)
     findings.controls.append(controls.one_unit(directory.path, _some_tensor(directory), bytes_of))
-    meant = expected.expect(opened, directory, sha256, **options)
+    meant = expected.expect(opened, directory, sha256, dictionary=dictionary)
     findings.problems += expected.compare_files(directory, meant.files)
     problems, differing = expected.compare_records(directory, meant, files)
     findings.problems += problems

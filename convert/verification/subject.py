@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
 
 from convert.checkpoint import Checkpoint
+from convert.directory import ModelDirectory
 from convert.errors import ConvertError
 from convert.families import Request, describe, interface_of
 from convert.verification.handed import handed
@@ -38,7 +38,7 @@ def read_subject(opened: Checkpoint, request: Request, sha256: str = "") -> tupl
     return subject, Geometry(around.convolutions, around.multiple, around.splits)
 
 
-def half_type(directory: Any) -> tuple[str, str]:
+def half_type(directory: ModelDirectory) -> tuple[str, str]:
     """Say which half type a model directory's weights have, and which the conversion rounded them to (each may be empty)."""
     stored = str(directory.config.get("torch_dtype") or directory.config.get("dtype") or "float32")
     rounded = directory.record.dtype
@@ -46,7 +46,7 @@ def half_type(directory: Any) -> tuple[str, str]:
     return half, half if rounded != "keep" else ""
 
 
-def check_source(directory: Any, name: str, sha256: str) -> None:
+def check_source(directory: ModelDirectory, name: str, sha256: str) -> None:
     """Refuse a model directory that was made from another checkpoint than the one with this name and hash.
 
     Raises:

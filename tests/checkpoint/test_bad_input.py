@@ -150,16 +150,16 @@ def test_missing_storage(checkpoints: dict[str, Path], tmp_path: Path) -> None:
 
 # Changes of the model's tensors -> the codes of the problems; RANK is what the mapping does not take yet
 TENSORS: dict[str, tuple[dict[str, Any], set[str]]] = {
-    "missing": ({QUERY: None}, {"dead-rule"}),
-    "missing-layer": ({f"{PREFIX}layer_norm.weight": None}, {"missing-source"}),
-    "extra": ({f"{PREFIX}encoder.extra.weight": torch.zeros(2)}, {"unmapped-source"}),
-    "extra-layer": ({f"{PREFIX}encoder.layers.7.fc1.weight": torch.zeros(96, 64)}, {"unmapped-source"}),
+    "missing": ({QUERY: None}, {"missing-tensor"}),
+    "missing-layer": ({f"{PREFIX}layer_norm.weight": None}, {"missing-tensor"}),
+    "extra": ({f"{PREFIX}encoder.extra.weight": torch.zeros(2)}, {"unexpected-tensor"}),
+    "extra-layer": ({f"{PREFIX}encoder.layers.7.fc1.weight": torch.zeros(96, 64)}, {"unexpected-tensor"}),
     "shape": ({QUERY: torch.zeros(64, 63)}, {"shape"}),
     "transposed": ({f"{PREFIX}encoder.layers.1.fc1.weight": torch.zeros(64, 96)}, {"shape"}),
     "no-elements": ({QUERY: torch.zeros(0, 64)}, {"shape"}),
     "whole-numbers": ({QUERY: torch.zeros(64, 64, dtype=torch.long)}, {"dtype"}),
-    "no-tensor": ({QUERY: 1.0}, {"dead-rule"}),
-    "sparse": ({QUERY: torch.zeros(64, 64).to_sparse()}, {"dead-rule", "unmapped-source"}),
+    "no-tensor": ({QUERY: 1.0}, {"missing-tensor"}),
+    "sparse": ({QUERY: torch.zeros(64, 64).to_sparse()}, {"missing-tensor", "unexpected-tensor"}),
     "nan": ({QUERY: torch.full((64, 64), torch.nan)}, {"non-finite"}),
     "infinite": ({QUERY: torch.zeros(64, 64).index_fill(0, torch.tensor([3]), -torch.inf)}, {"non-finite"}),
     "nan-half": ({QUERY: torch.full((64, 64), torch.nan).half()}, {"non-finite"}),

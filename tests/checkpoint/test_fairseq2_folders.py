@@ -23,8 +23,8 @@ from convert.checkpoint.layouts import open_container
 from convert.checkpoint.sentencepiece import read_model
 from convert.checkpoint.stored import StoredTensor
 from convert.errors import CheckpointError
+from convert.pieces import read_array
 from convert.sources import open_source
-from convert.transfer import read_array
 
 
 def joined(path: Path) -> tuple[Container, dict[str, StoredTensor]]:

@@ -42,15 +42,21 @@ def test_plan(command: Command) -> None:
     assert done.data["drops"] == done.data["fills"] == done.data["edits"] == []
 
 
+def test_quiet_json_is_json() -> None:
+    for line, status in (("plan -q --json", 0), ("plan --head classification -q --json", 1), ("fetch -q --json", 2)):
+        done = CliRunner().invoke(cli.main, [*line.split(), *([str(BUNDLED)] if "plan" in line else [])])
+        assert (done.exit_code, json.loads(done.stdout)["ok"]) == (status, status == 0)
+
+
 def test_a_refused_plan_lists_every_reason(command: Command, tmp_path: Path) -> None:
     path = save(fairseq_models.REFUSED["target_glu"], tmp_path / "model.pt")
     done = command("plan", path)
     assert done.status == 1 and done.text == ""
-    assert {problem["code"] for problem in done.data["problems"]} == {"unmapped-source", "unsupported-setting"}
+    assert {problem["code"] for problem in done.data["problems"]} == {"unexpected-tensor", "unsupported-setting"}
     assert done.error.splitlines() == [
         "error: model.pt cannot be converted completely; nothing was written",
-        "  unmapped-source: target_glu.0.bias: no rule takes this tensor of shape (48,)",
-        "  unmapped-source: target_glu.0.weight: no rule takes this tensor of shape (48, 24)",
+        "  unexpected-tensor: target_glu.0.bias: has no place in the model; its shape is (48,)",
+        "  unexpected-tensor: target_glu.0.weight: has no place in the model; its shape is (48, 24)",
         "  unsupported-setting: target_glu: is True: Wav2Vec2ForPreTraining has no gated linear unit on its targets",
     ]
 

@@ -345,6 +345,15 @@ def test_json_is_plain_data(hubert: tuple[Path, torch.nn.Module]) -> None:
     json.dumps(inspect(hubert[0]))
 
 
+def test_the_settings_of_the_pretrained_model_are_missing(command: Callable[..., Ran], tmp_path: Path) -> None:
+    plain = settings(VARIANTS["ctc_base"])
+    plain["model"] |= {"w2v_args": None, "w2v_path": "/runs/7/checkpoint_last.pt"}
+    write(tmp_path / "x.pt", build("ctc_base"), plain, {})
+    done = command("inspect", "x.pt")
+    assert "\narchitecture  wav2vec_ctc\n" in done.text
+    assert done.text.endswith("\n  hint: pass the pretrained checkpoint: --base PRETRAINED.pt\n")
+
+
 def test_each_reason_keeps_its_remedy(command: Callable[..., Ran], tmp_path: Path) -> None:
     """Two reasons from two places, one of them found while the plan of the tensors is made."""
     plain = settings(VARIANTS["ctc_base"])

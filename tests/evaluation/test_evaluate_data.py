@@ -85,7 +85,8 @@ def test_a_manifest_without_transcripts_or_with_too_few_is_refused(tmp_path: Pat
     ]
     manifest.with_suffix(".wrd").unlink()
     manifest.with_suffix(".ltr").unlink()
-    assert refusal(manifest_source, manifest, RATE).code == "no-transcripts"
+    error = refusal(manifest_source, manifest, RATE)
+    assert error.code == "no-transcripts" and "libri_labels.py" in error.hint
 
 
 def test_all_missing_recordings_are_listed(tmp_path: Path) -> None:
@@ -104,7 +105,8 @@ def test_a_broken_manifest_is_refused(tmp_path: Path) -> None:
     manifest.write_text("audio\n")
     assert refusal(manifest_source, manifest, RATE).message == "set.tsv lists no recordings"
     manifest.write_bytes(b"\xff\xfe\n")
-    assert refusal(manifest_source, manifest, RATE).code == "text"
+    error = refusal(manifest_source, manifest, RATE)
+    assert (error.code, error.message) == ("text", "set.tsv: not UTF-8 text: byte 0 is 0xff") and "iconv" in error.hint
 
 
 def test_a_recording_of_another_length_is_refused(tmp_path: Path) -> None:
@@ -123,7 +125,10 @@ def test_other_rates_and_channels_are_refused_not_changed(tmp_path: Path) -> Non
     assert refusal(folder_source, tmp_path, RATE).message == "a.wav: 2 channels, expected 1; nothing was mixed"
     (tmp_path / "a.wav").write_text("not audio")
     error = refusal(folder_source, tmp_path, RATE)
-    assert error.code == "bad-audio" and error.message == "a.wav: cannot be read as audio (Format not recognised.)"
+    assert (error.code, error.message) == ("bad-audio", "a.wav: not a WAV or FLAC file")
+    assert error.hint == "write it anew, for example: ffmpeg -i IN -ac 1 -ar 16000 OUT.wav"
+    (tmp_path / "a.wav").write_bytes(b"RIFF\x24\x00\x00\x00WAVEfmt ")
+    assert refusal(folder_source, tmp_path, RATE).message == "a.wav: damaged: Error in WAV file. No 'data' chunk marker"
 
 
 def test_a_folder_in_either_layout(tmp_path: Path) -> None:
@@ -141,8 +146,9 @@ def test_a_folder_in_either_layout(tmp_path: Path) -> None:
 
 
 def test_a_folder_lacking_something_is_refused(tmp_path: Path) -> None:
-    assert refusal(folder_source, tmp_path / "nowhere", RATE).code == "no-folder"
-    assert refusal(folder_source, tmp_path, RATE).code == "no-audio"
+    for place, code in ((tmp_path / "nowhere", "no-folder"), (tmp_path, "no-audio")):
+        error = refusal(folder_source, place, RATE)
+        assert (error.code, error.hint[:50]) == (code, "name a folder of .wav or .flac recordings, at any ")
     for name in ("a.wav", "b.wav", "c.wav"):
         write_audio(tmp_path / name, noise(6000, 0))
     (tmp_path / "b.txt").write_text("B")
@@ -206,21 +212,36 @@ def test_a_revision_is_resolved_to_its_commit(monkeypatch: pytest.MonkeyPatch) -
 
 
 OPTIONS = {
-    "none": ((), "expected one of --manifest, --folder and --dataset, found none"),
+    "none": (
+        (),
+        "expected one of --manifest, --folder and --dataset, found none\n\n"
+        "hint: name the recordings: --manifest FILE.tsv, --folder DIR or --dataset NAME",
+    ),
     "two": (
         ("--manifest", "m.tsv", "--dataset", "d"),
-        "expected one of --manifest, --folder and --dataset, found --manifest and --dataset",
+        "expected one of --manifest, --folder and --dataset, found --manifest and --dataset\n\n"
+        "hint: name the recordings: --manifest FILE.tsv, --folder DIR or --dataset NAME",
     ),
-    "split": (("--folder", "f", "--split", "dev"), "--split needs --dataset"),
+    "split": (
+        ("--folder", "f", "--split", "dev"),
+        "--split is for --dataset\n\nhint: leave --split out, or name a dataset",
+    ),
     "reference": (
         ("--folder", "f", "--reference", "fairseq"),
-        "--reference fairseq and --checkpoint SOURCE need each other",
+        "--reference fairseq needs the checkpoint\n\nhint: name it: --checkpoint SOURCE",
     ),
     "checkpoint": (
         ("--folder", "f", "--checkpoint", "c"),
-        "--reference fairseq and --checkpoint SOURCE need each other",
+        "--checkpoint is for --reference\n\nhint: leave --checkpoint out, or add --reference fairseq",
     ),
-    "file": (("--manifest", "nowhere.tsv"), "nowhere.tsv: no such file"),
+    "base": (
+        ("--folder", "f", "--base", "c"),
+        "--base is for --reference\n\nhint: leave --base out, or add --reference fairseq",
+    ),
+    "file": (
+        ("--manifest", "nowhere.tsv"),
+        "nowhere.tsv: no such file\n\nhint: name the FILE.tsv that fairseq's wav2vec_manifest.py wrote",
+    ),
     "batch": (("--folder", "f", "--batch-size", "0"), "batch size 0, expected at least 1"),
 }
 

@@ -1,4 +1,4 @@
-"""Audio classifiers: converted ones compute what real fairseq ones compute, and what has no twin is refused."""
+"""Audio classifiers: converted ones compute what real fairseq ones compute, and what has no equivalent is refused."""
 
 from __future__ import annotations
 
@@ -127,8 +127,8 @@ def test_what_fairseq_assumes_where_the_settings_are_silent_is_refused(name: str
         (lambda s: s["cfg"]["model"].update(latent_embed_dim=None), "shape", "pooling_layer.linear.weight"),
         (lambda s: s["cfg"]["model"]["w2v_args"]["model"].update(_name="data2vec_multi"), "unsupported-architecture", "data2vec_multi"),
         (lambda s: s["cfg"]["model"].update(new_pooling=3), "unknown-setting", "new_pooling"),
-        (lambda s: s["model"].update({"pooling_layer.weights": torch.ones(3)}), "unmapped-source", "pooling_layer.weights"),
-        (lambda s: s["model"].pop("pooling_layer.projection.bias"), "dead-rule", "pooling_layer.projection.bias"),
+        (lambda s: s["model"].update({"pooling_layer.weights": torch.ones(3)}), "unexpected-tensor", "pooling_layer.weights"),
+        (lambda s: s["model"].pop("pooling_layer.projection.bias"), "missing-tensor", "pooling_layer.projection.bias"),
         (lambda s: s["task_state"].update(target_dictionary=dictionary(LANGUAGES)), "dictionary-size", "dictionary"),
         (lambda s: s["task_state"]["target_dictionary"].symbols.__setitem__(0, "joy"), "bad-dictionary", "dictionary"),
         (lambda s: s.pop("task_state"), "no-dictionary", "--dict"),

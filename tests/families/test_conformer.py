@@ -1,4 +1,4 @@
-"""Conformers: converted, verified and restored against real fairseq, and refused where transformers has no twin."""
+"""Conformers: converted, verified and restored against real fairseq, and refused where transformers has no equivalent."""
 
 from __future__ import annotations
 
@@ -165,16 +165,16 @@ PREFIX = "w2v_encoder.w2v_model.encoder.layers."
     ("edit", "code", "key"),
     [
         (lambda s: s["model"][f"{PREFIX}2.self_attn.rotary_emb.inv_freq"].mul_(1.000001), "not-repeated", f"{PREFIX}2.self_attn.rotary_emb.inv_freq"),
-        (lambda s: s["model"].pop(f"{PREFIX}1.self_attn.rotary_emb.inv_freq"), "dead-rule", f"{PREFIX}1.self_attn.rotary_emb.inv_freq"),
+        (lambda s: s["model"].pop(f"{PREFIX}1.self_attn.rotary_emb.inv_freq"), "missing-tensor", f"{PREFIX}1.self_attn.rotary_emb.inv_freq"),
         (lambda s: s["model"].update({f"{PREFIX}1.conv_module.batch_norm.num_batches_tracked": torch.tensor(1.0)}), "dtype", f"{PREFIX}1.conv_module.batch_norm.num_batches_tracked"),
         (lambda s: s["model"].update({f"{PREFIX}1.conv_module.batch_norm.running_var": torch.ones(64).long()}), "dtype", f"{PREFIX}1.conv_module.batch_norm.running_var"),
         (lambda s: s["cfg"]["model"]["w2v_args"]["model"].update(depthwise_conv_kernel_size=9), "shape", f"{PREFIX}0.conv_module.depthwise_conv.weight"),
         (lambda s: s["cfg"]["model"]["w2v_args"]["model"].update(encoder_attention_heads=2), "shape", f"{PREFIX}0.self_attn.rotary_emb.inv_freq"),
-        (lambda s: s["cfg"]["model"]["w2v_args"]["model"].update(pos_enc_type="rel_pos"), "dead-rule", f"{PREFIX}0.self_attn.pos_bias_u"),
+        (lambda s: s["cfg"]["model"]["w2v_args"]["model"].update(pos_enc_type="rel_pos"), "missing-tensor", f"{PREFIX}0.self_attn.pos_bias_u"),
         (lambda s: s["cfg"]["model"]["w2v_args"]["model"].pop("pos_enc_type"), "unsupported-setting", "pos_enc_type"),
         (lambda s: s["cfg"]["model"]["w2v_args"]["model"].pop("attn_type"), "unsupported-setting", "attn_type"),
         (lambda s: s["cfg"]["model"]["w2v_args"]["model"].pop("layer_norm_first"), "unsupported-setting", "layer_norm_first"),
-        (lambda s: s["cfg"]["model"].update(layer_type="transformer"), "missing-source", f"{PREFIX}0.fc1.weight"),
+        (lambda s: s["cfg"]["model"].update(layer_type="transformer"), "missing-tensor", f"{PREFIX}0.fc1.weight"),
     ],
 )  # fmt: skip
 def test_a_tensor_or_setting_that_does_not_fit(edit: Callable[..., Any], code: str, key: str, tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def test_a_norm_that_is_left_out_is_missed(tmp_path: Path) -> None:
     torch.save(state, path)
     with pytest.raises(PlanError) as raised:
         convert.plan(path)
-    assert ("dead-rule", "feature_extractor.conv_layers.2.2.1.weight") in {
+    assert ("missing-tensor", "feature_extractor.conv_layers.2.2.1.weight") in {
         (p.code, p.key) for p in raised.value.problems
     }
 
@@ -204,7 +204,7 @@ def test_a_classifier_and_its_encoder(tmp_path: Path) -> None:
 
 def test_a_positional_convolution_more_than_there_is(tmp_path: Path) -> None:
     path = save("ctc", tmp_path / "m.pt")
-    for depth, code in ((6, "dead-rule"), (4, "unmapped-source"), (10**9, "bad-setting")):
+    for depth, code in ((6, "missing-tensor"), (4, "unexpected-tensor"), (10**9, "bad-setting")):
         state = torch.load(path, weights_only=False)
         state["cfg"]["model"]["w2v_args"]["model"]["pos_conv_depth"] = depth
         torch.save(state, tmp_path / "other.pt")
@@ -220,7 +220,7 @@ def test_what_is_no_tensor_and_no_teacher(tmp_path: Path) -> None:
     torch.save(state, path)
     with pytest.raises(PlanError) as raised:
         convert.plan(path)
-    assert [(problem.code, problem.key) for problem in raised.value.problems] == [("unmapped-source", "_ema")]
+    assert [(problem.code, problem.key) for problem in raised.value.problems] == [("unexpected-tensor", "_ema")]
 
 
 # --- back -----------------------------------------------------------------------------------------------------------

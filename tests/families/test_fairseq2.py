@@ -397,7 +397,7 @@ def test_impossible_settings(changes: dict[str, Any], key: str, tmp_path: Path) 
 
 def test_a_wrong_number_of_layers_is_found_in_the_tensors(tmp_path: Path) -> None:
     found = problems_of(changed(models.save_run("ctc_base", tmp_path), num_encoder_layers=1))
-    assert ("unmapped-source", "encoder.layers.1.ffn.inner_proj.weight") in found and len(found) == 16
+    assert ("unexpected-tensor", "encoder.layers.1.ffn.inner_proj.weight") in found and len(found) == 16
 
 
 PIECES: dict[str, tuple[Sequence[str], str, str]] = {

@@ -152,8 +152,8 @@ def test_what_has_no_twin_is_refused(name: str, tmp_path: Path) -> None:
         (lambda s: s["cfg"]["model"].update(my_trick=True), "unknown-setting", "my_trick"),
         (lambda s: s["cfg"]["model"].update(pos_conv_depth=5), "unsupported-setting", "pos_conv_depth"),
         (lambda s: s["cfg"]["model"].update(final_dim=32), "shape", "final_proj.bias"),
-        (lambda s: s["cfg"]["model"].update(conv_pos_batch_norm=True), "dead-rule", "encoder.pos_conv.1.weight"),
-        (lambda s: s["model"].update(extra=torch.zeros(1)), "unmapped-source", "extra"),
+        (lambda s: s["cfg"]["model"].update(conv_pos_batch_norm=True), "missing-tensor", "encoder.pos_conv.1.weight"),
+        (lambda s: s["model"].update(extra=torch.zeros(1)), "unexpected-tensor", "extra"),
     ],
 )
 def test_a_setting_is_carried_or_a_reason(edit: Any, code: str, key: str, tmp_path: Path) -> None:

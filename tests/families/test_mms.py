@@ -158,8 +158,8 @@ def test_every_language_is_proved_complete(tmp_path: Path) -> None:
     found = {(problem.code, problem.key) for problem in caught.value.problems}
     layer = "w2v_encoder.w2v_model.encoder.layers."
     assert found == {
-        ("dead-rule", f"adapter.azj-script_latin.safetensors: {layer}1.adapter_layer.W_a[0]"),
-        ("unmapped-source", "adapter.azj-script_latin.safetensors: w2v_encoder.w2v_model.encoder.layer_norm.weight"),
+        ("missing-tensor", f"adapter.azj-script_latin.safetensors: {layer}1.adapter_layer.W_a[0]"),
+        ("unexpected-tensor", "adapter.azj-script_latin.safetensors: w2v_encoder.w2v_model.encoder.layer_norm.weight"),
         ("dictionary-size", "dictionary"),
         ("no-dictionary", "adapter[hin]"),
         ("shape", f"adapter.hin.safetensors: {layer}0.adapter_layer.W_b[0]"),

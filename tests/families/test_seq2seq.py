@@ -25,7 +25,7 @@ from verify_models import computed_once, edit, few_inputs, short_inputs
 import convert
 from convert.errors import PlanError
 from convert.mapping import TensorSpec, infer_layout, map_state_dict
-from convert.transfer import sinusoids
+from convert.pieces import sinusoids
 from convert.verification import verify
 from convert.verification.fairseq_side.numerics import sinusoids as sinusoids_of_the_reference
 

@@ -89,8 +89,8 @@ def test_what_has_no_twin_is_refused(name: str, tmp_path: Path) -> None:
         (lambda s: s["cfg"].pop("max_distance"), "missing-setting", "max_distance"),
         (lambda s: s["cfg"].update(num_buckets=64), "shape", "encoder.layers.0.self_attn.relative_attention_bias.weight"),
         (lambda s: s["cfg"].update(encoder_attention_heads=2), "shape", "encoder.layers.0.self_attn.grep_a"),
-        (lambda s: s["model"].pop("encoder.layers.1.self_attn.grep_a"), "dead-rule", "encoder.layers.1.self_attn.grep_a"),
-        (lambda s: s["model"].update(final_proj=torch.ones(2)), "unmapped-source", "final_proj"),
+        (lambda s: s["model"].pop("encoder.layers.1.self_attn.grep_a"), "missing-tensor", "encoder.layers.1.self_attn.grep_a"),
+        (lambda s: s["model"].update(final_proj=torch.ones(2)), "unexpected-tensor", "final_proj"),
     ],
 )  # fmt: skip
 def test_a_setting_is_carried_or_a_reason(change: Callable[..., Any], code: str, key: str, tmp_path: Path) -> None:

@@ -91,6 +91,7 @@ def edited(path: Path, edit: Callable[[dict[str, Any]], Any]) -> Path:
 torch.serialization.add_safe_globals([Dictionary])  # fairseq's loader leaves torch.load at its default, weights only
 
 
-def fairseq_loads(path: Path) -> tuple[torch.nn.Module, Any]:
-    (model,), _, task = checkpoint_utils.load_model_ensemble_and_task([str(path)])
+def fairseq_loads(path: Path, **overrides: Any) -> tuple[torch.nn.Module, Any]:
+    """Load with fairseq's own loader; the overrides are those of its sections."""
+    (model,), _, task = checkpoint_utils.load_model_ensemble_and_task([str(path)], arg_overrides=overrides)
     return model.eval(), task

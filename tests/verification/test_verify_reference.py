@@ -260,6 +260,8 @@ def test_the_commands(base: tuple[Path, Path], recording: Path, tmp_path: Path, 
     done = command("verify", *base, "--reference", recording, "--device", "cpu")
     assert done.status == 0
     assert "deliberate mistakes   9 of 9 caught" in done.text
+    for one in (*done.data["runs"], *done.data["end_to_end"]):  # what the table's words mean stands below it
+        assert f"\n  {one['verdict']:<12}" in done.text
     assert done.data["passed"] is True and done.data["reference"]["kind"] == "recording"
     assert {run["verdict"] for run in done.data["runs"] if run["require"] == "identical"} == {"identical"}
     live = {}

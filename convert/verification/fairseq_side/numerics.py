@@ -93,7 +93,7 @@ def chunks(value: Any) -> Any:
 
 
 def sinusoids(rows: int, width: int) -> Any:
-    """The table of sinusoidal positions that a conversion writes: see `convert.transfer.sinusoids`."""
+    """The table of sinusoidal positions that a conversion writes: see `convert.pieces.sinusoids`."""
     half = width // 2
     step = numpy.float32(-(numpy.log(10000) / (half - 1)))
     frequencies = numpy.exp((numpy.arange(half, dtype=numpy.float32) * step).astype(numpy.float64)).astype(
