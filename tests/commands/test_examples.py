@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import json
 import shlex
 import shutil
 import subprocess
@@ -32,17 +33,23 @@ FRAMES = "[(32, 10, 5)] + [(32, 3, 2)] * 4 + [(32, 2, 2)] * 2"
 CTC = fairseq_models.Variant("ctc", fairseq_models.BASE | {"conv_feature_layers": FRAMES})
 # what each example of a command makes anew
 MADE = {"convert": "my-model", "restore": "checkpoint.pt", "record": "reference.safetensors"}
-# the command line, with every released checkpoint at one address
+# the command line, with every released checkpoint at one address: the lines of a command, one after the other; what a line
+# makes is removed before it
 START = """
-import dataclasses, sys
+import dataclasses, json, pathlib, shutil, sys
 from convert import fetching
 released = {
     name: dataclasses.replace(entry, address=sys.argv[1], dictionary=None) for name, entry in fetching.catalogue().items()
 }
 fetching.catalogue = lambda: released
 from convert.cli import main
-sys.argv[1:2] = []
-main()
+for made, words in json.load(sys.stdin):
+    for path in map(pathlib.Path, made):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    try:
+        main(words)
+    except SystemExit as status:
+        assert not status.code, words
 """
 
 
@@ -97,16 +104,19 @@ def test_every_example_runs(name: str, files: Path, server: Server, hub: Hub, tm
     if name == "publish":
         hub.store.create("lab/model", False, "carol")
         hub_fixtures.prove(place / "my-model")
+    asked = []
     for line in lines:
         words = [HERE.get(word, word.replace("me/", "alice/")) for word in shlex.split(line)[1:]]
-        if name in MADE and "--overwrite" not in words:
-            made = place / MADE[name]
-            shutil.rmtree(made) if made.is_dir() else made.unlink(missing_ok=True)
-        run = [sys.executable, "-c", START, address, *words]
-        done = subprocess.run(
-            run, cwd=place, env={**environment, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-        )
-        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+        asked.append([[MADE[name]] if name in MADE and "--overwrite" not in words else [], words])
+    done = subprocess.run(
+        [sys.executable, "-c", START, address],
+        input=json.dumps(asked),
+        cwd=place,
+        env={**environment, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
 
 
 def _lay_out(hub: Hub, content: dict[str, bytes]) -> None:
