@@ -131,10 +131,10 @@ def computed_once() -> Iterator[None]:
                 KNOWN[target] = known
         return known[key]
 
-    def check_files(opened: Any, directory: Any, sha256: str, files: Any, options: Any, findings: Findings) -> None:
-        key = _content(sha256, sorted(files.items()), options)
+    def check_files(opened: Any, directory: Any, sha256: str, files: Any, dictionary: Any, findings: Findings) -> None:
+        key = _content(sha256, sorted(files.items()), dictionary)
         if key not in checked:
-            every_file(opened, directory, sha256, files, options, made := Findings())
+            every_file(opened, directory, sha256, files, dictionary, made := Findings())
             checked.clear()
             checked[key] = made
         findings.problems += checked[key].problems
