@@ -1,4 +1,4 @@
-"""The one place that formats: text from files, folded key lists, sizes, errors, JSON, the single JSON object of a command."""
+"""Formatting: text from files, folded key lists, sizes, errors, JSON, and the JSON object of a command."""
 
 from __future__ import annotations
 
@@ -284,9 +284,8 @@ class ProgressBar:
             bar.render_progress()
 
 
-def counted(progress: Progress | None, total: int) -> Callable[[int], None]:
-    """Make what adds up numbers of bytes that were done, and tells a progress of them."""
-    done = 0
+def counted(progress: Progress | None, total: int, done: int = 0) -> Callable[[int], None]:
+    """Make what adds numbers of bytes to those that were done, and tells a progress of them."""
 
     def advance(count: int) -> None:
         nonlocal done

@@ -52,7 +52,7 @@ def restore(
             (settings from `config.json`, vocabulary from `vocab.json`).
         out: the checkpoint to write.
         overwrite: whether an existing file is replaced, once the new one is proved.
-        progress: called with (bytes done, bytes in all): each is written and compared.
+        progress: called with (bytes done, bytes in all): each is hashed, written and compared.
 
     Returns:
         What was written. Every tensor was read back and compared byte for byte with the model's.
@@ -65,7 +65,8 @@ def restore(
     directory = ModelDirectory(Path(model_dir))
     check_file(out, overwrite)
     ours = os.path.lexists(directory.path / "conversion.json")
-    draft = _from_conversion(directory) if ours else from_config(directory)
+    hashed = sum(file.size for file in directory.record.files.values()) if ours else 0
+    draft = _from_conversion(directory, counted(progress, 3 * hashed)) if ours else from_config(directory)
     model = draft.stacked
     restoring = draft.restoring
     teacher = {restoring.teacher: {name: model[key] for name, key in draft.teacher.items()}} if draft.teacher else {}
@@ -79,7 +80,7 @@ def restore(
         state["adapter"] = Lazy(draft.languages, lambda name: _adapter(draft.languages[name]))
     if restoring.bare:
         state = draft.settings
-    advance = counted(progress, 2 * draft.size if progress else 0)
+    advance = counted(progress, hashed + 2 * draft.size if progress else 0, hashed)
     with new_file(out, overwrite=overwrite) as path:
         write_checkpoint(path, {**model, **teacher}, state, advance)
         _prove(path, draft, directory if ours else None, advance)
@@ -147,7 +148,7 @@ def _compare_settings(opened: Checkpoint, directory: ModelDirectory) -> None:
         )
 
 
-def _from_conversion(directory: ModelDirectory) -> Draft:
+def _from_conversion(directory: ModelDirectory, advance: Callable[[int], None]) -> Draft:
     record = directory.record
     family, kind = _known(record)
     if not family.restores:
@@ -174,7 +175,7 @@ def _from_conversion(directory: ModelDirectory) -> Draft:
             problems=problems,
             hint=f"convert the checkpoint again {way}",
         )
-    notes = _changed(directory, record.files)
+    notes = _changed(directory, record.files, advance)
     notes += family.restoring.notes
     settings = (family.restoring.settings or loadable)(record.settings)
     dictionary = None if kind.data_config else record.dictionary
@@ -246,13 +247,13 @@ def _as_it_was(tensor: NewTensor, target: str, record: Record) -> NewTensor:
     return replace(tensor, shape=(sum(tensor.shape[:1]) + rows, *tensor.shape[1:]), pieces=pieces)
 
 
-def _changed(directory: ModelDirectory, files: Mapping[str, File]) -> list[str]:
+def _changed(directory: ModelDirectory, files: Mapping[str, File], advance: Callable[[int], None]) -> list[str]:
     """Hold the files against conversion.json: other weights are noted, other settings would be lost and are refused."""
     weights = {*directory.weight_files(), *directory.record.sidecars}
     notes, problems = [], []
     for name, kept in files.items():
         path = directory.path / name
-        same = path.is_file() and sha256_of(path) == kept.sha256
+        same = path.is_file() and sha256_of(path, lambda piece: advance(len(piece))) == kept.sha256
         if not path.is_file() or (not same and name not in weights):
             problems.append(Problem("changed", name, "is not what the conversion wrote; the settings come from there"))
         elif not same:

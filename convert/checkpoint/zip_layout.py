@@ -1,4 +1,4 @@
-"""torch's zip layout: where each entry's bytes are; those of a file that was zipped anew, and so compressed, are unpacked."""
+"""torch's zip layout: where each entry's bytes are. Compressed entries are unpacked first."""
 
 from __future__ import annotations
 
@@ -12,7 +12,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
-from convert.checkpoint.container import Container, Opened, Range, corrupted, release, tensors_in, unreadable
+from convert.checkpoint.container import (
+    Container,
+    Opened,
+    Range,
+    check_crc,
+    corrupted,
+    release,
+    tensors_in,
+    unreadable,
+)
 from convert.checkpoint.foreign import archive_of
 from convert.checkpoint.unpickle import load
 from convert.checkpoint.zip_directory import DEFLATED, STORED, Entry, read_directory
@@ -56,7 +65,7 @@ def open_zip(path: Path, original: Opened) -> Container:
             raise unreadable(path, f"entry {place.entry} overlaps another one", "hostile-zip")
         behind = max(behind, place.start + place.count)
     if index.method == STORED:
-        _check_crc(path, data, where)
+        check_crc(path, data, where)
         loaded = load(data, where.start, path.name, where.start + where.count)
         release(data, where.start, where.count)
     else:
@@ -195,9 +204,3 @@ def _pieces(path: Path, data: mmap.mmap, entry: Entry, where: Range) -> Iterator
 def _too_large(path: Path, count: int) -> CheckpointError:
     what = f"would take {count} bytes unpacked, more than {_GROWTH} times its own size: no model is compressed so far"
     return unreadable(path, what, "size-bomb", "get the checkpoint from its author again")
-
-
-def _check_crc(path: Path, data: mmap.mmap, where: Range) -> None:
-    with memoryview(data) as view, view[where.start : where.start + where.count] as piece:
-        if zlib.crc32(piece) != where.crc:
-            raise corrupted(path, where)

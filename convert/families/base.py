@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from convert.checkpoint import Anchor, Checkpoint
 from convert.checkpoint.data_config import DataConfig
 from convert.checkpoint.dictionary import Dictionary
-from convert.errors import Problem
+from convert.errors import PlanError, Problem
 from convert.families.damages import Converted, Damage, encoder_damages
 from convert.families.settings import Reader, Settings, Value
 from convert.families.tokenizers import Processor
@@ -40,6 +40,32 @@ def anchor(first: Rename, layer: Rename, inner: str = "", trainer: str = "fairse
     """
     key = first.source.replace("{p}", "weight")
     return Anchor(f"{inner}{re.sub('{[^}]*}', '0', key)}", inner + layer.source.partition("{")[0], inner, trainer)
+
+
+def check_ranks(shapes: Shapes, model: str, needed: Mapping[str, int], others: Mapping[str, int]) -> None:
+    """Refuse a state_dict that is not one of a model.
+
+    Args:
+        shapes: the state_dict.
+        model: what it should be, for the error.
+        needed: tensors that every such model has, with their numbers of axes.
+        others: tensors that some have, with theirs.
+
+    Raises:
+        PlanError: `missing-tensor`, `shape`.
+    """
+    lost = [Problem("missing-tensor", key, "is not there") for key in needed if key not in shapes]
+    if lost:
+        message = f"this is not a {model}: {len(lost)} tensors that every such model has are missing"
+        raise PlanError(message, code="missing-tensor", problems=lost)
+    wrong = [
+        Problem("shape", key, f"{rank} axes expected, source {shapes[key]}")
+        for key, rank in {**needed, **others}.items()
+        if key in shapes and len(shapes[key]) != rank
+    ]
+    if wrong:
+        message = f"{len(wrong)} tensors have a different number of axes than in a {model}"
+        raise PlanError(message, code="shape", problems=wrong)
 
 
 @dataclass(frozen=True, slots=True)

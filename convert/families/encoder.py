@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from convert.errors import PlanError, Problem
-from convert.families.base import NO_HEAD, Kind, Part, Shapes, anchor
+from convert.errors import PlanError
+from convert.families.base import NO_HEAD, Kind, Part, Shapes, anchor, check_ranks
 from convert.rules import Drop, Edit, Fill, Identity, NormOf, Rename, Rule, Table, Zeros, add_prefix
 
 # fmt: off
@@ -235,23 +235,10 @@ def infer_encoder(shapes: Shapes, kinds: Mapping[str, Kind], inner: str = "fc1")
     weight_norm = "encoder.pos_conv.0.weight" not in encoder
     positions = f"encoder.pos_conv.0.weight{'_v' if weight_norm else ''}"
     first = f"encoder.layers.0.{inner}.weight"
-    needed = ["feature_extractor.conv_layers.0.0.weight", first, positions, "layer_norm.weight"]
-    lost = [prefix + key for key in needed if key not in encoder]
-    if lost:
-        problems = [Problem("missing-tensor", key, "is not there") for key in lost]
-        message = f"this is not a wav2vec 2.0 state_dict: {len(lost)} tensors that each has are missing"
-        raise PlanError(message, code="missing-tensor", problems=problems)
-    ranks = {prefix + key: rank for key, rank in zip(needed, (3, 2, 3, 1), strict=True)}
+    needed = {"feature_extractor.conv_layers.0.0.weight": 3, first: 2, positions: 3, "layer_norm.weight": 1}
     convolution = re.compile(r"feature_extractor\.conv_layers\.\d+\.0\.weight")
-    ranks |= {prefix + key: 3 for key in encoder if convolution.fullmatch(key)} | dict(known.ranks)
-    wrong = [
-        Problem("shape", key, f"{rank} axes expected, source {shapes[key]}")
-        for key, rank in ranks.items()
-        if key in shapes and len(shapes[key]) != rank
-    ]
-    if wrong:
-        message = f"{len(wrong)} tensors have another number of axes than those of wav2vec 2.0"
-        raise PlanError(message, code="shape", problems=wrong)
+    others = {prefix + key: 3 for key in encoder if convolution.fullmatch(key)} | dict(known.ranks)
+    check_ranks(shapes, "wav2vec 2.0 state_dict", {prefix + key: rank for key, rank in needed.items()}, others)
     convolutions = count(encoder, r"feature_extractor\.conv_layers\.(\d{1,3})\.0\.weight")
     kernels = [encoder.get(f"feature_extractor.conv_layers.{i}.0.weight", (0, 0, 0)) for i in range(convolutions)]
     ffn, hidden = encoder[first]

@@ -12,12 +12,12 @@ from typing import Any
 
 from convert.checkpoint.dictionary import Dictionary
 from convert.errors import PlanError, Problem
-from convert.families.base import NO_HEAD, Conversion, Family, Kind, Part, Shapes, Sources, anchor
+from convert.families.base import NO_HEAD, Conversion, Family, Kind, Part, Shapes, Sources, anchor, check_ranks
 from convert.families.ctc import Symbols
 from convert.families.encoder import Encoder, Layout, count
 from convert.families.planning import classify, finish, prove
 from convert.families.settings import Limit, Reader, Settings, Value, off, only
-from convert.families.tokenizers import Processor, vocab
+from convert.families.tokenizers import Processor, tokenizer_file, vocab
 from convert.families.wav2vec2 import Quantizer
 from convert.rules import Drop, Edit, Fill, Identity, Rename, Rule, Table, Zeros, add_prefix
 
@@ -165,25 +165,11 @@ def infer(shapes: Shapes) -> Layout[Own]:
         PlanError: `missing-tensor`, `shape`: it is not such a model.
     """
     front, layer = "encoder_frontend.", "encoder.layers.0.ffn.inner_proj.weight"
-    ranks = {f"{front}feature_extractor.layers.0.conv.weight": 3, layer: 2, f"{front}pos_encoder.conv.weight_v": 3}
-    ranks |= {f"{front}post_extract_layer_norm.weight": 1, "final_proj.weight": 2}
-    lost = [Problem("missing-tensor", key, "is not there") for key in ranks if key not in shapes]
-    if lost:
-        raise PlanError(
-            f"this is not a wav2vec 2.0 state_dict of fairseq2's: {len(lost)} tensors that each has are missing",
-            code="missing-tensor",
-            problems=lost,
-        )
-    ranks |= {"quantizer.entries": 3, "final_target_proj.weight": 2}
-    ranks |= {key: 3 for key in shapes if re.fullmatch(rf"{front}feature_extractor\.layers\.\d+\.conv\.weight", key)}
-    wrong = [
-        Problem("shape", key, f"{rank} axes expected, source {shapes[key]}")
-        for key, rank in ranks.items()
-        if key in shapes and len(shapes[key]) != rank
-    ]
-    if wrong:
-        message = f"{len(wrong)} tensors have another number of axes than those of wav2vec 2.0"
-        raise PlanError(message, code="shape", problems=wrong)
+    needed = {f"{front}feature_extractor.layers.0.conv.weight": 3, layer: 2, f"{front}pos_encoder.conv.weight_v": 3}
+    needed |= {f"{front}post_extract_layer_norm.weight": 1, "final_proj.weight": 2}
+    others = {"quantizer.entries": 3, "final_target_proj.weight": 2}
+    others |= {key: 3 for key in shapes if re.fullmatch(rf"{front}feature_extractor\.layers\.\d+\.conv\.weight", key)}
+    check_ranks(shapes, "fairseq2 wav2vec 2.0 state_dict", needed, others)
     kind = KINDS["pretraining" if "quantizer.entries" in shapes else "ctc"]
     convolutions = count(shapes, rf"{front}feature_extractor\.layers\.(\d{{1,3}})\.conv\.weight")
     kernels = [shapes.get(f"{front}feature_extractor.layers.{i}.conv.weight", (0, 0, 0)) for i in range(convolutions)]
@@ -276,7 +262,7 @@ _OWN = {"ctc": _SAME_CTC, "pretraining": _SAME_PRETRAINING}
 
 
 def describe(sources: Sources) -> Conversion:
-    """Decide everything about the conversion of a checkpoint of fairseq2's.
+    """Decide everything about the conversion of a fairseq2 checkpoint.
 
     Raises:
         PlanError: every problem of settings, tokenizer, names and shapes at once.
@@ -431,14 +417,14 @@ def _processor(sources: Sources) -> Processor:
     dictionary = sources.dictionary = sources.checkpoint.dictionary or sources.request.dictionary
     tokenizer = task.values.get("tokenizer")
     if dictionary is None or not isinstance(tokenizer, Mapping):
-        detail = "no tokenizer (a sentencepiece .model) lies beside the checkpoint"
+        detail = "there is no tokenizer (a sentencepiece .model) next to the checkpoint"
         sources.refuse("no-dictionary", "--dict", detail, "pass the model's tokenizer: --dict tokenizer.model")
         return Processor({}, {}, "")
     _check_pieces(sources, dictionary, tokenizer)
     vocabulary = vocab(dictionary)
     files = {
         "preprocessor_config.json": features | {"processor_class": "Wav2Vec2Processor"},
-        "tokenizer.json": _fast(vocabulary, dictionary, tokenizer),
+        "tokenizer.json": _fast(vocabulary, tokenizer),
         "tokenizer_config.json": {
             "bos_token": "<s>",
             "clean_up_tokenization_spaces": False,
@@ -474,7 +460,7 @@ def _check_pieces(sources: Sources, dictionary: Dictionary, tokenizer: Mapping[s
         sources.refuse("bad-dictionary", "--dict", detail)
 
 
-def _fast(vocabulary: Mapping[str, int], dictionary: Dictionary, tokenizer: Mapping[str, Any]) -> dict[str, Any]:
+def _fast(vocabulary: Mapping[str, int], tokenizer: Mapping[str, Any]) -> dict[str, Any]:
     """A `tokenizers` file of single characters that decodes as sentencepiece does: nothing is stripped but what it strips."""
     kinds = {int(index): kind for index, kind in tokenizer["kinds"].items()}
     names = {index: name for name, index in vocabulary.items()}
@@ -491,24 +477,20 @@ def _fast(vocabulary: Mapping[str, int], dictionary: Dictionary, tokenizer: Mapp
             leading = f"^{_SPACE}+" if tokenizer["extra_whitespace"] else f"^{_SPACE}"
             steps.append({"type": "Replace", "pattern": {"Regex": leading}, "content": ""})
         steps.append({"type": "Replace", "pattern": {"String": _SPACE}, "content": " "})
-    special = [name for name in control if name in ("<s>", "<pad>", "</s>")]
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {"id": vocabulary[name], "content": name, "special": True, "single_word": False}
-            | {"lstrip": False, "rstrip": False, "normalized": False}
-            for name in special
-        ],
-        "normalizer": _normalizer(vocabulary, tokenizer),
-        "pre_tokenizer": None,
-        "post_processor": None,
-        "decoder": {"type": "Sequence", "decoders": steps},
-        # without merges, single characters; unlike WordLevel it makes one unknown piece of several, as sentencepiece does
-        "model": {"type": "BPE", "vocab": dict(vocabulary), "merges": [], "unk_token": unknown[0] if unknown else None}
-        | {"fuse_unk": True},
+    # without merges, single characters; unlike WordLevel it makes one unknown piece of several, as sentencepiece does
+    model: dict[str, Any] = {
+        "type": "BPE",
+        "vocab": dict(vocabulary),
+        "merges": [],
+        "unk_token": unknown[0] if unknown else None,
     }
+    return tokenizer_file(
+        vocabulary,
+        [name for name in control if name in ("<s>", "<pad>", "</s>")],
+        normalizer=_normalizer(vocabulary, tokenizer),
+        decoder={"type": "Sequence", "decoders": steps},
+        model=model | {"fuse_unk": True},
+    )
 
 
 def _normalizer(vocabulary: Mapping[str, int], tokenizer: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -16,8 +16,8 @@ from typing import Any
 from convert.checkpoint.dictionary import SPECIAL, Dictionary
 from convert.checkpoint.sentencepiece import pieces
 from convert.checkpoint.writer import NewNamespace
-from convert.errors import PlanError, Problem
-from convert.families.base import Conversion, Family, Kind, Restoring, Running, Shapes, Sources, anchor
+from convert.errors import PlanError
+from convert.families.base import Conversion, Family, Kind, Restoring, Running, Shapes, Sources, anchor, check_ranks
 from convert.families.damages import Absent, Change, Configure, Converted, Damages, blocks, fewer, ones, pair, roll
 from convert.families.encoder import count
 from convert.families.encoder_settings import ACTIVATIONS
@@ -148,26 +148,15 @@ def infer(shapes: Shapes) -> Layout:
     Example:
         >>> infer({})
         Traceback (most recent call last):
-        convert.errors.PlanError: this is not a speech-to-text transformer: 5 tensors that each has are missing
+        convert.errors.PlanError: this is not a speech-to-text transformer: 5 tensors that every such model has are missing
     """
     convolutions = count(shapes, r"encoder\.subsample\.conv_layers\.(\d{1,3})\.weight")
     needed = {"encoder.transformer_layers.0.fc1.weight": 2, "decoder.layers.0.fc1.weight": 2}
     needed |= {"encoder.subsample.conv_layers.0.weight": 3, "encoder.layer_norm.weight": 1}
     needed |= {"decoder.embed_tokens.weight": 2}
-    lost = [Problem("missing-tensor", key, "is not there") for key in needed if key not in shapes]
-    if lost:
-        message = f"this is not a speech-to-text transformer: {len(lost)} tensors that each has are missing"
-        raise PlanError(message, code="missing-tensor", problems=lost)
+    others = {f"encoder.subsample.conv_layers.{index}.weight": 3 for index in range(convolutions)}
+    check_ranks(shapes, "speech-to-text transformer", needed, others)
     kernels = [shapes.get(f"encoder.subsample.conv_layers.{index}.weight", (0, 0, 0)) for index in range(convolutions)]
-    needed |= {f"encoder.subsample.conv_layers.{index}.weight": 3 for index in range(convolutions)}
-    wrong = [
-        Problem("shape", key, f"{rank} axes expected, source {shapes[key]}")
-        for key, rank in needed.items()
-        if key in shapes and len(shapes[key]) != rank
-    ]
-    if wrong:
-        message = f"{len(wrong)} tensors have another number of axes than those of a speech-to-text transformer"
-        raise PlanError(message, code="shape", problems=wrong)
     return Layout(
         family=NAME,
         features=kernels[0][1],
