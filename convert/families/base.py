@@ -14,7 +14,8 @@ from convert.errors import Problem
 from convert.families.damages import Converted, Damage, encoder_damages
 from convert.families.settings import Reader, Settings, Value
 from convert.families.tokenizers import Processor
-from convert.rules import Drop, Edit, Fill, Plan, Rename, Table
+from convert.planner import Plan
+from convert.rules import Drop, Edit, Fill, Rename, Table
 
 if TYPE_CHECKING:
     from convert.families.interface import Interface
@@ -22,24 +23,6 @@ if TYPE_CHECKING:
 Shapes = Mapping[str, tuple[int, ...]]
 KEPT_HEAD = "final_proj.safetensors"  # the file of `--keep-final-proj`
 NO_HEAD = "belongs to the head, and the bare encoder was asked for"
-
-
-def anchor(first: Rename, layer: Rename, inner: str = "", trainer: str = "fairseq") -> Anchor:
-    """Make what shows a model in files of other programs, of two rules.
-
-    Args:
-        first: a rule of a tensor that every model has.
-        layer: a rule of a tensor of its layers.
-        inner: what stands before both in the model.
-        trainer: the project whose trainer writes it.
-
-    Example:
-        >>> first = Rename("conv_layers.{conv}.{p}", "convolutions.{conv}.{p}", "hidden")
-        >>> anchor(first, Rename("layers.{layer}.fc1.bias", "layers.{layer}.fc1.bias", "ffn"), "encoder.").key
-        'encoder.conv_layers.0.weight'
-    """
-    key = first.source.replace("{p}", "weight")
-    return Anchor(f"{inner}{re.sub('{[^}]*}', '0', key)}", inner + layer.source.partition("{")[0], inner, trainer)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,29 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from convert.checkpoint import Anchor
 from convert.errors import PlanError, Problem
-from convert.families.base import NO_HEAD, Kind, Part, Shapes, anchor
+from convert.families.base import NO_HEAD, Kind, Part, Shapes
 from convert.rules import Drop, Edit, Fill, Identity, NormOf, Rename, Rule, Table, Zeros, add_prefix
+
+
+def anchor(first: Rename, layer: Rename, inner: str = "", trainer: str = "fairseq") -> Anchor:
+    """Make what shows a model in files of other programs, of two rules.
+
+    Args:
+        first: a rule of a tensor that every model has.
+        layer: a rule of a tensor of its layers.
+        inner: what stands before both in the model.
+        trainer: the project whose trainer writes it.
+
+    Example:
+        >>> first = Rename("conv_layers.{conv}.{p}", "convolutions.{conv}.{p}", "hidden")
+        >>> anchor(first, Rename("layers.{layer}.fc1.bias", "layers.{layer}.fc1.bias", "ffn"), "encoder.").key
+        'encoder.conv_layers.0.weight'
+    """
+    key = first.source.replace("{p}", "weight")
+    return Anchor(f"{inner}{re.sub('{[^}]*}', '0', key)}", inner + layer.source.partition("{")[0], inner, trainer)
+
 
 # fmt: off
 CONVOLUTIONS = (
@@ -236,22 +256,10 @@ def infer_encoder(shapes: Shapes, kinds: Mapping[str, Kind], inner: str = "fc1")
     positions = f"encoder.pos_conv.0.weight{'_v' if weight_norm else ''}"
     first = f"encoder.layers.0.{inner}.weight"
     needed = ["feature_extractor.conv_layers.0.0.weight", first, positions, "layer_norm.weight"]
-    lost = [prefix + key for key in needed if key not in encoder]
-    if lost:
-        problems = [Problem("missing-tensor", key, "is not there") for key in lost]
-        message = f"this is not a wav2vec 2.0 state_dict: {len(lost)} tensors that each has are missing"
-        raise PlanError(message, code="missing-tensor", problems=problems)
     ranks = {prefix + key: rank for key, rank in zip(needed, (3, 2, 3, 1), strict=True)}
     convolution = re.compile(r"feature_extractor\.conv_layers\.\d+\.0\.weight")
-    ranks |= {prefix + key: 3 for key in encoder if convolution.fullmatch(key)} | dict(known.ranks)
-    wrong = [
-        Problem("shape", key, f"{rank} axes expected, source {shapes[key]}")
-        for key, rank in ranks.items()
-        if key in shapes and len(shapes[key]) != rank
-    ]
-    if wrong:
-        message = f"{len(wrong)} tensors have another number of axes than those of wav2vec 2.0"
-        raise PlanError(message, code="shape", problems=wrong)
+    more = {prefix + key: 3 for key in encoder if convolution.fullmatch(key)} | dict(known.ranks)
+    demand(shapes, ranks, more, "a wav2vec 2.0 state_dict", "wav2vec 2.0")
     convolutions = count(encoder, r"feature_extractor\.conv_layers\.(\d{1,3})\.0\.weight")
     kernels = [encoder.get(f"feature_extractor.conv_layers.{i}.0.weight", (0, 0, 0)) for i in range(convolutions)]
     ffn, hidden = encoder[first]
@@ -274,3 +282,30 @@ def count(keys: Iterable[str], pattern: str) -> int:
     """Count what keys number from 0 on; the pattern's group is the number."""
     found = [int(match[1]) for key in keys if (match := re.fullmatch(pattern, key))]
     return max(found, default=-1) + 1
+
+
+def demand(shapes: Shapes, needed: Mapping[str, int], others: Mapping[str, int], what: str, kind: str) -> None:
+    """Refuse names and shapes that are not those of a model.
+
+    Args:
+        shapes: fairseq's keys with their shapes.
+        needed: the keys that each such model has, with the number of their axes.
+        others: further keys, with the number of axes that they have where they are there.
+        what: what it should be, such as `a wav2vec 2.0 state_dict`.
+        kind: the model's kind, such as `wav2vec 2.0`.
+
+    Raises:
+        PlanError: `missing-tensor` or `shape`, every one of them.
+    """
+    lost = [Problem("missing-tensor", key, "is not there") for key in needed if key not in shapes]
+    if lost:
+        message = f"this is not {what}: {len(lost)} tensors that each has are missing"
+        raise PlanError(message, code="missing-tensor", problems=lost)
+    wrong = [
+        Problem("shape", key, f"{rank} axes expected, source {shapes[key]}")
+        for key, rank in {**needed, **others}.items()
+        if key in shapes and len(shapes[key]) != rank
+    ]
+    if wrong:
+        message = f"{len(wrong)} tensors have another number of axes than those of {kind}"
+        raise PlanError(message, code="shape", problems=wrong)
