@@ -22,7 +22,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests/support"))
+from machine import ROOT, describe
+
+sys.path.insert(0, str(ROOT / "tests/support"))
 
 
 def main() -> None:
@@ -57,6 +59,7 @@ def near(work: Path, count: int | None) -> None:
         before = (name,)
     blamed = [(name, row["model"], row["against"], row["problems"]) for name, row in rows if row["problems"]]
     environments = len({name for name, _ in rows})
+    print(describe())
     print(f"{len(rows)} verifications of correct models in {environments} environments, {len(blamed)} blamed")
     for name, model, against, problems in blamed:
         print(f"  {model} in {name} against {against}: {problems[0]}")

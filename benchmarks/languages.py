@@ -7,15 +7,14 @@ Usage: `python benchmarks/languages.py [--languages N ...] [--layers N] [--width
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from machine import ROOT, Took, describe, run
+
 sys.path.insert(0, str(ROOT / "tests/support"))
 COUNTS = (100, 300, 1162)
 TOKEN = "hf_" + "AliceWritesHere" * 3
@@ -33,18 +32,7 @@ for language in sys.argv[2:]:
 """
 
 
-def run(*words: str | Path, **environment: str) -> tuple[float, float, float]:
-    """Run a command; return its wall time, its processor time (both in seconds), and its peak memory in MB."""
-    started = time.perf_counter()
-    command = [str(word) for word in words]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | environment)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        sys.exit(f"failed: {' '.join(command)}")
-    return time.perf_counter() - started, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1000
-
-
-def measure(work: Path, languages: int, layers: int, width: int) -> dict[str, tuple[float, float, float]]:
+def measure(work: Path, languages: int, layers: int, width: int) -> dict[str, Took]:
     """Run every command on one checkpoint."""
     checkpoint, model, back = work / "mms.pt", work / "model", work / "back.pt"
     shape = ["--layers", str(layers), "--width", str(width)]
@@ -102,7 +90,7 @@ def serve() -> None:
     hub.close()
 
 
-def report(found: dict[int, dict[str, tuple[float, float, float]]]) -> None:
+def report(found: dict[int, dict[str, Took]]) -> None:
     """Print times and peaks, and the growth between the two largest counts."""
     counts = sorted(found)
     for name in found[counts[0]]:
@@ -135,6 +123,7 @@ def main() -> None:
     for count in counts:
         with tempfile.TemporaryDirectory(dir=asked.directory) as name:
             found[count] = measure(Path(name), count, 2 if asked.small else asked.layers, asked.width)
+    print(describe())
     print("".join(f"{f'{count} languages':>36}" for count in sorted(found)).rjust(14))
     report(found)
 

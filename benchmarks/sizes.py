@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from languages import ROOT, run
+from machine import ROOT, describe, run
 
 NAMES = ("wav2vec2-2020", "hubert-xlarge", "wav2vec2-xlarge", "data2vec-large", "conformer-large")
 MAKE = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests/support')!r}]; from pathlib import Path; import full_size; "
@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--verify", action="store_true")
     parser.add_argument("--directory", type=Path, help="where to work; by default a temporary directory")
     asked = parser.parse_args()
+    print(describe(), flush=True)
     for name in asked.names:
         with tempfile.TemporaryDirectory(dir=asked.directory) as folder:
             measure(name, Path(folder), asked.verify)

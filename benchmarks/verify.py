@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from conversion import warm
+from machine import describe
 
 AIM = 1.5  # times the bare process
 COUNTED = """
@@ -154,6 +155,7 @@ def main() -> None:
 def report(passes: list[dict[str, object]], processes: dict[str, list[Ran]]) -> None:
     """Print what ran, medians and the ratio."""
     counts = collections.Counter(f"{one['side']} in {str(one['type']).removeprefix('torch.')}" for one in passes)
+    print(describe())
     print("passes: " + ", ".join(f"{count} of {side}" for side, count in sorted(counts.items())))
     for name, rows in processes.items():
         if rows:

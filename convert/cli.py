@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import inspect
 import io
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 import click
 
+from convert import report
 from convert.errors import Problem, explained
 from convert.interrupts import interruptible
-from convert.report import envelope, error_text, problem_lines, shown, without_user
+from convert.report import ProgressBar, envelope, error_text, problem_lines, shown, without_user
 
 # One module of `convert.commands` each; it is imported when its command is asked for, so that `--help` starts at once.
 COMMANDS = {
@@ -182,34 +183,7 @@ def main() -> None:
     """Turn fairseq speech checkpoints into Hugging Face models, and prove that they are the same."""
 
 
-@contextlib.contextmanager
-def progress_bar(label: str) -> Iterator[Progress | None]:
-    """Show a progress bar on a terminal; elsewhere yield `None`, and be silent."""
-    context = click.get_current_context(silent=True)
-    if context is None or context.obj is None or not context.obj.progress:
-        yield None
-        return
-    with click.progressbar(length=1000, label=label, file=sys.stderr, item_show_func=_shown) as bar:
-        yield Progress(bar)
-
-
-def _shown(item: object) -> str | None:
-    return None if item is None else shown(item)
-
-
-class Progress:
-    """A progress bar; its methods may be called from any thread."""
-
-    def __init__(self, bar: Any) -> None:
-        self.bar = bar
-
-    def __call__(self, done: int, total: int) -> None:
-        """Show how much is done; what is known of the total may change."""
-        step = done * 1000 // max(total, 1) - self.bar.pos
-        if step > 0:
-            self.bar.update(step)
-
-    def doing(self, what: str) -> None:
-        """Show what is done next."""
-        self.bar.current_item = what
-        self.bar.render_progress()
+def progress_bar(label: str) -> AbstractContextManager[ProgressBar | None]:
+    """Show the progress of the command that runs, unless it was asked to be quiet; see `convert.report.progress_bar`."""
+    settings = getattr(click.get_current_context(silent=True), "obj", None)
+    return report.progress_bar(label, show=settings is not None and settings.progress)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import os
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -19,7 +17,7 @@ from convert.errors import ConvertError, MismatchError
 from convert.files import PIECE, resumable, resumed_file, sha256_of, write_file
 from convert.network import InterruptedTransfer, ask, declared_size, network, public_address
 from convert.reading import read_file
-from convert.report import json_bytes, parse_json
+from convert.report import json_bytes, parse_json, progress_bar
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +190,7 @@ def _attempt(name: str, address: str, target: Path, recorded: Record | None, tim
         start = file.seek(0, os.SEEK_END)
         if start < size:
             resume = {"Range": f"bytes={start}-", "If-Range": etag} if start else {}
-            with ask(address, timeout, headers=resume) as answer, _bar(progress, target.name, size) as advance:
+            with ask(address, timeout, headers=resume) as answer, progress_bar(target.name, show=progress) as bar:
                 whole = answer.status == 200 and declared_size(answer, address) == size
                 rest = (answer.status, answer.headers["Content-Range"]) == (206, f"bytes {start}-{size - 1}/{size}")
                 if answer.headers["ETag"] != etag or not (whole or rest):
@@ -200,7 +198,6 @@ def _attempt(name: str, address: str, target: Path, recorded: Record | None, tim
                 if whole:
                     file.truncate(0)
                 left = size if whole else size - start
-                advance(size - left)
                 while True:
                     with network(address):
                         piece = answer.read1(min(PIECE, left + 1))
@@ -211,7 +208,8 @@ def _attempt(name: str, address: str, target: Path, recorded: Record | None, tim
                         file.truncate(0)
                         raise InterruptedTransfer(f"the server sent more than the {size} bytes that it declared")
                     file.write(piece)
-                    advance(len(piece))
+                    if bar:
+                        bar(size - left, size)
         brought = file.seek(0, os.SEEK_END)
         if brought != size:
             raise InterruptedTransfer(f"the connection ended at {brought} of {size} bytes")
@@ -226,17 +224,6 @@ def _attempt(name: str, address: str, target: Path, recorded: Record | None, tim
 
 def _record_path(target: Path) -> Path:
     return target.with_name(f"{target.name}.json")
-
-
-@contextmanager
-def _bar(show: bool, label: str, size: int) -> Iterator[Callable[[int], None]]:
-    if not (show and sys.stderr.isatty()):
-        yield lambda count: None
-        return
-    import click
-
-    with click.progressbar(length=size, label=label, file=sys.stderr, update_min_steps=size // 400) as bar:
-        yield bar.update
 
 
 def _compare(found: Record, recorded: Record, path: Path, hint: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from convert.families.base import Sidecar
 from convert.families.tokenizers import SUBWORDS
 from convert.files import check_directory, create, new_directory, sha256_of
 from convert.pieces import Piece, pieces, split
-from convert.report import VERSION, json_pieces
+from convert.report import VERSION, Progress, counted, json_pieces
 from convert.request import Options, request_again
 from convert.sources import open_source
 from convert.transfer import Transfer, Written
@@ -33,7 +33,6 @@ _USUAL = {"config.json", "generation_config.json", "preprocessor_config.json", "
 _USUAL |= {SUBWORDS, "tokenizer_config.json", "vocab.json"}
 _SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?) ?([KMGT]?)B?")
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")  # of the files that are taken for checkpoints in a folder
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,16 +238,9 @@ def _write(
         return pieces(opened.container, sidecar.plan, opened.tensors_of(sidecar.group), dtype)
 
     total = opened.size + sum(piece.count for some in (listed, *map(beside, model.sidecars)) for piece in some)
-    done = [0]
-
-    def advance(count: int) -> None:
-        done[0] += count
-        if progress:
-            progress(min(done[0], total), total)
-
     shards = split(listed, max_shard_size)
     written: list[Written] = []
-    with Transfer(opened.container, allow_non_finite=allow_non_finite, progress=advance) as transfer:
+    with Transfer(opened.container, allow_non_finite=allow_non_finite, progress=counted(progress, total)) as transfer:
         for index, shard in enumerate(shards, 1):
             name = "model.safetensors" if len(shards) == 1 else f"model-{index:05}-of-{len(shards):05}.safetensors"
             written.append(transfer.write(work / name, shard))

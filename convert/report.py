@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
 import os
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 
 VERSION = "0.2.0"  # of this package; reading the installed one's metadata would take 20 ms
 SCHEMA = 1
+Progress = Callable[[int, int], None]  # called with what is done and what there is in all, from any thread
 # a password may hold a slash that should have been escaped; after a port, a slash begins the path
 _USER = re.compile(r"(?<=//)(?:[^/\s]*|[^/\s:@\[]*:(?!\d*/)\S*)@")
 _NUMBER = re.compile(r"(?<![^. ])(?:0|[1-9][0-9]{0,17})(?![^. ])")
@@ -221,3 +224,73 @@ def library(version: str) -> str:
         'fairseq 0.12.2'
     """
     return version if version.startswith("fairseq") else f"fairseq {version}"
+
+
+@contextlib.contextmanager
+def progress_bar(label: str, *, show: bool) -> Iterator[ProgressBar | None]:
+    """Show a progress bar on stderr, if it is a terminal; elsewhere yield `None`, and be silent.
+
+    Args:
+        label: the command, or what is done.
+        show: whether to show one at all.
+    """
+    if not (show and sys.stderr.isatty()):
+        yield None
+        return
+    with contextlib.ExitStack() as stack:
+        yield ProgressBar(label, stack)
+
+
+class ProgressBar:
+    """A progress bar that appears with the first news; its methods may be called from any thread.
+
+    Args:
+        label: what stands before it.
+        stack: ends it.
+    """
+
+    def __init__(self, label: str, stack: contextlib.ExitStack) -> None:
+        import threading
+
+        self._label, self._stack, self._bar, self._lock = label, stack, None, threading.Lock()
+
+    def _started(self) -> Any:
+        import click
+
+        if self._bar is None:  # not before: the bar of a download may come first
+            bar: Any = click.progressbar(
+                length=1000,
+                label=self._label,
+                file=sys.stderr,
+                item_show_func=lambda item: None if item is None else shown(item),
+            )
+            self._bar = self._stack.enter_context(bar)
+        return self._bar
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show how much is done; what is known of the total may change."""
+        with self._lock:
+            bar = self._started()
+            step = done * 1000 // max(total, 1) - bar.pos
+            if step > 0:
+                bar.update(step)
+
+    def doing(self, what: str) -> None:
+        """Show what is done next."""
+        with self._lock:
+            bar = self._started()
+            bar.current_item = what
+            bar.render_progress()
+
+
+def counted(progress: Progress | None, total: int) -> Callable[[int], None]:
+    """Make what adds up numbers of bytes that were done, and tells a progress of them."""
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress:
+            progress(min(done, total), total)
+
+    return advance

@@ -22,6 +22,7 @@ from convert.errors import MismatchError, PlanError, Problem
 from convert.families import ARCHITECTURES, Family, describe
 from convert.families.base import NO_HEAD, Kind
 from convert.files import WIDTHS, check_file, new_file, sha256_of
+from convert.report import Progress, counted
 from convert.request import request_again
 from convert.rules import TensorSpec
 from convert.saved import from_config
@@ -42,7 +43,9 @@ class Restored:
     notes: tuple[str, ...]
 
 
-def restore(model_dir: str | Path, out: str | Path, *, overwrite: bool = False) -> Restored:
+def restore(
+    model_dir: str | Path, out: str | Path, *, overwrite: bool = False, progress: Progress | None = None
+) -> Restored:
     """Write a fairseq checkpoint from a Hugging Face model directory.
 
     Args:
@@ -50,6 +53,7 @@ def restore(model_dir: str | Path, out: str | Path, *, overwrite: bool = False) 
             (settings from `config.json`, vocabulary from `vocab.json`).
         out: the checkpoint to write.
         overwrite: whether an existing file is replaced, once the new one is proved.
+        progress: called with (bytes done, bytes in all): each is written and compared.
 
     Returns:
         What was written. Every tensor was read back and compared byte for byte with the model's.
@@ -80,20 +84,27 @@ def restore(model_dir: str | Path, out: str | Path, *, overwrite: bool = False) 
     if restoring.bare:
         state = draft.settings
     count = len(model)
+    size = sum(
+        WIDTHS[spec.dtype] * math.prod(spec.shape)
+        for part in (draft, *draft.languages.values())
+        for spec in part.specs.values()
+    )
+    advance = counted(progress, 2 * size)
     with new_file(out, overwrite=overwrite) as path:
-        write_checkpoint(path, {**model, **teacher}, state)
+        write_checkpoint(path, {**model, **teacher}, state, advance)
         del model, teacher, state  # of many languages, as much as the draft itself
-        _prove(path, draft, directory if ours else None)
+        _prove(path, draft, directory if ours else None, advance)
     return Restored(out, count, tuple(draft.notes))
 
 
-def _prove(path: Path, draft: Draft, directory: ModelDirectory | None) -> None:
+def _prove(path: Path, draft: Draft, directory: ModelDirectory | None, advance: Callable[[int], None]) -> None:
     """Read the checkpoint back with the reader that knows nothing of the writer, and compare every byte.
 
     Args:
         path: the checkpoint.
         draft: what it was made from.
         directory: the directory that a conversion made: a conversion of the checkpoint has to give its settings again.
+        advance: called with numbers of bytes that were compared.
     """
     from convert.pieces import read_array
 
@@ -104,8 +115,10 @@ def _prove(path: Path, draft: Draft, directory: ModelDirectory | None) -> None:
             if opened.inventory_of(name) != part.specs:
                 raise MismatchError(f"{path.name} read back with other tensors; nothing was kept", code="read-back")
             for key, tensor in opened.tensors_of(name).items():
-                if read_array(opened.container, tensor).tobytes() != b"".join(part.bytes[key]()):
+                found = read_array(opened.container, tensor).tobytes()
+                if found != b"".join(part.bytes[key]()):
                     raise MismatchError(f"{key} read back differently; nothing was kept", code="read-back", key=key)
+                advance(len(found))
 
 
 def _compare_settings(opened: Checkpoint, directory: ModelDirectory) -> None:

@@ -140,7 +140,11 @@ class _Machine:
         return value
 
     def number(self, count: int) -> int:
-        return int.from_bytes(self.take(count), "little")
+        piece = self.data[self.position : min(self.position + count, self.end)]
+        if len(piece) < count:
+            raise MalformedError(f"{count} bytes wanted at byte {self.position}, {len(piece)} are left")
+        self.position += count
+        return int.from_bytes(piece, "little")
 
     def line(self) -> bytes:
         end = self.data.find(b"\n", self.position, self.end)
@@ -326,7 +330,11 @@ def _pair_up(machine: _Machine) -> dict[Any, Any]:
 
 def _last(count: int) -> Callable[[_Machine], Any]:
     def make(machine: _Machine) -> tuple[Any, ...]:
-        return tuple(machine.pop() for _ in range(count))[::-1]
+        values = tuple(machine.stack[-count:])
+        if len(values) < count or _MARK in values:
+            raise MalformedError(f"a mark or nothing where a value was wanted, at byte {machine.position}")
+        del machine.stack[-count:]
+        return values
 
     return make
 

@@ -37,13 +37,19 @@ class NewNamespace:
     values: Mapping[str, Any]
 
 
-def write_checkpoint(path: Path, model: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+def write_checkpoint(
+    path: Path,
+    model: Mapping[str, Any],
+    state: Mapping[str, Any],
+    advance: Callable[[int], object] = lambda count: None,
+) -> None:
     """Write a checkpoint.
 
     Args:
         path: the file to make; it must not exist.
         model: the tensors of `model`, some perhaps once more in a dict among them.
         state: the other entries of the top level: plain data, `Dictionary`, `NewNamespace` and further tensors included.
+        advance: called with numbers of bytes that were written.
     """
     whole = {**state, "model": dict(model)}
     tensors = list({id(tensor): tensor for tensor in _tensors(whole)}.values())
@@ -54,7 +60,7 @@ def write_checkpoint(path: Path, model: Mapping[str, Any], state: Mapping[str, A
         _entry(archive, f"{prefix}/data.pkl", [pickle])
         _entry(archive, f"{prefix}/byteorder", [b"little"])
         for index, tensor in enumerate(tensors):
-            _entry(archive, f"{prefix}/data/{index}", tensor.pieces())
+            _entry(archive, f"{prefix}/data/{index}", _counting(tensor.pieces(), advance))
         _entry(archive, f"{prefix}/version", [b"3\n"])
 
 
@@ -64,6 +70,12 @@ def _tensors(value: Any) -> Iterator[NewTensor]:
     elif isinstance(value, Mapping):
         for child in value.values():
             yield from _tensors(child)
+
+
+def _counting(pieces: Iterable[bytes], advance: Callable[[int], object]) -> Iterator[bytes]:
+    for piece in pieces:
+        yield piece
+        advance(len(piece))
 
 
 def _entry(archive: zipfile.ZipFile, name: str, pieces: Iterable[bytes]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from convert.cli import Outcome
+from convert.cli import Outcome, progress_bar
 from convert.cli import command as make
 from convert.restoration import restore
 
@@ -25,7 +25,8 @@ def command(model_dir: Path, out: Path, overwrite: bool) -> Outcome:
 
     MODEL_DIR is a directory that `convert` or transformers wrote. The result loads with fairseq.
     """
-    done = restore(model_dir, out, overwrite=overwrite)
+    with progress_bar("restore") as progress:
+        done = restore(model_dir, out, overwrite=overwrite, progress=progress)
     lines = [
         f"{out}: {done.tensors} tensors, each byte read back and compared",
         *(f"note: {note}" for note in done.notes),

@@ -143,8 +143,12 @@ def _upload(api: HfApi, plan: Plan, remote: Remote) -> list[Any]:
     for file in plan.write:
         if remote.holds(file):
             continue
-        source = file.content if file.content is not None else str(file.path)
-        addition = CommitOperationAdd(file.name, source)
+        addition = CommitOperationAdd(file.name, file.content or b"")
+        if file.path is not None and file.content is None:  # given the path, some clients would hash the file again
+            addition.path_or_fileobj = str(file.path)
+            with open_file(file.path) as opened:
+                addition.upload_info.sample = opened.read(512)
+            addition.upload_info.size = file.path.stat().st_size
         addition.upload_info.sha256 = bytes.fromhex(file.sha256)  # the proved bytes, or the Hub refuses
         if addition.upload_info.size != file.size:
             _changed(file.name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from convert.conversion import Record
 from convert.errors import ConvertError, Problem
 from convert.files import sha256_of, stamp
 from convert.reading import read_file
-from convert.report import parse_json
+from convert.report import Progress, counted, parse_json
 
 SMALL = 10 << 20  # the Hub stores larger files with LFS, whatever they hold
 LARGEST_TEXT = 100 << 20  # conversion.json of a model of 1,000 languages has 25 MB
@@ -106,11 +106,12 @@ def git_sha1(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
-def read(directory: str | Path) -> Inventory:
+def read(directory: str | Path, progress: Progress | None = None) -> Inventory:
     """List and hash the files of a model directory that may be published.
 
     Args:
         directory: the model directory.
+        progress: called with (bytes hashed, bytes in all).
 
     Raises:
         ConvertError: it is not a model directory (status 2), or a file holds or points to what must not leave (status 1).
@@ -122,15 +123,18 @@ def read(directory: str | Path) -> Inventory:
     left_out: list[tuple[str, str]] = []
     problems: list[Problem] = []
     card: bytes | None = None
-    for path in _walk(root):
+    paths = list(_walk(root))
+    advance = counted(progress, sum(path.lstat().st_size for path in paths))
+    for path in paths:
         name = path.relative_to(root).as_posix()
         reason = _reason_to_leave_out(name, path)
         if reason:
             left_out.append((name, reason))
+            advance(path.lstat().st_size)
         elif not path.resolve().is_relative_to(root.resolve()):
             problems.append(Problem("link-outside", name, "is a link to a file outside the model directory"))
         else:
-            file = _hash(name, path)
+            file = _hash(name, path, advance)
             problems += _leaks(file)
             if name == CARD:
                 card = file.content
@@ -167,15 +171,22 @@ def _reason_to_leave_out(name: str, path: Path) -> str:
     return "not part of a model"
 
 
-def _hash(name: str, path: Path) -> LocalFile:
+def _hash(name: str, path: Path, advance: Callable[[int], None] = lambda count: None) -> LocalFile:
     size = path.stat().st_size
     if size <= (LARGEST_TEXT if name.endswith(_TEXTS) else SMALL) and not name.endswith(".safetensors"):
         content = read_file(path, LARGEST_TEXT)
+        advance(len(content))
         sha1 = git_sha1(content) if len(content) <= SMALL else None
         return LocalFile(name, len(content), hashlib.sha256(content).hexdigest(), sha1, path.resolve(), content)
     before = stamp(path.stat())
     digest = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False) if size <= SMALL else None
-    sha256 = sha256_of(path, digest.update if digest else None)
+
+    def also(piece: memoryview) -> None:
+        if digest:
+            digest.update(piece)
+        advance(len(piece))
+
+    sha256 = sha256_of(path, also)
     return LocalFile(name, size, sha256, digest.hexdigest() if digest else None, path.resolve(), None, before)
 
 

@@ -19,7 +19,7 @@ from convert.publishing.files import read as read_directory
 from convert.publishing.hub import client
 from convert.publishing.plan import Wish, make, may_write, refuse_conflict
 from convert.publishing.remote import UNVERIFIED, Remote, read, validate, who
-from convert.report import without_user
+from convert.report import progress_bar, without_user
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -126,7 +126,8 @@ def publish(
     if create_pr and (tag or revision != "main"):
         message = "a pull request goes to main and has no tag before it is merged"
         raise ConvertError(message, code="usage", hint="leave --tag and --revision out, or --create-pr")
-    inventory = read_directory(model_dir)
+    with progress_bar("hash", show=progress) as bar:
+        inventory = read_directory(model_dir, bar)
     proof = None if unverified else gate.check(inventory)
     if unverified:
         inventory = replace(inventory, files={k: v for k, v in inventory.files.items() if k != "verification.json"})

@@ -4,10 +4,26 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import yaml
-from hub_fixtures import NAME, OTHER, READ, ROOT, TOKEN, codes, evaluate, make_model, prove, settled, sha256, write
+from hub_fixtures import (
+    NAME,
+    OTHER,
+    READ,
+    ROOT,
+    START,
+    TOKEN,
+    codes,
+    evaluate,
+    make_model,
+    prove,
+    settled,
+    sha256,
+    write,
+)
 
 
 def test_publishes_the_verified_bytes_in_one_commit(hub, publisher, model, loader):
@@ -24,6 +40,15 @@ def test_publishes_the_verified_bytes_in_one_commit(hub, publisher, model, loade
     }
     assert hub.count("PUT", "/storage/") == 2  # in parts
     assert loader.logits(NAME, answer["tag"]) == loader.logits(model)
+
+
+def test_the_client_does_not_hash_what_was_hashed(hub, publisher, model):
+    """The bytes are known by then: each further reading takes seconds of a large model."""
+    code = "import huggingface_hub.lfs as lfs; lfs.UploadInfo.from_path = lfs.sha_fileobj = None; " + START
+    command = [sys.executable, "-c", code, "publish", str(model), NAME, "-q"]
+    done = subprocess.run(command, env=publisher.environment(), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert hub.count("PUT", "/storage/") == 2
 
 
 def test_the_judge_of_these_tests_has_eyes(hub, publisher, model, loader):
