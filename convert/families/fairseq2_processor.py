@@ -7,7 +7,7 @@ from typing import Any
 
 from convert.checkpoint.dictionary import Dictionary
 from convert.families.base import Sources
-from convert.families.tokenizers import Processor, vocab
+from convert.families.tokenizers import Processor, fast, vocab, waveform_features
 
 _SPACE = "\u2581"  # what sentencepiece writes for a space
 
@@ -19,15 +19,7 @@ def make_piece_processor(sources: Sources) -> Processor:
         sources.refuse(
             "no-normalize", "--normalize", "no config.yaml says whether the model was trained on normalised waveforms"
         )
-    features: dict[str, Any] = {
-        "do_normalize": task.get("normalize", bool, False),
-        "feature_extractor_type": "Wav2Vec2FeatureExtractor",
-        "feature_size": 1,
-        "padding_side": "right",
-        "padding_value": 0.0,
-        "return_attention_mask": True,  # fairseq2 masks the padding of every model
-        "sampling_rate": 16000,
-    }
+    features = waveform_features(task.get("normalize", bool, False), 16000)
     if sources.head != "ctc":
         return Processor(
             {"preprocessor_config.json": features | {"processor_class": "Wav2Vec2FeatureExtractor"}}, {}, ""
@@ -96,23 +88,11 @@ def _fast(vocabulary: Mapping[str, int], dictionary: Dictionary, tokenizer: Mapp
             steps.append({"type": "Replace", "pattern": {"Regex": leading}, "content": ""})
         steps.append({"type": "Replace", "pattern": {"String": _SPACE}, "content": " "})
     special = [name for name in control if name in ("<s>", "<pad>", "</s>")]
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {"id": vocabulary[name], "content": name, "special": True, "single_word": False}
-            | {"lstrip": False, "rstrip": False, "normalized": False}
-            for name in special
-        ],
-        "normalizer": _normalizer(vocabulary, tokenizer),
-        "pre_tokenizer": None,
-        "post_processor": None,
-        "decoder": {"type": "Sequence", "decoders": steps},
-        # without merges, single characters; unlike WordLevel it makes one unknown piece of several, as sentencepiece does
-        "model": {"type": "BPE", "vocab": dict(vocabulary), "merges": [], "unk_token": unknown[0] if unknown else None}
-        | {"fuse_unk": True},
-    }
+    # without merges, single characters; unlike WordLevel it makes one unknown piece of several, as sentencepiece does
+    model: dict[str, Any] = {"type": "BPE", "vocab": dict(vocabulary), "merges": []}
+    model |= {"unk_token": unknown[0] if unknown else None, "fuse_unk": True}
+    decoder, normalizer = {"type": "Sequence", "decoders": steps}, _normalizer(vocabulary, tokenizer)
+    return fast(vocabulary, special, decoder, normalizer=normalizer, pre_tokenizer=None, model=model)
 
 
 def _normalizer(vocabulary: Mapping[str, int], tokenizer: Mapping[str, Any]) -> dict[str, Any] | None:

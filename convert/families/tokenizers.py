@@ -80,16 +80,7 @@ def make_processor(
         problems: what cannot be represented is added here.
         post_process: what the caller asks for in place of the criterion's.
     """
-    features = {
-        "do_normalize": task.get("normalize", bool),
-        "feature_extractor_type": "Wav2Vec2FeatureExtractor",
-        "feature_size": 1,
-        "padding_side": "right",
-        "padding_value": 0.0,
-        # transformers' own converter says false for group norm models; fairseq always masks the padding
-        "return_attention_mask": True,
-        "sampling_rate": task.count("sample_rate", 16000),
-    }
+    features = waveform_features(task.get("normalize", bool), task.count("sample_rate", 16000))
     if dictionary is None:
         features["processor_class"] = "Wav2Vec2FeatureExtractor"  # or AutoProcessor looks for a tokenizer, and fails
         return Processor({"preprocessor_config.json": features}, {}, "")
@@ -128,7 +119,7 @@ def make_processor(
         special = ("<pad>", *(name for name in ("<s>", "</s>", "<unk>") if name in vocabulary))
         delimiter = "▁" if decoding == "sentencepiece" else "|"  # which nothing reads, without `cleanup`
         collapse = {"type": "CTC", "pad_token": "<pad>", "word_delimiter_token": delimiter, "cleanup": False}
-        files["tokenizer.json"] = _fast(vocabulary, special, _decoder(POST_PROCESS.get(named, ()), marks, collapse))
+        files["tokenizer.json"] = fast(vocabulary, special, _decoder(POST_PROCESS.get(named, ()), marks, collapse))
     files["tokenizer_config.json"] = tokenizer
     ids = {
         "pad_token_id": vocabulary.get("<pad>", 0),
@@ -136,6 +127,20 @@ def make_processor(
         "eos_token_id": vocabulary.get("</s>", 2),
     }
     return Processor(files, ids, decoding)
+
+
+def waveform_features(normalize: bool, rate: int) -> dict[str, Any]:
+    """Make `preprocessor_config.json` of a model that takes waveforms, but for `processor_class`."""
+    return {
+        "do_normalize": normalize,
+        "feature_extractor_type": "Wav2Vec2FeatureExtractor",
+        "feature_size": 1,
+        "padding_side": "right",
+        "padding_value": 0.0,
+        # transformers' own converter says false for group norm models; fairseq always masks the padding, and so does fairseq2
+        "return_attention_mask": True,
+        "sampling_rate": rate,
+    }
 
 
 def post_process_of(criterion: Mapping[str, Any], task: Mapping[str, Any], asked: str = "") -> str:
@@ -185,7 +190,7 @@ def make_sequence_processor(
     tokenizer |= {"processor_class": "Wav2Vec2Processor", "tokenizer_class": "PreTrainedTokenizerFast"}
     files = {
         "preprocessor_config.json": features | {"processor_class": "Wav2Vec2Processor"},
-        "tokenizer.json": _fast(names, SPECIAL[:3], _decoder(steps, [mark] if mark else [])),
+        "tokenizer.json": fast(names, SPECIAL[:3], _decoder(steps, [mark] if mark else [])),
         "tokenizer_config.json": tokenizer,
         "vocab.json": names,
     }
@@ -272,8 +277,15 @@ def _decoder(steps: Steps, marks: Sequence[str], *first: Mapping[str, Any]) -> d
     return {"type": "Sequence", "decoders": [*first, *(_replace(mark, "") for mark in marks), *steps]}
 
 
-def _fast(vocabulary: Mapping[str, int], special: Sequence[str], decoder: dict[str, Any] | None) -> dict[str, Any]:
-    """A `tokenizers` file of whole symbols, which are separated by spaces when text is read."""
+def fast(vocabulary: Mapping[str, int], special: Sequence[str], decoder: Any, **other: Any) -> dict[str, Any]:
+    """Make a `tokenizers` file; by default of whole symbols, which are separated by spaces when text is read.
+
+    Args:
+        vocabulary: every symbol's id.
+        special: the symbols that are not text.
+        decoder: the part that makes text of symbols; `None` where they stay separated by spaces.
+        other: further parts, such as `model`.
+    """
     return {
         "version": "1.0",
         "truncation": None,
@@ -288,4 +300,4 @@ def _fast(vocabulary: Mapping[str, int], special: Sequence[str], decoder: dict[s
         "post_processor": None,
         "decoder": decoder,
         "model": {"type": "WordLevel", "vocab": dict(vocabulary), "unk_token": "<unk>"},
-    }
+    } | other
