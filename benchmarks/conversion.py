@@ -9,6 +9,7 @@ Usage: `python benchmarks/conversion.py [--rounds N] [--directory DIR] [--small]
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import os
 import shutil
@@ -44,11 +45,11 @@ def main() -> None:
     """Make the checkpoints, run the rounds, print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--directory", type=Path, help="where to work; by default a temporary directory")
+    parser.add_argument("--directory", type=Path, help="where to work, and where the checkpoints stay for the next run")
     parser.add_argument("--small", action="store_true", help="a model of two layers, to see that this runs")
     asked = parser.parse_args()
     print(describe())
-    with tempfile.TemporaryDirectory(dir=asked.directory) as name:
+    with contextlib.nullcontext(asked.directory) if asked.directory else tempfile.TemporaryDirectory() as name:
         report(*measure(Path(name), asked.rounds, asked.small))
 
 
@@ -57,7 +58,8 @@ def measure(work: Path, rounds: int, small: bool) -> tuple[dict[str, list[Took]]
     plain, adam, legacy = (work / f"{kind}.pt" for kind in ("plain", "adam", "legacy"))
     maker = [sys.executable, str(ROOT / "benchmarks/large.py"), *(["--small"] if small else [])]
     for path, flags in ((plain, []), (adam, ["--adam"]), (legacy, ["--legacy"])):
-        subprocess.run([*maker, str(path), *flags], check=True)
+        if not path.exists():
+            subprocess.run([*maker, str(path), *flags], check=True)
     letters, out, copy = plain.with_suffix(".dict.txt"), work / "out", work / "copy"
     tool = [sys.executable, "-m", "convert"]
 
@@ -91,7 +93,7 @@ def measure(work: Path, rounds: int, small: bool) -> tuple[dict[str, list[Took]]
 def warm(path: Path) -> None:
     """Bring a file into the page cache."""
     with path.open("rb", buffering=0) as file:
-        while file.read(1 << 24):
+        while file.read(1 << 20):
             pass
 
 

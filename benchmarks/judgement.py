@@ -14,11 +14,10 @@ one model, two environments and two faults.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import random
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,23 +117,23 @@ def far(work: Path, name: str, faults: int) -> None:
             for key, value in target.weights.items()
             if value.is_floating_point() and bool(value.any()) and not key.endswith(tuple(silent))
         )
-        beginning = Beginning(target.model)
 
         def moved(key: str, at: int) -> list[Difference]:
             flat = target.weights[key].reshape(-1)
             kept = float(flat[at])
             flat[at] = float(np.nextafter(np.float32(kept), np.float32(np.inf)))
             try:
-                with beginning.until(key):
+                with target.resumed(layers, [key]):
                     found = compared(target, clip.exact, batch)[1]
             finally:
                 flat[at] = kept
-            return [one for one in found if not one.note]  # a stage that was not computed again is the same
+            return [one for one in found if not one.note]
 
         seen, sizes = 0, []
         with target.arithmetic("float64"):
-            with beginning.kept():
-                compared(target, clip.exact, batch)
+            target.kept = layers = {}
+            compared(target, clip.exact, batch)
+            target.kept = None
             for _ in range(faults):
                 key = choice.choice(names)
                 at = choice.choice(target.weights[key].reshape(-1).nonzero()[:, 0].tolist())
@@ -147,53 +146,6 @@ def far(work: Path, name: str, faults: int) -> None:
         f"floor and more, the middle one by 2^{middle:.1f}",
         flush=True,
     )
-
-
-class Beginning:
-    """What the parts of a model computed, so that a change in one of them needs only it and those after it.
-
-    Args:
-        model: the transformers model; its parts are its feature extractor, its projection and its layers.
-    """
-
-    def __init__(self, model: Any) -> None:
-        ends = (".feature_extractor", ".feature_projection", "feature_extractor", "feature_projection")
-        self.parts = [
-            (name, module)
-            for name, module in model.named_modules()
-            if name.endswith(ends)
-            or (name.rpartition(".")[2].isdecimal() and name.rpartition(".")[0].endswith("layers"))
-        ]
-        self.parts = [(name, module) for name, module in self.parts if "conv_layers" not in name]
-        self.outputs: dict[str, Any] = {}
-
-    @contextlib.contextmanager
-    def kept(self) -> Iterator[None]:
-        """Keep what each part computes."""
-
-        def keeping(name: str) -> Any:
-            return lambda module, inputs, output: self.outputs.update({name: output})
-
-        hooks = [module.register_forward_hook(keeping(name)) for name, module in self.parts]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    @contextlib.contextmanager
-    def until(self, key: str) -> Iterator[None]:
-        """Let every part that was done before the one with a tensor return what it returned then."""
-        order = list(self.outputs)  # as they were computed
-        at = next((order.index(name) for name in order if key.startswith(f"{name}.")), 0)
-        done = [(name, module) for name, module in self.parts if name in order[:at]]
-        for name, module in done:
-            module.forward = lambda *given, output=self.outputs[name], **options: output
-        try:
-            yield
-        finally:
-            for _, module in done:
-                del module.forward
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Time and memory of every command on checkpoints of many languages, as MMS's: narrow layers, the real names and number of tensors.
 
-Prints each command's time and peak memory at each number of languages, and what 100 further languages cost.
+Prints each command's processor time and its peak of anonymous memory at each number of languages, and what 100 further languages
+cost. `verify` runs two languages and compares the bytes of all; at the smallest number, it runs all of them once, too.
 Usage: `python benchmarks/languages.py [--languages N ...] [--layers N] [--width N] [--directory DIR] [--small]`.
 """
 
@@ -11,9 +12,9 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
-from machine import ROOT, Took, describe, run
+from machine import ROOT, describe
+from verify import Ran, measured
 
 sys.path.insert(0, str(ROOT / "tests/support"))
 COUNTS = (100, 300, 1162)
@@ -32,27 +33,30 @@ for language in sys.argv[2:]:
 """
 
 
-def measure(work: Path, languages: int, layers: int, width: int) -> dict[str, Took]:
+def measure(work: Path, languages: int, layers: int, width: int, every: bool) -> dict[str, Ran]:
     """Run every command on one checkpoint."""
     checkpoint, model, back = work / "mms.pt", work / "model", work / "back.pt"
     shape = ["--layers", str(layers), "--width", str(width)]
     large = [sys.executable, str(Path(__file__).with_name("large.py"))]
     subprocess.run([*large, checkpoint, "--languages", str(languages), *shape], check=True, capture_output=True)
     tool = [sys.executable, "-m", "convert"]
+    verify = [*tool, "verify", checkpoint, model, "--no-long", "--device", "cpu", "-q"]
     done = {
-        "inspect": run(*tool, "inspect", checkpoint, "-q"),
-        "convert": run(*tool, "convert", checkpoint, model, "-q"),
-        "verify": run(*tool, "verify", checkpoint, model, "--lang", "baa", "--no-long", "--device", "cpu", "-q"),
-        "restore": run(*tool, "restore", model, back, "-q"),
+        "inspect": measured(*tool, "inspect", checkpoint, "-q"),
+        "plan": measured(*tool, "plan", checkpoint, "-q"),
+        "convert": measured(*tool, "convert", checkpoint, model, "-q"),
+        "verify": measured(*verify, "--lang", "baa"),
+        **({"verify all": measured(*verify)} if every else {}),
+        "restore": measured(*tool, "restore", model, back, "-q"),
     }
     back.unlink()
     checkpoint.unlink()
     with Served() as where:
         home = {"HF_ENDPOINT": where, "HF_HOME": str(work / "home"), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}
         home |= {"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0"}
-        done["publish"] = run(*tool, "publish", model, "alice/mms", "-q", **home)
-        done["publish again"] = run(*tool, "publish", model, "alice/mms", "-q", **home)
-        done["load_adapter"] = run(sys.executable, "-c", LOAD, "alice/mms", "baa", "eng", **home)
+        done["publish"] = measured(*tool, "publish", model, "alice/mms", "-q", **home)
+        done["publish again"] = measured(*tool, "publish", model, "alice/mms", "-q", **home)
+        done["load_adapter"] = measured(sys.executable, "-c", LOAD, "alice/mms", "baa", "eng", **home)
     return done
 
 
@@ -90,23 +94,20 @@ def serve() -> None:
     hub.close()
 
 
-def report(found: dict[int, dict[str, Took]]) -> None:
-    """Print times and peaks, and the growth between the two largest counts."""
+def report(found: dict[int, dict[str, Ran]]) -> None:
+    """Print processor times and peaks, and the growth between the smallest and the largest count."""
     counts = sorted(found)
-    for name in found[counts[0]]:
-        row = [found[count][name] for count in counts]
-        cells = [f"{wall:7.1f} s ({cpu:6.1f} s CPU) {peak:6.0f} MB" for wall, cpu, peak in row]
-        print(f"{name:<14}" + "".join(f"{cell:>36}" for cell in cells))
-    print()
-    if len(counts) < 2:
-        return
     first, last = counts[0], counts[-1]
     for name in found[first]:
-        per: Any = [(b - a) / (last - first) * 100 for a, b in zip(found[first][name], found[last][name], strict=True)]
-        print(f"{name + ', a further 100':<28} {per[1]:6.1f} s CPU {per[2]:6.1f} MB   aim: at most 20 MB")
-    for name in found[first]:
-        each = found[last][name][1] / last / (found[first][name][1] / first)
-        print(f"{name + ', time a language':<36} {each:6.2f}   of that with {first}; aim: at most 1")
+        row = [found[count][name] for count in counts if name in found[count]]
+        print(f"{name:<14}" + "".join(f"{f'{one.processor:.1f} s {one.peak / 1e6:.0f} MB':>24}" for one in row))
+    print()
+    for name in [name for name in found[first] if name in found[last] and first != last]:
+        few, many = found[first][name], found[last][name]
+        more = (many.peak - few.peak) / (last - first) * 100 / 1e6
+        each = many.processor / last / (few.processor / first)
+        print(f"{name + ', time a language':<32} {each:6.2f}   of that with {first}; aim: at most 1")
+        print(f"{name + ', 100 more languages':<32} {more:6.1f} MB   aim: at most 20 MB")
 
 
 def main() -> None:
@@ -120,11 +121,11 @@ def main() -> None:
     asked = parser.parse_args()
     counts = (3, 6) if asked.small else asked.languages
     found = {}
-    for count in counts:
+    for count in sorted(counts):
         with tempfile.TemporaryDirectory(dir=asked.directory) as name:
-            found[count] = measure(Path(name), count, 2 if asked.small else asked.layers, asked.width)
+            found[count] = measure(Path(name), count, 2 if asked.small else asked.layers, asked.width, not found)
     print(describe())
-    print("".join(f"{f'{count} languages':>36}" for count in sorted(found)).rjust(14))
+    print(" " * 14 + "".join(f"{f'{count} languages':>24}" for count in sorted(found)))
     report(found)
 
 

@@ -120,9 +120,11 @@ class ModelDirectory:
             file.seek(place.start)
             return file.read(place.count)
 
-    def beside(self) -> dict[str, dict[str, Place]]:
-        """List the tensors of every file of further tensors that is there."""
-        return {file: self.places(file) for file in self.record.sidecars if (self.path / file).is_file()}
+    @property
+    def count(self) -> int:
+        """The number of its tensors, with those of every file of further tensors that is there."""
+        beside = (len(self.places(file)) for file in self.record.sidecars if (self.path / file).is_file())
+        return len(self.tensors) + sum(beside)
 
     def places(self, file: str) -> dict[str, Place]:
         """List the tensors of one safetensors file."""
@@ -140,9 +142,7 @@ class ModelDirectory:
             return [Problem("missing-file", sidecar, "is not in the model directory")]
         tensors = self.places(sidecar) if sidecar else self.tensors
         meant = {piece.spec.name for piece in listed}
-        problems = [
-            Problem("unexpected-tensor", key, "stands only in the model") for key in tensors if key not in meant
-        ]
+        problems = [Problem("unexpected-tensor", key, "is only in the model") for key in tensors if key not in meant]
         maps: dict[str, mmap.mmap] = {}
         for piece in listed:
             place = tensors.get(piece.spec.name)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import functools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from convert.checkpoint.dictionary import Dictionary
@@ -13,51 +16,62 @@ from convert.directory import ModelDirectory, Place
 from convert.families import ARCHITECTURES
 from convert.families.base import Kind, Restoring
 from convert.families.encoder_settings import FINE_TUNING, LAYER_SETTINGS
-from convert.files import PIECE as CHUNK
+from convert.files import PIECE, WIDTHS
 from convert.reading import open_file
-from convert.rules import TensorSpec
 
 
 @dataclass(slots=True)
 class Draft:
-    """What will be written: each tensor with the function that yields its bytes; the adapters of each language likewise.
+    """What will be written.
 
-    `settings`: the entries of the file that hold them. `teacher`: the teacher's name of each tensor that it shares with the
-    model -> the model's name.
+    Args:
+        tensors: by fairseq's names; adapters that it stacks for several languages one by one.
+        settings: the entries of the file that hold them.
+        dictionary: the target dictionary.
+        notes: what people should know.
+        dictionaries: those of a pretraining.
+        languages: the adapters of each language likewise.
+        restoring: what is particular to the family.
+        teacher: the teacher's name of each tensor that it shares with the model -> the model's name.
     """
 
-    specs: dict[str, TensorSpec]
-    bytes: dict[str, Callable[[], Iterator[bytes]]]
+    tensors: dict[str, NewTensor]
     settings: dict[str, Any]
     dictionary: Dictionary | None
     notes: list[str]
     dictionaries: tuple[Dictionary | None, ...] = ()
-    languages: dict[str, Draft] = field(default_factory=dict)
-    teacher: dict[str, str] = field(default_factory=dict)
+    languages: Mapping[str, Draft] = field(default_factory=dict)
     restoring: Restoring = field(default_factory=Restoring)
+    teacher: dict[str, str] = field(default_factory=dict)
 
-    def new(self) -> dict[str, NewTensor]:
-        """The tensors to write, under fairseq's names: adapters that it stacks are joined."""
-        return {key: self._stacked(rows) if rows else self._new(key) for key, rows in stack(self.specs).items()}
+    @property
+    def size(self) -> int:
+        """The bytes of all tensors, those of the languages included."""
+        own = sum(WIDTHS[tensor.dtype] * math.prod(tensor.shape) for tensor in self.tensors.values())
+        return own + sum(language.size for language in self.languages.values())
 
-    def _new(self, key: str) -> NewTensor:
-        return NewTensor(self.specs[key].dtype, self.specs[key].shape, self.bytes[key])
+    @property
+    def stacked(self) -> dict[str, NewTensor]:
+        """The tensors as they are written: adapters that fairseq stacks are joined."""
+        return {key: self._joined(rows) if rows else self.tensors[key] for key, rows in stack(self.tensors).items()}
 
-    def _stacked(self, rows: Sequence[str]) -> NewTensor:
-        spec = self.specs[rows[0]]
-        if len(rows) == 1:
-            return NewTensor(spec.dtype, (1, *spec.shape), self.bytes[rows[0]])
-        return NewTensor(
-            spec.dtype, (len(rows), *spec.shape), lambda: (part for row in rows for part in self.bytes[row]())
+    def _joined(self, names: Sequence[str]) -> NewTensor:
+        rows = [self.tensors[name] for name in names]
+        return replace(
+            rows[0], shape=(len(rows), *rows[0].shape), pieces=lambda: (piece for row in rows for piece in row.pieces())
         )
 
 
-def read_place(directory: ModelDirectory, place: Place) -> Iterator[bytes]:
-    """Yield a tensor's bytes, a piece at a time."""
-    with open_file(directory.path / place.file) as file:
+def stored(directory: ModelDirectory, place: Place) -> NewTensor:
+    """Return a tensor as it lies in a directory."""
+    return NewTensor(place.spec.dtype, place.spec.shape, functools.partial(_read, directory.path, place))
+
+
+def _read(directory: Path, place: Place) -> Iterator[bytes]:
+    with open_file(directory / place.file) as file:
         file.seek(place.start)
-        for at in range(0, place.count, CHUNK):
-            yield file.read(min(CHUNK, place.count - at))
+        for at in range(0, place.count, PIECE):
+            yield file.read(min(PIECE, place.count - at))
 
 
 def loadable(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Every error with the file or key it is about, the remedy and its exit status; and what other libraries raise, as one."""
+"""Errors, each with the file or key that it is about, the remedy and the exit status; exceptions of other libraries become such errors."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ def _other(error: Exception, command: str) -> ConvertError:
     if type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
         return _memory(error, command)
     message = f"{type(error).__name__}: {_first_line(error)}"
-    hint = "this is a fault of fairseq-to-hf: please report it, with what -v shows"
+    hint = "this is a bug in fairseq-to-hf: please report it, with the output of -v"
     return ConvertError(message, code="unexpected", hint=hint)
 
 

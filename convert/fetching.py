@@ -11,13 +11,13 @@ from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, BinaryIO
 
 from convert.errors import ConvertError, MismatchError
 from convert.files import PIECE, resumable, resumed_file, sha256_of, write_file
 from convert.network import InterruptedTransfer, ask, declared_size, network, public_address
 from convert.reading import read_file
-from convert.report import json_bytes, parse_json, progress_bar
+from convert.report import counted, json_bytes, parse_json, progress_bar
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ def fetch(
 ) -> Fetched:
     """Download a checkpoint as `NAME.pt`, its dictionary as `NAME.dict.txt`, each with its record `FILE.json`.
 
-    An interrupted download goes on where it stopped, unless the server's file has changed. A file that is there
+    An interrupted download continues where it stopped, unless the server's file has changed. A file that is there
     already is compared with its record; a record without its file says which bytes the download has to bring.
 
     Args:
@@ -164,7 +164,7 @@ def bring(
         if recorded is None:
             message = f"{target}: is in the way and has no record {record_path.name}; left as it is"
             raise ConvertError(message, code="in-the-way", key=str(target), hint="move it away and fetch again")
-        found = Record(name, public, target.stat().st_size, sha256_of(target), recorded.etag)
+        found = Record(name, public, target.stat().st_size, _sha256(target, target.name, progress), recorded.etag)
         _compare(found, recorded, target, f"move {target.name} and {record_path.name} away and fetch again")
         return recorded, False
     for attempt in range(attempts):
@@ -175,7 +175,7 @@ def bring(
             reason = error
     kept = [f"{size} bytes are kept in {part}" for part, size in resumable(target)]
     message = f"{public}: {reason}, {attempts} attempts; {', '.join(kept) or 'nothing was written'}"
-    raise ConvertError(message, code="network", key=public, hint="run it again: it goes on where it stopped")
+    raise ConvertError(message, code="network", key=public, hint="run it again: it continues where it stopped")
 
 
 def _attempt(name: str, address: str, target: Path, recorded: Record | None, timeout: float, progress: bool) -> Record:
@@ -213,7 +213,7 @@ def _attempt(name: str, address: str, target: Path, recorded: Record | None, tim
         brought = file.seek(0, os.SEEK_END)
         if brought != size:
             raise InterruptedTransfer(f"the connection ended at {brought} of {size} bytes")
-        found = Record(name, public_address(address), size, sha256_of(file), etag)
+        found = Record(name, public_address(address), size, _sha256(file, target.name, progress), etag)
         record_path = _record_path(target)
         if recorded:
             _compare(found, recorded, target, f"to accept the new bytes, delete {record_path.name} and fetch again")
@@ -224,6 +224,13 @@ def _attempt(name: str, address: str, target: Path, recorded: Record | None, tim
 
 def _record_path(target: Path) -> Path:
     return target.with_name(f"{target.name}.json")
+
+
+def _sha256(source: Path | BinaryIO, name: str, progress: bool) -> str:
+    size = source.stat().st_size if isinstance(source, Path) else os.fstat(source.fileno()).st_size
+    with progress_bar(f"hash {name}", show=progress) as bar:
+        advance = counted(bar, size)
+        return sha256_of(source, lambda piece: advance(len(piece)))
 
 
 def _compare(found: Record, recorded: Record, path: Path, hint: str) -> None:

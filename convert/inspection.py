@@ -1,4 +1,4 @@
-"""Say of any file what it is, what it holds, and whether it can be converted; or what is missing, and what supplies it."""
+"""What a file is, what it holds, and whether it can be converted; if not, why, and which option helps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP: one exception for all three, and steps that they do not divide."""
+"""Ctrl-C, SIGTERM and SIGHUP: one exception for all three, and steps that they do not interrupt."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def trying(name: str, what: str, *, status: int = 2) -> Iterator[None]:
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         hint = f"this is transformers {transformers.__version__}; a newer one may: pip install -U transformers"
-        raise ConvertError(f"{name}: {what} ({reason})", code="load", key=name, status=status, hint=hint) from error
+        raise ConvertError(f"{name}: {what}: {reason}", code="load", key=name, status=status, hint=hint) from error
 
 
 def load_model(part: Any, source: str | Path, *, status: int = 2, **options: Any) -> Any:

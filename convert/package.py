@@ -213,7 +213,6 @@ def convert_all(folder: str | Path, out: str | Path, **options: Any) -> dict[Pat
 
 
 def _bytes(text: int | str) -> int:
-    """Read the size of a shard."""
     found = _SIZE.fullmatch(str(text).strip().upper())
     count = round(float(found[1]) * 1000 ** " KMGT".index(found[2] or " ")) if found else 0
     if count < 1:

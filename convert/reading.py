@@ -1,4 +1,4 @@
-"""The one way to open a file that somebody else may have put there: regular files only, and bounded where one is read whole."""
+"""Opening files that somebody else may have written: regular files only, and bounded where one is read whole."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def read_file(path: Path, most: int = RECORD) -> bytes:
         while len(data) <= most and (piece := file.read(1 << 20)):  # asked for more, Python reserves it all
             data += piece
     if len(data) > most:
-        message = f"{path} is larger than any file of its kind, which have {size(most)} at most"
+        message = f"{path} is larger than any file of its kind: {size(most)} at most"
         raise ConvertError(message, code="too-large", key=str(path))
     return bytes(data)
 

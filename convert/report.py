@@ -1,4 +1,4 @@
-"""The one place that formats: text from files, folded key lists, sizes, errors, JSON, the single JSON object of a command."""
+"""Formatting: text from files, folded key lists, sizes, errors, JSON, and the JSON object of a command."""
 
 from __future__ import annotations
 
@@ -197,12 +197,13 @@ def _finite(value: object) -> object:
     return json.dumps(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def parse_json(content: bytes, name: str) -> Any:
+def parse_json(content: bytes, name: str, made: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
     """Read JSON that somebody else may have written.
 
     Args:
         content: the bytes.
         name: where they come from, for the error.
+        made: makes what stands for an object of its keys and values; by default a dict.
 
     Raises:
         ConvertError: `not-json`: not UTF-8, not JSON, nested too deeply, or a number too long.
@@ -210,7 +211,7 @@ def parse_json(content: bytes, name: str) -> Any:
     from convert.errors import ConvertError
 
     try:
-        return json.loads(content.decode())
+        return json.loads(content.decode(), object_pairs_hook=made)
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise ConvertError(f"{name}: not JSON: {reason}", code="not-json", key=name) from None
@@ -283,9 +284,8 @@ class ProgressBar:
             bar.render_progress()
 
 
-def counted(progress: Progress | None, total: int) -> Callable[[int], None]:
-    """Make what adds up numbers of bytes that were done, and tells a progress of them."""
-    done = 0
+def counted(progress: Progress | None, total: int, done: int = 0) -> Callable[[int], None]:
+    """Make what adds numbers of bytes to those that were done, and tells a progress of them."""
 
     def advance(count: int) -> None:
         nonlocal done

@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import os
 import struct
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from convert.checkpoint import Checkpoint, open_checkpoint
-from convert.checkpoint.writer import write_checkpoint
+from convert.checkpoint.container import Container
+from convert.checkpoint.stored import StoredTensor
+from convert.checkpoint.writer import Lazy, NewTensor, counting, write_checkpoint
 from convert.conversion import File, Record, differences
-from convert.directory import ModelDirectory, Place
-from convert.draft import Draft, loadable, read_place
+from convert.directory import ModelDirectory
+from convert.draft import Draft, loadable, stored
 from convert.errors import MismatchError, PlanError, Problem
 from convert.families import ARCHITECTURES, Family, describe
 from convert.families.base import NO_HEAD, Kind
 from convert.files import WIDTHS, check_file, new_file, sha256_of
 from convert.report import Progress, counted
 from convert.request import request_again
-from convert.rules import TensorSpec
 from convert.saved import from_config
 
 
@@ -53,7 +52,7 @@ def restore(
             (settings from `config.json`, vocabulary from `vocab.json`).
         out: the checkpoint to write.
         overwrite: whether an existing file is replaced, once the new one is proved.
-        progress: called with (bytes done, bytes in all): each is written and compared.
+        progress: called with (bytes done, bytes in all): each is hashed, written and compared.
 
     Returns:
         What was written. Every tensor was read back and compared byte for byte with the model's.
@@ -66,8 +65,9 @@ def restore(
     directory = ModelDirectory(Path(model_dir))
     check_file(out, overwrite)
     ours = os.path.lexists(directory.path / "conversion.json")
-    draft = _from_conversion(directory) if ours else from_config(directory)
-    model = draft.new()
+    hashed = sum(file.size for file in directory.record.files.values()) if ours else 0
+    draft = _from_conversion(directory, counted(progress, 3 * hashed)) if ours else from_config(directory)
+    model = draft.stacked
     restoring = draft.restoring
     teacher = {restoring.teacher: {name: model[key] for name, key in draft.teacher.items()}} if draft.teacher else {}
     history = {"criterion_name": "", "optimizer_name": "", "num_updates": 0, "best_loss": None}
@@ -77,24 +77,18 @@ def restore(
     state["task_state"] |= {"dictionaries": list(draft.dictionaries)} if draft.dictionaries else {}
     state |= {"extra_state": {}, "last_optimizer_state": None}
     if draft.languages:
-        state["adapter"] = {
-            name: {"model": part.new(), "task_state": {"target_dictionary": part.dictionary}}
-            for name, part in draft.languages.items()
-        }
+        state["adapter"] = Lazy(draft.languages, lambda name: _adapter(draft.languages[name]))
     if restoring.bare:
         state = draft.settings
-    count = len(model)
-    size = sum(
-        WIDTHS[spec.dtype] * math.prod(spec.shape)
-        for part in (draft, *draft.languages.values())
-        for spec in part.specs.values()
-    )
-    advance = counted(progress, 2 * size)
+    advance = counted(progress, hashed + 2 * draft.size if progress else 0, hashed)
     with new_file(out, overwrite=overwrite) as path:
         write_checkpoint(path, {**model, **teacher}, state, advance)
-        del model, teacher, state  # of many languages, as much as the draft itself
         _prove(path, draft, directory if ours else None, advance)
-    return Restored(out, count, tuple(draft.notes))
+    return Restored(out, len(model), tuple(draft.notes))
+
+
+def _adapter(language: Draft) -> dict[str, Any]:
+    return {"model": language.stacked, "task_state": {"target_dictionary": language.dictionary}}
 
 
 def _prove(path: Path, draft: Draft, directory: ModelDirectory | None, advance: Callable[[int], None]) -> None:
@@ -106,19 +100,33 @@ def _prove(path: Path, draft: Draft, directory: ModelDirectory | None, advance: 
         directory: the directory that a conversion made: a conversion of the checkpoint has to give its settings again.
         advance: called with numbers of bytes that were compared.
     """
-    from convert.pieces import read_array
-
     with open_checkpoint(path) as opened:
         if directory is not None:
             _compare_settings(opened, directory)
-        for name, part in {"": draft, **draft.languages}.items():
-            if opened.inventory_of(name) != part.specs:
-                raise MismatchError(f"{path.name} read back with other tensors; nothing was kept", code="read-back")
-            for key, tensor in opened.tensors_of(name).items():
-                found = read_array(opened.container, tensor).tobytes()
-                if found != b"".join(part.bytes[key]()):
-                    raise MismatchError(f"{key} read back differently; nothing was kept", code="read-back", key=key)
-                advance(len(found))
+        _compare(opened, "", draft, advance)
+        for name, language in draft.languages.items():
+            _compare(opened, name, language, advance)
+
+
+def _compare(opened: Checkpoint, group: str, draft: Draft, advance: Callable[[int], None]) -> None:
+    found = {name: (spec.shape, spec.dtype) for name, spec in opened.inventory_of(group).items()}
+    if found != {name: (tensor.shape, tensor.dtype) for name, tensor in draft.tensors.items()}:
+        raise MismatchError(f"{opened.path.name} read back with other tensors; nothing was kept", code="read-back")
+    for name, tensor in opened.tensors_of(group).items():
+        if not _holds(opened.container, tensor, counting(draft.tensors[name].pieces(), advance)):
+            raise MismatchError(f"{name} read back differently; nothing was kept", code="read-back", key=name)
+
+
+def _holds(container: Container, tensor: StoredTensor, pieces: Iterable[bytes]) -> bool:
+    """Say whether a tensor's bytes are these."""
+    width = container.dtype(tensor)[1]
+    at = container.storages[tensor.storage.key].start + width * tensor.offset
+    end = at + width * math.prod(tensor.shape)
+    for piece in pieces:
+        if os.pread(container.file.fileno(), len(piece), at) != piece:
+            return False
+        at += len(piece)
+    return at == end and tensor.is_contiguous
 
 
 def _compare_settings(opened: Checkpoint, directory: ModelDirectory) -> None:
@@ -140,7 +148,7 @@ def _compare_settings(opened: Checkpoint, directory: ModelDirectory) -> None:
         )
 
 
-def _from_conversion(directory: ModelDirectory) -> Draft:
+def _from_conversion(directory: ModelDirectory, advance: Callable[[int], None]) -> Draft:
     record = directory.record
     family, kind = _known(record)
     if not family.restores:
@@ -167,11 +175,11 @@ def _from_conversion(directory: ModelDirectory) -> Draft:
             problems=problems,
             hint=f"convert the checkpoint again {way}",
         )
-    notes = _changed(directory, record.files)
+    notes = _changed(directory, record.files, advance)
     notes += family.restoring.notes
     settings = (family.restoring.settings or loadable)(record.settings)
     dictionary = None if kind.data_config else record.dictionary
-    draft = Draft({}, {}, settings, dictionary, notes, record.dictionaries, restoring=family.restoring)
+    draft = Draft({}, settings, dictionary, notes, record.dictionaries, restoring=family.restoring)
     made = {fill.key for fill in record.fills}
     lost = list(made ^ record.tensors.keys() ^ directory.tensors.keys())
     for file, sidecar in record.sidecars.items():
@@ -180,24 +188,36 @@ def _from_conversion(directory: ModelDirectory) -> Draft:
     if lost:
         problems = [Problem("changed", key, "conversion.json and the weights disagree about it") for key in lost]
         raise PlanError(f"{directory.path} was changed since its conversion", code="changed", problems=problems)
-    _take(draft, directory, directory.tensors, record.tensors, record)
-    for file, sidecar in record.sidecars.items():  # what stands in one is as the checkpoint had it
-        part = draft
-        if sidecar.group:
-            own = Draft({}, {}, {}, record.languages.get(sidecar.group), notes)
-            part = draft.languages.setdefault(sidecar.group, own)
-        _take(part, directory, directory.places(file), sidecar.tensors)
+    draft.tensors = {
+        source: _as_it_was(stored(directory, directory.tensors[target]), target, record)
+        for target, source in record.tensors.items()
+    }
+    groups: dict[str, list[str]] = {}
+    for file, sidecar in record.sidecars.items():
+        groups.setdefault(sidecar.group, []).append(file)
+    draft.tensors |= _beside(directory, groups.pop("", []))
+    draft.languages = Lazy(
+        groups, lambda name: Draft(_beside(directory, groups[name]), {}, record.languages.get(name), notes)
+    )
     for source, other in repeated.items():
-        draft.specs[source], draft.bytes[source] = replace(draft.specs[other], name=source), draft.bytes[other]
+        draft.tensors[source] = replace(draft.tensors[other])
     for key, number in constants.items():
-        draft.specs[key] = TensorSpec(key, (1,), "F32")
-        draft.bytes[key] = lambda number=number: iter([struct.pack("<f", number)])  # type: ignore[misc]
+        draft.tensors[key] = NewTensor("F32", (1,), functools.partial(list, [struct.pack("<f", number)]))
     for old, new in family.restoring.renamed.items():
-        for key in [key for key in draft.specs if key.startswith(old)]:
-            name = new + key.removeprefix(old)
-            draft.specs[name], draft.bytes[name] = replace(draft.specs.pop(key), name=name), draft.bytes.pop(key)
-    draft.teacher = family.restoring.taught(draft.specs, record.settings["model"])
+        for key in [key for key in draft.tensors if key.startswith(old)]:
+            draft.tensors[new + key.removeprefix(old)] = draft.tensors.pop(key)
+    draft.teacher = family.restoring.taught(draft.tensors, record.settings["model"])
     return draft
+
+
+def _beside(directory: ModelDirectory, files: Iterable[str]) -> dict[str, NewTensor]:
+    """The tensors of further files, which stand there as the checkpoint had them."""
+    made = {}
+    for file in files:
+        places = directory.places(file)
+        for target, source in directory.record.sidecars[file].tensors.items():
+            made[source] = stored(directory, places[target])
+    return made
 
 
 def _known(record: Record) -> tuple[Family, Kind]:
@@ -208,39 +228,32 @@ def _known(record: Record) -> tuple[Family, Kind]:
     return ARCHITECTURES[name]
 
 
-def _take(
-    draft: Draft,
-    directory: ModelDirectory,
-    places: Mapping[str, Place],
-    tensors: Mapping[str, str],
-    record: Record | None = None,
-) -> None:
-    """Add the tensors of one file; of the weights, with the rows that the conversion edited or left out."""
-    for target, name in tensors.items():
-        source = sys.intern(name)  # each language has the same names
-        spec, read = places[target].spec, functools.partial(read_place, directory, places[target])
-        rows = record.edited_rows.get(target) if record else None
-        draft.specs[source] = TensorSpec(source, spec.shape, spec.dtype)
-        draft.bytes[source] = read if rows is None else _with_rows(read, rows)
-        if record and target in record.left_rows:
-            _put_before(draft, source, bytes.fromhex(record.left_rows[target]))
+def _as_it_was(tensor: NewTensor, target: str, record: Record) -> NewTensor:
+    """Put back the rows of a tensor of the weights that the conversion edited, and those that it left out, before the others."""
+    edited, left = record.edited_rows.get(target, {}), bytes.fromhex(record.left_rows.get(target, ""))
+    if not edited and not left:
+        return tensor
+
+    def pieces() -> Iterator[bytes]:
+        data = bytearray(b"".join(tensor.pieces()))
+        for row, text in edited.items():
+            old = bytes.fromhex(text)
+            data[int(row) * len(old) : (int(row) + 1) * len(old)] = old
+        yield left + data
+
+    if not left:
+        return replace(tensor, pieces=pieces)
+    rows = len(left) // (WIDTHS[tensor.dtype] * max(1, math.prod(tensor.shape[1:])))
+    return replace(tensor, shape=(sum(tensor.shape[:1]) + rows, *tensor.shape[1:]), pieces=pieces)
 
 
-def _put_before(draft: Draft, source: str, data: bytes) -> None:
-    """Put back the rows that the conversion left out, before the others."""
-    spec, read = draft.specs[source], draft.bytes[source]
-    rows = len(data) // (WIDTHS[spec.dtype] * math.prod(spec.shape[1:]))
-    draft.specs[source] = TensorSpec(source, (spec.shape[0] + rows, *spec.shape[1:]), spec.dtype)
-    draft.bytes[source] = lambda: itertools.chain((data,), read())
-
-
-def _changed(directory: ModelDirectory, files: Mapping[str, File]) -> list[str]:
+def _changed(directory: ModelDirectory, files: Mapping[str, File], advance: Callable[[int], None]) -> list[str]:
     """Hold the files against conversion.json: other weights are noted, other settings would be lost and are refused."""
     weights = {*directory.weight_files(), *directory.record.sidecars}
     notes, problems = [], []
     for name, kept in files.items():
         path = directory.path / name
-        same = path.is_file() and sha256_of(path) == kept.sha256
+        same = path.is_file() and sha256_of(path, lambda piece: advance(len(piece))) == kept.sha256
         if not path.is_file() or (not same and name not in weights):
             problems.append(Problem("changed", name, "is not what the conversion wrote; the settings come from there"))
         elif not same:
@@ -253,16 +266,3 @@ def _changed(directory: ModelDirectory, files: Mapping[str, File]) -> list[str]:
             hint="for a model that was trained on with transformers, remove conversion.json: then config.json counts",
         )
     return notes
-
-
-def _with_rows(whole: Callable[[], Iterator[bytes]], rows: Mapping[str, str]) -> Callable[[], Iterator[bytes]]:
-    """Put back the rows that the conversion edited."""
-
-    def read() -> Iterator[bytes]:
-        data = bytearray(b"".join(whole()))
-        for row, text in rows.items():
-            old = bytes.fromhex(text)
-            data[int(row) * len(old) : (int(row) + 1) * len(old)] = old
-        yield bytes(data)
-
-    return read

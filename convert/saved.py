@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from convert.checkpoint import Checkpoint
 from convert.checkpoint.dictionary import SPECIAL, Dictionary
 from convert.checkpoint.layouts import open_container
+from convert.checkpoint.writer import NewTensor
 from convert.directory import ModelDirectory
-from convert.draft import Draft, loadable, read_place
+from convert.draft import Draft, loadable, stored
 from convert.errors import PlanError, Problem
 from convert.families import ARCHITECTURES, FAMILIES, Family, Request, sources_of
 from convert.families.base import Part, Sources
@@ -21,7 +21,7 @@ from convert.families.inverse import differing, settings_from
 from convert.families.planning import classify, encoder_values, stated_layout
 from convert.families.settings import Reader
 from convert.files import WIDTHS
-from convert.rules import Table, TensorSpec
+from convert.rules import Table
 
 # What a model in transformers may still call the positional convolution's weight norm (before torch 2.1).
 _ALIASES = {"conv.weight_g": "conv.parametrizations.weight.original0"}
@@ -59,7 +59,7 @@ def from_config(directory: ModelDirectory) -> Draft:
         )
     made = _table(family, layout, head, directory, names)
     owner = ARCHITECTURES[name][0]
-    draft = Draft({}, {}, (owner.restoring.settings or loadable)(settings), None, notes, restoring=owner.restoring)
+    draft = Draft({}, (owner.restoring.settings or loadable)(settings), None, notes, restoring=owner.restoring)
     _fill(draft, directory, names, made)
     if head == "encoder":
         beside = Table.build("beside", owner.restoring.made, layout.axes, layout.dims)
@@ -69,7 +69,7 @@ def from_config(directory: ModelDirectory) -> Draft:
     draft.dictionary = sources.dictionary
     if head == "ctc":
         _vocabulary(directory, config.values, draft)
-    draft.teacher = owner.restoring.taught(draft.specs, settings["model"])
+    draft.teacher = owner.restoring.taught(draft.tensors, settings["model"])
     draft.notes += owner.restoring.notes if draft.teacher else ()
     return draft
 
@@ -178,22 +178,16 @@ def _table(family: Family, layout: Any, head: str, directory: ModelDirectory, na
 def _fill(draft: Draft, directory: ModelDirectory, names: Mapping[str, str], made: Table) -> None:
     for source, target in made.renames.items():
         if target in names:
-            place = directory.tensors[names[target]]
-            draft.specs[source] = TensorSpec(source, place.spec.shape, place.spec.dtype)
-            draft.bytes[source] = functools.partial(read_place, directory, place)
+            draft.tensors[source] = stored(directory, directory.tensors[names[target]])
         else:
             _zeros(draft, source, made.shapes[target], "the model never masks")
     for source, drop in made.drops.items():
         if drop.repeats:
-            draft.specs[source], draft.bytes[source] = (
-                replace(draft.specs[drop.repeats], name=source),
-                draft.bytes[drop.repeats],
-            )
+            draft.tensors[source] = replace(draft.tensors[drop.repeats])
 
 
 def _zeros(draft: Draft, key: str, shape: tuple[int, ...], why: str) -> None:
-    draft.specs[key] = TensorSpec(key, shape, "F32")
-    draft.bytes[key] = lambda: iter([bytes(4 * math.prod(shape))])
+    draft.tensors[key] = NewTensor("F32", shape, lambda: [bytes(4 * math.prod(shape))])
     draft.notes.append(f"{key}: zeros, {why}")
 
 
@@ -214,7 +208,7 @@ def _vocabulary(directory: ModelDirectory, config: Mapping[str, Any], draft: Dra
     fairseq must have and the model does not get zeros and a bias that keeps them from ever being chosen.
     """
     ids = {token: index for token, index in directory.json("vocab.json").items() if isinstance(index, int)}
-    rows = draft.specs["w2v_encoder.proj.bias"].shape[0]
+    rows = draft.tensors["w2v_encoder.proj.bias"].shape[0]
     symbols = [token for token, _ in sorted(ids.items(), key=lambda item: item[1])]
     blank = config.get("pad_token_id", 0)
     if sorted(ids.values()) != list(range(rows)) or blank not in range(rows):
@@ -231,22 +225,18 @@ def _vocabulary(directory: ModelDirectory, config: Mapping[str, Any], draft: Dra
     draft.dictionary = Dictionary(tuple(names), (1,) * len(names))
     draft.notes.append(f"the head's {rows} rows were brought into fairseq's order of {len(names)} symbols")
     for key, filler in (("w2v_encoder.proj.weight", 0.0), ("w2v_encoder.proj.bias", _NEVER)):
-        spec = draft.specs[key]
-        draft.specs[key] = TensorSpec(key, (len(order), *spec.shape[1:]), spec.dtype)
-        draft.bytes[key] = _permuted(draft.bytes[key], spec, order, filler)
+        draft.tensors[key] = _permuted(draft.tensors[key], order, filler)
 
 
-def _permuted(
-    read: Callable[[], Iterator[bytes]], spec: TensorSpec, order: list[int | None], filler: float
-) -> Callable[[], Iterator[bytes]]:
-    def make() -> Iterator[bytes]:
+def _permuted(tensor: NewTensor, order: list[int | None], filler: float) -> NewTensor:
+    def pieces() -> Iterator[bytes]:
         import numpy as np
 
         from convert.pieces import cast
 
-        data = b"".join(read())
-        width = len(data) // spec.shape[0]
-        row = cast(np.full(width // WIDTHS[spec.dtype], filler, np.float32), "F32", spec.dtype)
+        data = b"".join(tensor.pieces())
+        width = len(data) // tensor.shape[0]
+        row = cast(np.full(width // WIDTHS[tensor.dtype], filler, np.float32), "F32", tensor.dtype)
         yield b"".join(row if index is None else data[index * width : (index + 1) * width] for index in order)
 
-    return make
+    return replace(tensor, shape=(len(order), *tensor.shape[1:]), pieces=pieces)

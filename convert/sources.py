@@ -74,7 +74,7 @@ def _fetched(text: str) -> tuple[Path, Origin | None]:
     if scheme and scheme[1] in ("http", "https"):
         return _from_address(text)
     if scheme:
-        message = f"{public_address(text)}: {scheme[1]}:// is not read here; nothing was fetched"
+        message = f"{public_address(text)}: {scheme[1]}:// is not supported; nothing was fetched"
         hint = "give an https address, hf://USER/REPO/FILE.pt, or download the file yourself"
         raise ConvertError(message, code="unknown-address", key=public_address(text), hint=hint)
     if text in catalogue() or (not Path(text).suffix and Path(text).name == text):

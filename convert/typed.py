@@ -1,4 +1,4 @@
-"""JSON that somebody else may have written, read into dataclasses: every value has its type, or the key is named."""
+"""JSON that somebody else may have written, read into dataclasses; a value of the wrong type is named by its key."""
 
 from __future__ import annotations
 

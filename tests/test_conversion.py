@@ -108,7 +108,7 @@ def test_it_is_read_once(mms: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(conversion, "parse_json", lambda *words: calls.append(1) or right(*words))
     directory = ModelDirectory(mms[1])
     for _ in range(3):
-        assert directory.record.languages and directory.record.sidecars and directory.beside()
+        assert directory.record.languages and directory.record.sidecars and directory.count
     assert calls == [1]
 
 

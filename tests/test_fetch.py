@@ -433,7 +433,8 @@ def test_bar_only_on_a_terminal(
     monkeypatch.setattr(sys, "stderr", text := stream())
     server.faults = ["cut"]
     bring(server, tmp_path, progress=progress)
-    assert (re.search(r"tiny\.pt .*100%", text.getvalue()) is not None) == shown
+    assert len(re.findall(r"(?<!hash )tiny\.pt [^%]*100%", text.getvalue())) == shown
+    assert len(re.findall(r"hash tiny\.pt [^%]*100%", text.getvalue())) == shown
     assert bool(text.getvalue()) == shown
 
 

@@ -119,7 +119,7 @@ def test_no_redirect_away_from_encryption() -> None:
 @pytest.mark.parametrize(
     ("source", "code", "said"),
     [
-        ("s3://bucket/model.pt", "unknown-address", "s3://bucket/model.pt: s3:// is not read here; nothing was fetched"),
+        ("s3://bucket/model.pt", "unknown-address", "s3://bucket/model.pt: s3:// is not supported; nothing was fetched"),
         ("hf://lonely", "usage", "hf://lonely: does not name a file of a repository"),
         ("https://me:password@127.0.0.1:1/model.pt", "unknown-address",
          "https://127.0.0.1:1/model.pt: an address with a user and a password is not fetched: they would go to every redirect"),

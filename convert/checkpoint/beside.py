@@ -1,4 +1,4 @@
-"""Read the small files that lie beside a checkpoint: whole, as plain data, and none that is larger than any of its kind."""
+"""Read the small files beside a checkpoint: whole, as plain data, and up to a bound."""
 
 from __future__ import annotations
 

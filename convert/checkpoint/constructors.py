@@ -94,9 +94,9 @@ def _tensor(args: tuple[Any, ...]) -> StoredTensor:
 
 
 @functools.lru_cache(10_000)
-def shared(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape that is kept for all that are equal; its numbers are no booleans."""
-    return shape
+def shared(value: T) -> T:
+    """Return the shape, or the number, that is kept for all that are equal; no boolean is one, or in one."""
+    return value
 
 
 def _dictionary(args: tuple[Any, ...]) -> dict[Any, Any]:

@@ -176,17 +176,9 @@ class Container:
             CheckpointError: `corrupted-entry`.
         """
         for key in sorted({part.storage.key for tensor in tensors for part in tensor.parts}):
-            where, crc = self.storages[key], 0
-            if where.crc is None:
-                continue
-            file = self.files[where.file]
-            for at in range(where.start, where.start + where.count, _CHUNK):
-                count = min(_CHUNK, where.start + where.count - at)
-                with memoryview(file.data) as view, view[at : at + count] as piece:
-                    crc = zlib.crc32(piece, crc)
-                release(file.data, at, count)
-            if crc != where.crc:
-                raise corrupted(file.path, where)
+            where = self.storages[key]
+            if where.crc is not None:
+                check_crc(self.files[where.file].path, self.files[where.file].data, where)
 
     def check_unchanged(self) -> None:
         """Refuse what was done with the checkpoint if one of its files changed meanwhile.
@@ -238,6 +230,22 @@ def release(data: mmap.mmap, start: int, count: int) -> None:
     last = min(start + count, len(data)) // page * page
     if last > first and hasattr(mmap, "MADV_DONTNEED"):
         data.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+
+def check_crc(path: Path, data: mmap.mmap, where: Range) -> None:
+    """Hold bytes against the CRC-32 that a zip directory records.
+
+    Raises:
+        CheckpointError: `corrupted-entry`.
+    """
+    crc = 0
+    for at in range(where.start, where.start + where.count, _CHUNK):
+        count = min(_CHUNK, where.start + where.count - at)
+        with memoryview(data) as view, view[at : at + count] as piece:
+            crc = zlib.crc32(piece, crc)
+        release(data, at, count)
+    if crc != where.crc:
+        raise corrupted(path, where)
 
 
 def tensors_in(value: object, name: str) -> Iterator[StoredTensor]:

@@ -1,4 +1,4 @@
-"""What a file holds beside and inside a state_dict: tensors, the adapters of languages, dictionaries; no more than its size allows."""
+"""What a file holds beside and inside a state_dict: tensors, adapters of languages, dictionaries; bounded by the file's size."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def read_tensors(model: Parts, room: Room) -> dict[str, StoredTensor]:
     strange = next((name for name in found if is_unstacked(name)), None)
     if strange is not None:
         raise CheckpointError(
-            f"{room.name}: its model names a tensor {strange}, as only an adapter out of a stack is called here",
+            f"{room.name}: its model names a tensor {strange}, a name that is reserved for adapters",
             code="corrupted-model",
             key=strange,
         )

@@ -63,7 +63,7 @@ def _beside(path: Path, named: object, setting: str) -> Path:
             if name not in ("", "..") and (path.parent / name).is_file():
                 return path.parent / name
     hint = f"put it beside {path.name}, as fairseq's own scripts do"
-    raise _bad(path, f"names {parts[-1][:60]!r} as {setting}, which does not lie beside it", hint)
+    raise _bad(path, f"names {parts[-1][:60]!r} as {setting}, which is not next to it", hint)
 
 
 def _subwords(path: Path) -> bytes:

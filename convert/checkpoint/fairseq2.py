@@ -75,7 +75,7 @@ def _fields(run: Run, family: str, options: Options) -> tuple[dict[str, Any], st
         card = _card(file, family, run)
     if card is None and not options.architecture:
         raise CheckpointError(
-            f"{run.path.name} holds tensors without settings, and no model.yaml lies beside it: heads and strides are unknown; "
+            f"{run.path.name} holds tensors without settings, and there is no model.yaml next to it: heads and strides are unknown; "
             "nothing was written",
             code="no-settings",
             key=run.path.name,

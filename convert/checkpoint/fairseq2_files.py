@@ -1,4 +1,4 @@
-"""Where a checkpoint of fairseq2 lies: a run's folder, one step of it, its shards, or one file; and its tensors, out of all shards."""
+"""Where a checkpoint of fairseq2 is: a run's folder, one step, its shards, or one file; and its tensors, joined from all shards."""
 
 from __future__ import annotations
 

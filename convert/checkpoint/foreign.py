@@ -1,4 +1,4 @@
-"""What a file is that is not a checkpoint, told by its first bytes alone, and what to do with it."""
+"""What a file is that is not a checkpoint, recognised by its first bytes, and what to do with it."""
 
 from __future__ import annotations
 

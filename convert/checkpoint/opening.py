@@ -157,7 +157,7 @@ def _path(named: str | Path | None) -> Path | None:
 
 
 def _of_fairseq2(run: fairseq2_files.Run, parts: Sequence[Checkpoint], options: fairseq2.Options) -> Checkpoint:
-    """Join the shards of a model of fairseq2's, and take what belongs to it from the files beside it."""
+    """Join the shards of a fairseq2 model, and take what belongs to it from the files beside it."""
     first, name = parts[0], run.path.name
     names = [*(first.prefix + key for key in first.tensors), *first.outside]
     family = fairseq2_files.family_of(names, name)
@@ -185,11 +185,11 @@ def _of_one_file(parts: Sequence[Checkpoint], arch: str) -> Checkpoint:
     name = parts[0].path.name
     if len(parts) > 1:
         raise CheckpointError(
-            f"{name} is one of several files, and not a shard of fairseq2's", code="foreign-file", key=name
+            f"{name} is one of several files, but not a fairseq2 shard", code="foreign-file", key=name
         )
     if arch:
         raise CheckpointError(
-            f"{name} was not made by fairseq2, whose checkpoints alone --arch is for",
+            f"{name} was not written by fairseq2, and --arch is for fairseq2 alone",
             code="usage",
             key="--arch",
             hint="leave --arch out",
@@ -326,9 +326,9 @@ def _based(opened: Checkpoint, base: Path | None, anchors: Sequence[Anchor]) -> 
                     hint="pass the pretrained checkpoint that it was made from",
                 )
         found = Base(base.name, other.sha256(), not opened.settings)
-        shapes = f"their geometry is held against the tensors' shapes; {UNSEEN} do not show in them"
-        told = f"settings from {base.name} (SHA-256 {found.sha256[:12]}…): {shapes}"
-        opened = replace(opened, notes=(*opened.notes, told))
+        shapes = f"their geometry is checked against the tensors' shapes; {UNSEEN} do not show in them"
+        taken = f"settings from {base.name} (SHA-256 {found.sha256[:12]}…): {shapes}"
+        opened = replace(opened, notes=(*opened.notes, taken))
         if opened.settings:  # `w2v_args` alone is missing
             model = {**opened.settings["model"], "w2v_args": pretrained}
             return replace(opened, settings=opened.settings | {"model": model}, base=found)

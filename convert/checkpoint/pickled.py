@@ -1,4 +1,4 @@
-"""The names that a pickle refers to. None of them is imported here: this is about what other programs would do with the file."""
+"""The names that a pickle refers to: what other programs would do with each. None is imported here."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def no_settings(path: Path, state: State, prefix: str, several: Sequence[str] = 
         listed = ", ".join(f"`{where}`" for where in several[:_SOME])
         lacks = f"and the settings of several models, of which none is said to be this one's: {listed}"
     return CheckpointError(
-        f"{path.name} {what} the weights of a model of fairseq's {state.named(prefix)}, {lacks}; nothing was written",
+        f"{path.name} {what} the weights of a fairseq model {state.named(prefix)}, {lacks}; nothing was written",
         code="no-settings",
         key=path.name,
         hint="any checkpoint of the same architecture that fairseq's trainer wrote has the settings, such as the pretrained one "
@@ -81,7 +81,7 @@ def no_model(path: Path, value: object, states: Sequence[State]) -> CheckpointEr
     """Make the error for a file in which no model is found."""
     top = value if isinstance(value, dict) else {}
     by = f", written by {writer(top)}," if writer(top) else ""
-    hint = "name a checkpoint of wav2vec 2.0 or another speech model of fairseq's"
+    hint = "name a checkpoint of wav2vec 2.0 or another fairseq speech model"
     if states:
         state = max(states, key=lambda one: len(one.entries))
         names = [str(name) for name, entry in state.entries.items() if isinstance(entry, StoredTensor)]

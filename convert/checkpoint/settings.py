@@ -77,7 +77,7 @@ def _bounded(name: str) -> Iterator[None]:
 
 
 def might_be_settings(parts: Mapping[Any, Any]) -> bool:
-    """Say whether a part of a file may be settings of a model of fairseq's, by its keys alone."""
+    """Say whether a part of a file may be settings of a fairseq model, by its keys alone."""
     model = parts.get("model")
     inside = content_of(model) if isinstance(model, Stub) else model
     return any(isinstance(one, dict) and _is_model(one) for one in (parts, inside))
@@ -98,7 +98,7 @@ def read_generation(top: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _is_fairseqs(plain: Any, model: Mapping[str, Any]) -> bool:
-    """Say whether settings are those of a model of fairseq's: another program's `args` lie beside a state_dict, too."""
+    """Say whether settings are those of a fairseq model: another program's `args` lie beside a state_dict, too."""
     named = isinstance(model.get("_name"), str) and ("task" in plain or "criterion" in plain)
     return named or _is_model(model)
 

@@ -1,4 +1,4 @@
-"""What a pickle of tensors holds once it is read as data: names, objects of classes that were not imported, tensors not read."""
+"""The values of a pickle that is read as data: global names, objects of classes that are not imported, tensors whose bytes are not read."""
 
 from __future__ import annotations
 

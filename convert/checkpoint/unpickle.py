@@ -15,9 +15,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from convert.checkpoint.constructors import MalformedError, checked_key, is_count, plain_set, rebuild
+from convert.checkpoint.constructors import MalformedError, checked_key, is_count, plain_set, rebuild, shared
+from convert.checkpoint.container import release
 from convert.checkpoint.stored import Global, Storage, StoredTensor, Stub
 from convert.errors import CheckpointError
+from convert.files import PIECE
 
 Buffer = bytes | mmap.mmap
 
@@ -40,11 +42,14 @@ class Loaded:
 
 
 _MARK = object()
-# Limits far above what trainers write: opcodes of a pickle (and one more for every 64 bytes of the file, so that memory stays
-# in proportion to it), elements handed to constructors beyond those that were read, sets, bytes of one number, bytes of all
+# Limits far above what trainers write: opcodes of a pickle (and one more for every 32 bytes of the file, so that memory stays
+# in proportion to it), and of any file, however large it pretends to be: torch writes 33 a tensor, and the largest file, MMS's
+# of 1,162 languages, has 338,000 tensors and so 11 million; elements handed to constructors beyond those that were read, sets, bytes of one number, bytes of all
 # texts together (a sparse file can claim gigabytes of them and take none of the disk).
-_STEPS, _COPIES, _SETS, _NUMBER, _TEXTS = 1_000_000, 1_000_000, 10_000, 256, 1 << 26
+_STEPS, _BYTES, _MOST = 1_000_000, 32, 24_000_000
+_COPIES, _SETS, _NUMBER, _TEXTS = 1_000_000, 10_000, 256, 1 << 26
 _PICKLE, _RECALLED = 1 << 28, 100_000  # bytes of a pickle that are searched, numbers of the memo that are told apart
+_LONGEST = 11  # bytes of a GET
 _LONG_GET = re.compile(rb"j(?=(.{4}))|g(?=(\d{1,9})\n)", re.DOTALL)
 
 
@@ -65,7 +70,7 @@ def load(data: Buffer, start: int, name: str, end: int | None = None) -> Loaded:
     """
     machine = _Machine(data, start, len(data) if end is None else end)
     try:
-        value = machine.run(_STEPS + len(data) // 64)
+        value = machine.run(min(_STEPS + len(data) // _BYTES, _MOST))
     except (
         MalformedError,
         IndexError,
@@ -83,7 +88,7 @@ def load(data: Buffer, start: int, name: str, end: int | None = None) -> Loaded:
             f"{name}: the pickle cannot be read: {detail}; nothing in it was executed",
             code="corrupted-pickle",
             key=name,
-            hint="copy or download the file again; if it is whole, it is not a checkpoint of fairseq's",
+            hint="copy or download the file again; if it is whole, it is not a fairseq checkpoint",
         ) from None
     return Loaded(value, frozenset(machine.globals), machine.storages, machine.position)
 
@@ -95,6 +100,7 @@ class _Machine:
         self.end = end
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
+        self.used = start
         self.recalled = _recalled(data, start, end)
         self.globals: set[Global] = set()
         self.storages: dict[str, Storage] = {}
@@ -204,7 +210,7 @@ class _Machine:
         _, kind, key, _, count = identity[:5]
         if not (isinstance(kind, Global) and isinstance(key, str) and key.isprintable() and is_count(count)):
             raise MalformedError(f"a storage without type, key or size at byte {self.position}")
-        whole = self.storages.setdefault(key, Storage(key, kind.name, count))
+        whole = self.storages.setdefault(key, Storage(key, kind.name, shared(count)))
         if (whole.type, whole.count) != (kind.name, count):
             raise MalformedError(f"a storage of two types or sizes at byte {self.position}")
         view = identity[5] if len(identity) == 6 else None
@@ -235,6 +241,9 @@ class _Machine:
     def setitems(self, values: list[Any]) -> None:
         if len(values) % 2:
             raise MalformedError(f"a key without a value at byte {self.position}")
+        if self.position - self.used > PIECE:  # a pickle of 60 MB need not stay mapped
+            _used(self.data, self.used, self.position - self.used)
+            self.used = self.position
         target = self.top()
         pairs = zip(values[::2], values[1::2], strict=True)
         if isinstance(target, dict):
@@ -293,11 +302,18 @@ def _recalled(data: Buffer, start: int, end: int) -> set[int] | None:
     if end - start > _PICKLE or data[start : start + 2] not in (b"\x80\x02", b"\x80\x03"):  # MEMOIZE counts the memo
         return None
     found = set(range(256))
-    for match in _LONG_GET.finditer(data, start, end):
-        found.add(int(match[2]) if match[2] else int.from_bytes(match[1], "little"))
+    for at in range(start, end, PIECE):
+        for match in _LONG_GET.finditer(data, at, min(at + PIECE + _LONGEST, end)):
+            found.add(int(match[2]) if match[2] else int.from_bytes(match[1], "little"))
         if len(found) > _RECALLED:
             return None
+        _used(data, at, PIECE)
     return found
+
+
+def _used(data: Buffer, start: int, count: int) -> None:
+    if isinstance(data, mmap.mmap):
+        release(data, start, count)
 
 
 def _push(make: Callable[[_Machine], Any]) -> Callable[[_Machine], None]:

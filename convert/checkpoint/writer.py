@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import math
 import struct
-import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from convert.checkpoint.container import DTYPES
 from convert.checkpoint.dictionary import SPECIAL, Dictionary
-from convert.files import create
+from convert.checkpoint.zip_writer import ZipWriter
+from convert.files import PIECE, create
 
+T = TypeVar("T")
 _STORAGE = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -37,6 +38,30 @@ class NewNamespace:
     values: Mapping[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Lazy(Mapping[str, T]):
+    """A mapping whose values are made whenever they are asked for, and not kept: 1,000 languages are not in memory at once.
+
+    Args:
+        names: the keys, in order.
+        make: makes the value of one.
+    """
+
+    names: Collection[str]
+    make: Callable[[str], T]
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self.names:
+            raise KeyError(name)
+        return self.make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
 def write_checkpoint(
     path: Path,
     model: Mapping[str, Any],
@@ -48,20 +73,26 @@ def write_checkpoint(
     Args:
         path: the file to make; it must not exist.
         model: the tensors of `model`, some perhaps once more in a dict among them.
-        state: the other entries of the top level: plain data, `Dictionary`, `NewNamespace` and further tensors included.
+        state: the other entries of the top level: plain data, `Dictionary`, `NewNamespace` and further tensors included. It is
+            read twice, and mappings may be `Lazy`.
         advance: called with numbers of bytes that were written.
     """
     whole = {**state, "model": dict(model)}
-    tensors = list({id(tensor): tensor for tensor in _tensors(whole)}.values())
-    keys = {id(tensor): str(index) for index, tensor in enumerate(tensors)}
-    pickle = _Emitter(keys).dump(whole)
+    shared = frozenset(id(tensor) for tensor in model.values())
     prefix = path.name.partition(".")[0] or "archive"
-    with create(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        _entry(archive, f"{prefix}/data.pkl", [pickle])
-        _entry(archive, f"{prefix}/byteorder", [b"little"])
-        for index, tensor in enumerate(tensors):
-            _entry(archive, f"{prefix}/data/{index}", _counting(tensor.pieces(), advance))
-        _entry(archive, f"{prefix}/version", [b"3\n"])
+    with create(path) as file, ZipWriter(file) as archive:
+        with archive.entry(f"{prefix}/data.pkl") as write:
+            _Emitter(write, shared).dump(whole)
+        _add(archive, f"{prefix}/byteorder", [b"little"])
+        for index, tensor in enumerate(_once(_tensors(whole), shared)):
+            _add(archive, f"{prefix}/data/{index}", counting(tensor.pieces(), advance))
+        _add(archive, f"{prefix}/version", [b"3\n"])
+
+
+def _add(archive: ZipWriter, name: str, pieces: Iterable[bytes]) -> None:
+    with archive.entry(name) as write:
+        for piece in pieces:
+            write(piece)
 
 
 def _tensors(value: Any) -> Iterator[NewTensor]:
@@ -72,30 +103,40 @@ def _tensors(value: Any) -> Iterator[NewTensor]:
             yield from _tensors(child)
 
 
-def _counting(pieces: Iterable[bytes], advance: Callable[[int], object]) -> Iterator[bytes]:
+def counting(pieces: Iterable[bytes], advance: Callable[[int], object]) -> Iterator[bytes]:
+    """Yield pieces of bytes, and tell the size of each once it was taken."""
     for piece in pieces:
         yield piece
         advance(len(piece))
 
 
-def _entry(archive: zipfile.ZipFile, name: str, pieces: Iterable[bytes]) -> None:
-    info = zipfile.ZipInfo(name)  # dated 1980, as torch's own entries: the same model gives the same bytes
-    with archive.open(info, "w", force_zip64=True) as entry:
-        for piece in pieces:
-            entry.write(piece)
+def _once(tensors: Iterable[NewTensor], shared: frozenset[int]) -> Iterator[NewTensor]:
+    """Leave out what comes again, of the tensors that are kept and so have an identity of their own."""
+    seen: set[int] = set()
+    for tensor in tensors:
+        if id(tensor) not in seen:
+            seen |= shared & {id(tensor)}
+            yield tensor
 
 
 class _Emitter:
-    """Emits pickle protocol 2 for plain data, tensors and fairseq dictionaries."""
+    """Emits pickle protocol 2 for plain data, tensors and fairseq dictionaries.
 
-    def __init__(self, keys: Mapping[int, str]) -> None:
-        self.keys = keys
+    Args:
+        write: takes the bytes.
+        shared: the ids of the tensors that may come again.
+    """
+
+    def __init__(self, write: Callable[[bytes], None], shared: frozenset[int]) -> None:
+        self.write, self.shared = write, shared
         self.out = bytearray()
+        self.known: dict[int, int] = {}
+        self.count = 0
 
-    def dump(self, value: Any) -> bytes:
+    def dump(self, value: Any) -> None:
         self.out += b"\x80\x02"
         self.put(value)
-        return bytes(self.out + b".")
+        self.write(bytes(self.out + b"."))
 
     def put(self, value: Any) -> None:
         if value is None or isinstance(value, bool):
@@ -131,8 +172,20 @@ class _Emitter:
     def named(self, module: str, name: str) -> None:
         self.out += f"c{module}\n{name}\n".encode()
 
+    def number(self, tensor: NewTensor) -> int:
+        """A tensor's place among those that are written."""
+        if id(tensor) in self.known:
+            return self.known[id(tensor)]
+        if id(tensor) in self.shared:
+            self.known[id(tensor)] = self.count
+        self.count += 1
+        return self.count - 1
+
     def tensor(self, tensor: NewTensor) -> None:
         """`torch._utils._rebuild_tensor_v2(storage, offset, shape, stride, requires_grad, hooks)`."""
+        if len(self.out) > PIECE:
+            self.write(bytes(self.out))
+            self.out.clear()
         stride, step = [], 1
         for length in reversed(tensor.shape):
             stride.append(step)
@@ -142,7 +195,7 @@ class _Emitter:
         self.out += b"("
         self.put("storage")
         self.named("torch", _STORAGE[tensor.dtype])
-        for part in (self.keys[id(tensor)], "cpu", math.prod(tensor.shape)):
+        for part in (str(self.number(tensor)), "cpu", math.prod(tensor.shape)):
             self.put(part)
         self.out += b"tQ"  # the tuple is a persistent id
         for value in (0, tensor.shape, tuple(reversed(stride)), False):

@@ -73,7 +73,6 @@ def command(checkpoint: str, out: Path, every: bool, **asked: Any) -> Outcome:
 
 
 def _every(done: Mapping[Path, package.Converted | ConvertError]) -> Outcome:
-    """Report each of several conversions."""
     lines, rows, problems = [], [], []
     for path, result in done.items():
         row: dict[str, Any] = {"checkpoint": path.name, "converted": isinstance(result, package.Converted)}

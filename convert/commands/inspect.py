@@ -70,8 +70,8 @@ def _text(data: dict[str, Any]) -> list[str]:
     if data["averages"]:
         rows["averages"] = f"of the weights, in {' and '.join(data['averages'])}: --ema takes them"
     unknown = [row["name"] for row in data["globals"] if not row["known_harmless"]]
-    told = f"unknown: {', '.join(unknown)}" if unknown else "all known to be harmless"
-    rows["globals"] = f"{len(data['globals'])}, {told}"
+    verdict = f"unknown: {', '.join(unknown)}" if unknown else "all known to be harmless"
+    rows["globals"] = f"{len(data['globals'])}, {verdict}"
     if data["languages"]:
         rows["languages"] = f"{len(data['languages'])}: {' '.join(data['languages'])}"
     context = click.get_current_context(silent=True)

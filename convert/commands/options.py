@@ -1,4 +1,4 @@
-"""Options that several commands share; each is an argument of `convert.package.plan`."""
+"""Options that several commands share: those of `convert.package.plan`, and those of what runs fairseq."""
 
 from __future__ import annotations
 
@@ -14,7 +14,18 @@ F = TypeVar("F", bound=Callable[..., Any])
 # a path, a name of the catalogue, https://... or hf://USER/REPO/FILE.pt
 source = click.argument("checkpoint", metavar="SOURCE")
 
-
+fairseq_python = click.option(
+    "--fairseq-python", metavar="PYTHON", help="Run fairseq in this interpreter, which has torch and fairseq."
+)
+audio = click.option(
+    "--audio",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Your recordings too: a wav or flac file, or a folder; may be repeated.",
+)
+long = click.option(
+    "--long/--no-long", default=True, show_default=True, help="Whether 30 seconds of speech are among the inputs."
+)
 _OPTIONS = {
     "head": click.option(
         "--head", type=click.Choice(HEADS), help="Default: what the checkpoint is; `encoder` leaves its head out."
@@ -64,7 +75,7 @@ _OPTIONS = {
     "data_config": click.option(
         "--data-config",
         type=click.Path(path_type=Path),
-        help="config.yaml of a speech-to-text model; its dictionary and sentencepiece model lie beside it.",
+        help="config.yaml of a speech-to-text model; its dictionary and sentencepiece model are next to it.",
     ),
 }
 

@@ -76,8 +76,8 @@ def command(
     try:
         done = publish(model_dir, repo_id, stated=stated, card=card, progress=progress, **options)
     except KeyboardInterrupt as error:
-        message = "interrupted; a commit is there as a whole or not at all"
-        hint = "run it again: it says what is there and goes on where it stopped"
+        message = "interrupted; the commit was made completely or not at all"
+        hint = "run it again: it says what is there and continues where it stopped"
         raise ConvertError(message, code="interrupted", hint=hint, status=explained(error).status) from None
     return Outcome(True, text(done), asdict(done))
 

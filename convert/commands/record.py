@@ -9,7 +9,7 @@ import click
 
 from convert.cli import Outcome, progress_bar
 from convert.cli import command as make
-from convert.commands.options import planning, source
+from convert.commands.options import audio, fairseq_python, long, planning, source
 from convert.report import library, quoted, size
 
 
@@ -21,21 +21,12 @@ from convert.report import library, quoted, size
 )
 @source
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option(
-    "--fairseq-python", metavar="PYTHON", help="Run fairseq in this interpreter, which has torch and fairseq."
-)
-@click.option(
-    "--audio",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    help="Your recordings too: a wav or flac file, or a folder; may be repeated.",
-)
+@fairseq_python
+@audio
 @click.option(
     "--dtype", type=click.Choice(["float16", "bfloat16"]), help="Answer for weights rounded to this type too."
 )
-@click.option(
-    "--long/--no-long", default=True, show_default=True, help="Whether 30 seconds of speech are among the inputs."
-)
+@long
 @click.option("--lang", "language", metavar="LANG", help="Of several languages, the one to run. Default: all.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing recording, once the new one is complete.")
 @planning("keep_final_proj", "language")

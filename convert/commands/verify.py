@@ -9,7 +9,7 @@ import click
 
 from convert.cli import Outcome, progress_bar
 from convert.cli import command as make
-from convert.commands.options import planning, source
+from convert.commands.options import audio, fairseq_python, long, planning, source
 
 
 @make(
@@ -23,9 +23,7 @@ from convert.commands.options import planning, source
 @click.option(
     "--reference", type=click.Path(path_type=Path), help="A recording of `record`: fairseq is not needed then."
 )
-@click.option(
-    "--fairseq-python", metavar="PYTHON", help="Run fairseq in this interpreter, which has torch and fairseq."
-)
+@fairseq_python
 @click.option(
     "--device",
     "devices",
@@ -33,20 +31,13 @@ from convert.commands.options import planning, source
     metavar="NAME",
     help="cpu, cuda or cuda:N; may be repeated. Default: all there are.",
 )
-@click.option(
-    "--audio",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    help="Your recordings too: a wav or flac file, or a folder; may be repeated.",
-)
+@audio
 @click.option(
     "--require",
     type=click.Choice(["identical", "rounding"]),
     help="What every input must be. Default: identical where both sides do the same arithmetic on this CPU, else rounding.",
 )
-@click.option(
-    "--long/--no-long", default=True, show_default=True, help="Whether 30 seconds of speech are among the inputs."
-)
+@long
 @click.option(
     "--lang",
     "languages",

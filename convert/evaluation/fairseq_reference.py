@@ -1,4 +1,4 @@
-"""Transcribes with fairseq itself: its model, its normalisation, its greedy decoding."""
+"""Transcription with fairseq itself: its model, its normalisation, its greedy decoding."""
 
 from __future__ import annotations
 

@@ -128,7 +128,7 @@ def _transcripts(path: Path, count: int) -> list[str]:
         for number, (word, spelled) in enumerate(zip(words, letters, strict=True), start=1)
         if word.split() != spelled.split()
     ]
-    refuse(f"{path.stem}.ltr and {path.stem}.wrd differ", differing, "keep the one to measure with")
+    refuse(f"{path.stem}.ltr and {path.stem}.wrd differ", differing, "remove the one that is wrong")
     return letters
 
 

@@ -1,4 +1,4 @@
-"""The options of an evaluation, what of them excludes what, and the command line that repeats it."""
+"""The options of an evaluation, which of them exclude each other, and the command line that repeats it."""
 
 from __future__ import annotations
 

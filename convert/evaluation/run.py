@@ -155,7 +155,6 @@ def _source(options: Options, rate: int) -> Source:
 
 
 def _fairseq(options: Options, device: str) -> FairseqReference | None:
-    """Open the checkpoint as it was converted."""
     if options.checkpoint is None:
         return None
     if not os.path.lexists(options.model_dir / "conversion.json"):

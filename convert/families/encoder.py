@@ -255,11 +255,10 @@ def infer_encoder(shapes: Shapes, kinds: Mapping[str, Kind], inner: str = "fc1")
     weight_norm = "encoder.pos_conv.0.weight" not in encoder
     positions = f"encoder.pos_conv.0.weight{'_v' if weight_norm else ''}"
     first = f"encoder.layers.0.{inner}.weight"
-    needed = ["feature_extractor.conv_layers.0.0.weight", first, positions, "layer_norm.weight"]
-    ranks = {prefix + key: rank for key, rank in zip(needed, (3, 2, 3, 1), strict=True)}
+    needed = {"feature_extractor.conv_layers.0.0.weight": 3, first: 2, positions: 3, "layer_norm.weight": 1}
     convolution = re.compile(r"feature_extractor\.conv_layers\.\d+\.0\.weight")
-    more = {prefix + key: 3 for key in encoder if convolution.fullmatch(key)} | dict(known.ranks)
-    demand(shapes, ranks, more, "a wav2vec 2.0 state_dict", "wav2vec 2.0")
+    others = {prefix + key: 3 for key in encoder if convolution.fullmatch(key)} | dict(known.ranks)
+    check_ranks(shapes, "wav2vec 2.0 state_dict", {prefix + key: rank for key, rank in needed.items()}, others)
     convolutions = count(encoder, r"feature_extractor\.conv_layers\.(\d{1,3})\.0\.weight")
     kernels = [encoder.get(f"feature_extractor.conv_layers.{i}.0.weight", (0, 0, 0)) for i in range(convolutions)]
     ffn, hidden = encoder[first]
@@ -284,22 +283,21 @@ def count(keys: Iterable[str], pattern: str) -> int:
     return max(found, default=-1) + 1
 
 
-def demand(shapes: Shapes, needed: Mapping[str, int], others: Mapping[str, int], what: str, kind: str) -> None:
-    """Refuse names and shapes that are not those of a model.
+def check_ranks(shapes: Shapes, model: str, needed: Mapping[str, int], others: Mapping[str, int]) -> None:
+    """Refuse a state_dict that is not one of a model.
 
     Args:
-        shapes: fairseq's keys with their shapes.
-        needed: the keys that each such model has, with the number of their axes.
-        others: further keys, with the number of axes that they have where they are there.
-        what: what it should be, such as `a wav2vec 2.0 state_dict`.
-        kind: the model's kind, such as `wav2vec 2.0`.
+        shapes: the state_dict.
+        model: what it should be, for the error.
+        needed: tensors that every such model has, with their numbers of axes.
+        others: tensors that some have, with theirs.
 
     Raises:
-        PlanError: `missing-tensor` or `shape`, every one of them.
+        PlanError: `missing-tensor`, `shape`.
     """
     lost = [Problem("missing-tensor", key, "is not there") for key in needed if key not in shapes]
     if lost:
-        message = f"this is not {what}: {len(lost)} tensors that each has are missing"
+        message = f"this is not a {model}: {len(lost)} tensors that every such model has are missing"
         raise PlanError(message, code="missing-tensor", problems=lost)
     wrong = [
         Problem("shape", key, f"{rank} axes expected, source {shapes[key]}")
@@ -307,5 +305,5 @@ def demand(shapes: Shapes, needed: Mapping[str, int], others: Mapping[str, int],
         if key in shapes and len(shapes[key]) != rank
     ]
     if wrong:
-        message = f"{len(wrong)} tensors have another number of axes than those of {kind}"
+        message = f"{len(wrong)} tensors have a different number of axes than in a {model}"
         raise PlanError(message, code="shape", problems=wrong)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from convert.errors import PlanError, Problem
 from convert.families.base import NO_HEAD, Conversion, Family, Kind, Part, Shapes, Sources
 from convert.families.ctc import Symbols
-from convert.families.encoder import Encoder, Layout, anchor, count, demand
+from convert.families.encoder import Encoder, Layout, anchor, check_ranks, count
 from convert.families.encoder_settings import check_heads
 from convert.families.fairseq2_processor import make_piece_processor
 from convert.families.planning import classify, finish, prove, too_many
@@ -164,11 +164,11 @@ def infer(shapes: Shapes) -> Layout[Own]:
         PlanError: `missing-tensor`, `shape`: it is not such a model.
     """
     front, layer = "encoder_frontend.", "encoder.layers.0.ffn.inner_proj.weight"
-    ranks = {f"{front}feature_extractor.layers.0.conv.weight": 3, layer: 2, f"{front}pos_encoder.conv.weight_v": 3}
-    ranks |= {f"{front}post_extract_layer_norm.weight": 1, "final_proj.weight": 2}
-    more = {"quantizer.entries": 3, "final_target_proj.weight": 2}
-    more |= {key: 3 for key in shapes if re.fullmatch(rf"{front}feature_extractor\.layers\.\d+\.conv\.weight", key)}
-    demand(shapes, ranks, more, "a wav2vec 2.0 state_dict of fairseq2's", "wav2vec 2.0")
+    needed = {f"{front}feature_extractor.layers.0.conv.weight": 3, layer: 2, f"{front}pos_encoder.conv.weight_v": 3}
+    needed |= {f"{front}post_extract_layer_norm.weight": 1, "final_proj.weight": 2}
+    others = {"quantizer.entries": 3, "final_target_proj.weight": 2}
+    others |= {key: 3 for key in shapes if re.fullmatch(rf"{front}feature_extractor\.layers\.\d+\.conv\.weight", key)}
+    check_ranks(shapes, "fairseq2 wav2vec 2.0 state_dict", needed, others)
     kind = KINDS["pretraining" if "quantizer.entries" in shapes else "ctc"]
     convolutions = count(shapes, rf"{front}feature_extractor\.layers\.(\d{{1,3}})\.conv\.weight")
     kernels = [shapes.get(f"{front}feature_extractor.layers.{i}.conv.weight", (0, 0, 0)) for i in range(convolutions)]
@@ -261,7 +261,7 @@ _OWN = {"ctc": _SAME_CTC, "pretraining": _SAME_PRETRAINING}
 
 
 def describe(sources: Sources) -> Conversion:
-    """Decide everything about the conversion of a checkpoint of fairseq2's.
+    """Decide everything about the conversion of a fairseq2 checkpoint.
 
     Raises:
         PlanError: every problem of settings, tokenizer, names and shapes at once.

@@ -7,7 +7,7 @@ from typing import Any
 
 from convert.checkpoint.dictionary import Dictionary
 from convert.families.base import Sources
-from convert.families.tokenizers import Processor, fast, vocab, waveform_features
+from convert.families.tokenizers import Processor, tokenizer_file, vocab, waveform_features
 
 _SPACE = "\u2581"  # what sentencepiece writes for a space
 
@@ -27,14 +27,14 @@ def make_piece_processor(sources: Sources) -> Processor:
     dictionary = sources.dictionary = sources.checkpoint.dictionary or sources.request.dictionary
     tokenizer = task.values.get("tokenizer")
     if dictionary is None or not isinstance(tokenizer, Mapping):
-        detail = "no tokenizer (a sentencepiece .model) lies beside the checkpoint"
+        detail = "there is no tokenizer (a sentencepiece .model) next to the checkpoint"
         sources.refuse("no-dictionary", "--dict", detail, "pass the model's tokenizer: --dict tokenizer.model")
         return Processor({}, {}, "")
     _check_pieces(sources, dictionary, tokenizer)
     vocabulary = vocab(dictionary)
     files = {
         "preprocessor_config.json": features | {"processor_class": "Wav2Vec2Processor"},
-        "tokenizer.json": _fast(vocabulary, dictionary, tokenizer),
+        "tokenizer.json": _fast(vocabulary, tokenizer),
         "tokenizer_config.json": {
             "bos_token": "<s>",
             "clean_up_tokenization_spaces": False,
@@ -70,7 +70,7 @@ def _check_pieces(sources: Sources, dictionary: Dictionary, tokenizer: Mapping[s
         sources.refuse("bad-dictionary", "--dict", detail)
 
 
-def _fast(vocabulary: Mapping[str, int], dictionary: Dictionary, tokenizer: Mapping[str, Any]) -> dict[str, Any]:
+def _fast(vocabulary: Mapping[str, int], tokenizer: Mapping[str, Any]) -> dict[str, Any]:
     """A `tokenizers` file of single characters that decodes as sentencepiece does: nothing is stripped but what it strips."""
     kinds = {int(index): kind for index, kind in tokenizer["kinds"].items()}
     names = {index: name for name, index in vocabulary.items()}
@@ -87,12 +87,20 @@ def _fast(vocabulary: Mapping[str, int], dictionary: Dictionary, tokenizer: Mapp
             leading = f"^{_SPACE}+" if tokenizer["extra_whitespace"] else f"^{_SPACE}"
             steps.append({"type": "Replace", "pattern": {"Regex": leading}, "content": ""})
         steps.append({"type": "Replace", "pattern": {"String": _SPACE}, "content": " "})
-    special = [name for name in control if name in ("<s>", "<pad>", "</s>")]
     # without merges, single characters; unlike WordLevel it makes one unknown piece of several, as sentencepiece does
-    model: dict[str, Any] = {"type": "BPE", "vocab": dict(vocabulary), "merges": []}
-    model |= {"unk_token": unknown[0] if unknown else None, "fuse_unk": True}
-    decoder, normalizer = {"type": "Sequence", "decoders": steps}, _normalizer(vocabulary, tokenizer)
-    return fast(vocabulary, special, decoder, normalizer=normalizer, pre_tokenizer=None, model=model)
+    model: dict[str, Any] = {
+        "type": "BPE",
+        "vocab": dict(vocabulary),
+        "merges": [],
+        "unk_token": unknown[0] if unknown else None,
+    }
+    return tokenizer_file(
+        vocabulary,
+        [name for name in control if name in ("<s>", "<pad>", "</s>")],
+        normalizer=_normalizer(vocabulary, tokenizer),
+        decoder={"type": "Sequence", "decoders": steps},
+        model=model | {"fuse_unk": True},
+    )
 
 
 def _normalizer(vocabulary: Mapping[str, int], tokenizer: Mapping[str, Any]) -> dict[str, Any] | None:

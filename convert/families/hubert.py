@@ -193,7 +193,7 @@ def _contentvec(sources: Sources) -> list[Value]:
         detail = "transformers has no class for the layers that depend on the speaker; --head encoder leaves them out, as its "
         sources.refuse("unsupported-setting", "encoder_layers_1", detail + "author's own `legacy` files do")
     if reader.get("encoder_layers_1", int, 3) != count and count:  # in some files they were removed
-        detail = f"is {reader.values.get('encoder_layers_1')}, and {count} of the layers have norms made of the speaker"
+        detail = f"is {reader.values.get('encoder_layers_1')}, and {count} of the layers have norms that depend on the speaker"
         sources.refuse("conflict", "encoder_layers_1", detail)
     if reader.values.get("layer_norm_first"):
         detail = "is True: ContentVec has its last norm behind the layers that depend on the speaker, HubertModel before them"

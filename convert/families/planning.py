@@ -78,9 +78,7 @@ def finish(
         PlanError: every problem at once.
     """
     if sources.request.keep_final_proj and all(sidecar.file != KEPT_HEAD for sidecar in sidecars):
-        sources.refuse(
-            "no-head", "--keep-final-proj", "there is no pretraining head that would be left out and can be kept"
-        )
+        sources.refuse("no-head", "--keep-final-proj", "no pretraining head is left out that could be kept")
     if sources.problems or proved is None:
         raise PlanError(
             f"{sources.checkpoint.path.name} cannot be converted completely; nothing was written",

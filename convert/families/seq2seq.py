@@ -12,12 +12,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from convert.errors import PlanError, Problem
+from convert.errors import PlanError
 from convert.families import hubert, wav2vec2
 from convert.families.base import Conversion, Family, Kind, Running, Shapes, Sources
 from convert.families.damages import Absent, Change, Configure, Converted, Damages, Generate, blocks, pair, roll
 from convert.families.encoder import Layout as EncoderLayout
-from convert.families.encoder import count
+from convert.families.encoder import check_ranks, count
 from convert.families.encoder_settings import check_heads, encoder_config
 from convert.families.interface import Interface, encoder_interface
 from convert.families.planning import classify, encoder_layout, finish, prove, read_dictionary, too_many
@@ -189,23 +189,18 @@ def infer(shapes: Shapes) -> Layout:
     Raises:
         PlanError: `missing-tensor`, when it is not such a model.
     """
-    needed = ("decoder.embed_tokens.weight", "decoder.layers.0.fc1.weight")
-    wrong = [
-        Problem("missing-tensor", key, "no matrix of that name") for key in needed if len(shapes.get(key, ())) != 2
-    ]
-    if wrong:
-        message = f"this is not a sequence-to-sequence state_dict: {len(wrong)} tensors that each has are missing"
-        raise PlanError(message, code="missing-tensor", problems=wrong)
+    embedding, first = "decoder.embed_tokens.weight", "decoder.layers.0.fc1.weight"
+    check_ranks(shapes, "sequence-to-sequence state_dict", {embedding: 2, first: 2}, {})
     alike = [key.removeprefix("encoder.w2v_model.") for key in shapes]
     found = next(family for family in ENCODERS if family.knows(alike) or family.general)
     learned = shapes.get("decoder.embed_positions.weight", ())
-    vocab, width = shapes[needed[0]]
+    vocab, width = shapes[embedding]
     return Layout(
         family=NAME,
         encoder=found.infer(shapes),
         projection="encoder.proj.weight" in shapes,
         width=width,
-        ffn=shapes[needed[1]][0],
+        ffn=shapes[first][0],
         blocks=count(shapes, r"decoder\.layers\.(\d{1,3})\.fc1\.weight"),
         positions=max(learned[0] - 2, 0) if learned else 0,
         learned=bool(learned),

@@ -133,7 +133,7 @@ class Reader:
                 Problem(
                     "missing-setting",
                     name,
-                    "the settings do not say it, and it cannot be guessed",
+                    "missing from the checkpoint's settings; it has no safe default",
                     _REMEDIES.get(name, ""),
                 )
             )

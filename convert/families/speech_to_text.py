@@ -16,7 +16,7 @@ from convert.checkpoint.writer import NewNamespace
 from convert.errors import PlanError
 from convert.families.base import Conversion, Family, Kind, Restoring, Running, Shapes, Sources
 from convert.families.damages import Absent, Change, Configure, Converted, Damages, blocks, fewer, ones, pair, roll
-from convert.families.encoder import anchor, count, demand
+from convert.families.encoder import anchor, check_ranks, count
 from convert.families.encoder_settings import ACTIVATIONS, check_heads
 from convert.families.interface import Interface
 from convert.families.planning import classify, finish, prove, read_dictionary, too_many
@@ -137,16 +137,15 @@ def infer(shapes: Shapes) -> Layout:
     Example:
         >>> infer({})
         Traceback (most recent call last):
-        convert.errors.PlanError: this is not a speech-to-text transformer: 5 tensors that each has are missing
+        convert.errors.PlanError: this is not a speech-to-text transformer: 5 tensors that every such model has are missing
     """
     convolutions = count(shapes, r"encoder\.subsample\.conv_layers\.(\d{1,3})\.weight")
     needed = {"encoder.transformer_layers.0.fc1.weight": 2, "decoder.layers.0.fc1.weight": 2}
     needed |= {"encoder.subsample.conv_layers.0.weight": 3, "encoder.layer_norm.weight": 1}
     needed |= {"decoder.embed_tokens.weight": 2}
-    name = "encoder.subsample.conv_layers.{}.weight"
-    more = {name.format(index): 3 for index in range(convolutions)}
-    demand(shapes, needed, more, "a speech-to-text transformer", "a speech-to-text transformer")
-    kernels = [shapes.get(name.format(index), (0, 0, 0)) for index in range(convolutions)]
+    others = {f"encoder.subsample.conv_layers.{index}.weight": 3 for index in range(convolutions)}
+    check_ranks(shapes, "speech-to-text transformer", needed, others)
+    kernels = [shapes.get(f"encoder.subsample.conv_layers.{index}.weight", (0, 0, 0)) for index in range(convolutions)]
     return Layout(
         family=NAME,
         features=kernels[0][1],

@@ -119,7 +119,7 @@ def make_processor(
         special = ("<pad>", *(name for name in ("<s>", "</s>", "<unk>") if name in vocabulary))
         delimiter = "▁" if decoding == "sentencepiece" else "|"  # which nothing reads, without `cleanup`
         collapse = {"type": "CTC", "pad_token": "<pad>", "word_delimiter_token": delimiter, "cleanup": False}
-        files["tokenizer.json"] = fast(vocabulary, special, _decoder(POST_PROCESS.get(named, ()), marks, collapse))
+        files["tokenizer.json"] = _fast(vocabulary, special, _decoder(POST_PROCESS.get(named, ()), marks, collapse))
     files["tokenizer_config.json"] = tokenizer
     ids = {
         "pad_token_id": vocabulary.get("<pad>", 0),
@@ -156,9 +156,9 @@ def post_process_of(criterion: Mapping[str, Any], task: Mapping[str, Any], asked
 
 
 def _unknown(named: str, where: str) -> Problem:
-    known = ", ".join(POST_PROCESS)
-    detail = f"{named[:60]!r} is not a way of making text that fairseq has: --post-process NAME names one of {known}; "
-    return Problem("unsupported-setting", where, detail + "--head encoder leaves the vocabulary out")
+    detail = f"{named[:60]!r} is not one of fairseq's ways to make text: {', '.join(POST_PROCESS)}"
+    hint = "correct it with --post-process NAME, or leave the vocabulary out: --head encoder"
+    return Problem("unsupported-setting", where, detail, hint)
 
 
 def make_sequence_processor(
@@ -190,7 +190,7 @@ def make_sequence_processor(
     tokenizer |= {"processor_class": "Wav2Vec2Processor", "tokenizer_class": "PreTrainedTokenizerFast"}
     files = {
         "preprocessor_config.json": features | {"processor_class": "Wav2Vec2Processor"},
-        "tokenizer.json": fast(names, SPECIAL[:3], _decoder(steps, [mark] if mark else [])),
+        "tokenizer.json": _fast(names, SPECIAL[:3], _decoder(steps, [mark] if mark else [])),
         "tokenizer_config.json": tokenizer,
         "vocab.json": names,
     }
@@ -277,27 +277,23 @@ def _decoder(steps: Steps, marks: Sequence[str], *first: Mapping[str, Any]) -> d
     return {"type": "Sequence", "decoders": [*first, *(_replace(mark, "") for mark in marks), *steps]}
 
 
-def fast(vocabulary: Mapping[str, int], special: Sequence[str], decoder: Any, **other: Any) -> dict[str, Any]:
-    """Make a `tokenizers` file; by default of whole symbols, which are separated by spaces when text is read.
+def tokenizer_file(vocabulary: Mapping[str, int], special: Sequence[str], **parts: Any) -> dict[str, Any]:
+    """Make the content of `tokenizer.json` of its vocabulary, the special symbols in it, and the parts that do the work."""
+    added = [
+        {"id": vocabulary[name], "content": name, "special": True, "single_word": False}
+        | {"lstrip": False, "rstrip": False, "normalized": False}
+        for name in special
+    ]
+    unused = dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor"))
+    return {"version": "1.0", "added_tokens": added, **unused, **parts}
 
-    Args:
-        vocabulary: every symbol's id.
-        special: the symbols that are not text.
-        decoder: the part that makes text of symbols; `None` where they stay separated by spaces.
-        other: further parts, such as `model`.
-    """
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {"id": vocabulary[name], "content": name, "special": True, "single_word": False}
-            | {"lstrip": False, "rstrip": False, "normalized": False}
-            for name in special
-        ],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Split", "pattern": {"String": " "}, "behavior": "Removed", "invert": False},
-        "post_processor": None,
-        "decoder": decoder,
-        "model": {"type": "WordLevel", "vocab": dict(vocabulary), "unk_token": "<unk>"},
-    } | other
+
+def _fast(vocabulary: Mapping[str, int], special: Sequence[str], decoder: dict[str, Any] | None) -> dict[str, Any]:
+    """A `tokenizers` file of whole symbols, which are separated by spaces when text is read."""
+    return tokenizer_file(
+        vocabulary,
+        special,
+        pre_tokenizer={"type": "Split", "pattern": {"String": " "}, "behavior": "Removed", "invert": False},
+        decoder=decoder,
+        model={"type": "WordLevel", "vocab": dict(vocabulary), "unk_token": "<unk>"},
+    )

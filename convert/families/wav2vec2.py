@@ -181,7 +181,7 @@ def infer(shapes: Shapes) -> Layout[Part]:
     Example:
         >>> infer({})
         Traceback (most recent call last):
-        convert.errors.PlanError: this is not a wav2vec 2.0 state_dict: 4 tensors that each has are missing
+        convert.errors.PlanError: this is not a wav2vec 2.0 state_dict: 4 tensors that every such model has are missing
     """
     return Layout("wav2vec2", *infer_encoder(shapes, KINDS), Part())
 

@@ -1,4 +1,4 @@
-"""The model card: our metadata and one marked section, in a card whose other text is somebody else's."""
+"""The model card: this tool's metadata and one marked section, in a card whose other text stays as it is."""
 
 from __future__ import annotations
 

@@ -62,5 +62,5 @@ def same(expected: Mapping[str, Any], found: Mapping[str, Any], repo_id: str, co
         if name not in found or not torch.equal(value, found[name]):
             other = found.get(name)
             amount = (value - other).abs().max() if other is not None and other.shape == value.shape else "shape"
-            message = f"{repo_id} at {commit[:12]} computes other {name} than the verified model: greatest difference {amount}"
+            message = f"{repo_id} at {commit[:12]} computes different {name} from the verified model: greatest difference {amount}"
             raise MismatchError(message, code="logits", key=name, hint="do not use this revision")

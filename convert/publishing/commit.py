@@ -124,10 +124,10 @@ def send(api: HfApi, plan: Plan, remote: Remote) -> Receipt:
             return receipt
         if new_pull and lost:  # a second one would be an orphan, should the first still come
             raise ConvertError(
-                f"the Hub did not say what became of the pull request to {plan.repo_id}, and none is to be seen yet",
+                f"the Hub did not confirm the pull request to {plan.repo_id}, and it cannot be found yet",
                 code="no-answer",
                 key=plan.repo_id,
-                hint="run it again in a minute: it goes on with the pull request, should it be there",
+                hint="run it again in a minute: it continues with the pull request, if there is one",
             )
         if status == 429 and wait is None:
             raise failure

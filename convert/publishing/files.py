@@ -141,7 +141,7 @@ def read(directory: str | Path, progress: Progress | None = None) -> Inventory:
             else:
                 files[name] = file
     if problems:
-        message = f"{len(problems)} of the files must not leave this machine as they are; nothing was sent"
+        message = f"{len(problems)} files must not be published as they are; nothing was sent"
         hint = "convert again with this version of fairseq-to-hf, or take the named text out and verify again"
         raise ConvertError(message, code="unsafe-file", status=1, problems=problems, hint=hint)
     if "config.json" not in files or not any(name.endswith(".safetensors") for name in files):

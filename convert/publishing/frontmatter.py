@@ -1,4 +1,4 @@
-"""Edits a card's YAML block in its own text, so that every byte that is not ours stays what it was."""
+"""Edits a card's YAML block in place: every byte that this tool did not write stays as it was."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def check(inventory: Inventory) -> Verified:
             code="no-verification",
             key="verification.json",
             status=1,
-            hint=f"{remedy}; or publish it as what it is, with --unverified",
+            hint=f"{remedy}; or publish it as unverified: --unverified",
         )
     proof = Verified.of(value)
     problems = [*_verdict(proof), *_files(proof, inventory), *_source(proof, inventory)]
@@ -56,7 +56,7 @@ def _verdict(proof: Verified) -> list[Problem]:
             where = f"{run.device}, {run.dtype}, {run.input}"
             problems.append(Problem("different", VERIFICATION, f"{where}: {run.verdict}"))
     if not proof.controls:
-        detail = "no control is recorded: the check may have been blind"
+        detail = "no control is recorded, so nothing shows that the checks can fail"
         problems.append(Problem("no-controls", VERIFICATION, detail))
     for control in proof.controls:
         if not control.caught:
@@ -70,7 +70,7 @@ def _files(proof: Verified, inventory: Inventory) -> list[Problem]:
         if name in AFTERWARDS:
             continue
         if name not in inventory.files:
-            problems.append(Problem("missing", name, "was verified and is not there now, or may not be published"))
+            problems.append(Problem("missing", name, "was verified, and is missing now or may not be published"))
         elif inventory.files[name].sha256 != sha256:
             found = inventory.files[name].sha256
             problems.append(Problem("changed", name, f"sha256 verified {sha256[:12]}…, now {found[:12]}…"))

@@ -1,4 +1,4 @@
-"""The Hub's client with limits on its patience, and its errors as one sentence each with the next step."""
+"""The Hub's client with time-outs, and its errors as one sentence each with the next step."""
 
 from __future__ import annotations
 
@@ -300,7 +300,7 @@ def explain(error: BaseException, what: str, repo_id: str) -> ConvertError:
         code, text = "quota", "the Hub's quota is used up"
         hint = f"run it again in {wait:.0f} seconds" if wait else "run it again in an hour"
     elif status is not None and status >= 500:
-        code, text, hint = "server", f"the Hub answered {status}", "run it again; it goes on where it stopped"
+        code, text, hint = "server", f"the Hub answered {status}", "run it again; it continues where it stopped"
     elif status is not None:
         code, text, hint = "refused", f"the Hub answered {status}{tail}", "correct what it names, and run it again"
     elif isinstance(error, http_library().TimeoutException):
@@ -316,7 +316,7 @@ def explain(error: BaseException, what: str, repo_id: str) -> ConvertError:
     else:
         endpoint = without_user(os.environ.get("HF_ENDPOINT", "the Hub"))
         code, text = "network", f"{endpoint} cannot be reached or broke the connection ({type(error).__name__})"
-        hint = "check the connection, and run it again; it goes on where it stopped"
+        hint = "check the connection, and run it again; it continues where it stopped"
     return ConvertError(
         f"could not {what}: {text}", code=code, key=repo_id, hint=hint, status=1 if code == "conflict" else 2
     )
@@ -324,7 +324,7 @@ def explain(error: BaseException, what: str, repo_id: str) -> ConvertError:
 
 def _nonsense(reason: str, what: str = "publish", repo_id: str = "") -> ConvertError:
     endpoint = without_user(os.environ.get("HF_ENDPOINT", "the Hub"))
-    hint = "look at HF_ENDPOINT, or for a newer huggingface_hub"
+    hint = "check HF_ENDPOINT, or update: pip install -U huggingface_hub"
     message = f"could not {what}: {endpoint} makes no sense: {reason}"
     return ConvertError(message, code="nonsense", key=repo_id, hint=hint)
 

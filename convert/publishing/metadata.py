@@ -1,4 +1,4 @@
-"""The card's metadata: what we know, merged into what people wrote."""
+"""The card's metadata: what is known, merged into what people wrote."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def merge(text: str, newline: str, facts: Facts) -> str:
         hint = "correct the card, or say which is right with --license or --base-model"
         raise ConvertError(message, code="card-conflict", key="README.md", status=1, problems=problems, hint=hint)
     if block.value != expected:
-        message = "README.md: its metadata cannot be edited without changing more than ours; nothing was sent"
+        message = "README.md: its metadata cannot be edited without changing other lines; nothing was sent"
         hint = "write the block between the two --- lines more simply, and publish again"
         raise ConvertError(message, code="card", key="README.md", status=1, hint=hint)
     return block.text

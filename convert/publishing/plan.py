@@ -80,7 +80,7 @@ def _card(
         code="card-conflict",
         key=CARD,
         status=1,
-        hint="bring the two together and choose one: --card local, or --card hub",
+        hint="merge the two and choose one: --card local, or --card hub",
     )
 
 
@@ -92,7 +92,7 @@ def refuse_conflict(plan: Plan, first: Remote, now: Remote) -> None:
         if now.files.get(file.name) != first.files.get(file.name) and not now.holds(file)
     ]
     if changed:
-        message = f"somebody else published other files to {plan.repo_id} meanwhile; nothing of ours is there"
+        message = f"somebody else published other files to {plan.repo_id} meanwhile; nothing was committed"
         problems = [Problem("conflict", name, f"was changed in {str(now.head)[:12]}") for name in changed]
         hint = "look at that commit; run it again to publish on top of it"
         raise ConvertError(message, code="conflict", status=1, problems=problems, hint=hint)

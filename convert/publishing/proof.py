@@ -14,7 +14,7 @@ from convert.report import library
 def proof(facts: Facts) -> str:
     """Write the verification's table, its controls and its surroundings."""
     if facts.verification is None:
-        return "There is none: nobody has shown that this model computes what its source computes."
+        return "None: nobody has shown that this model computes what its source computes."
     runs = facts.verification.runs
     lines = [
         "Every tensor was read back from the written file and is byte for byte the checkpoint's"
@@ -38,7 +38,7 @@ def _dtype(record: Record) -> str:
 
 
 def _edits(record: Record) -> str:
-    return ", but for what stands as changed above" if record.edits else ""
+    return ", except for what is listed as changed above" if record.edits else ""
 
 
 def _summary(runs: Sequence[Run]) -> list[list[str]]:
@@ -64,7 +64,6 @@ def _numbers(run: Run) -> tuple[str, str]:
 
 
 def _on_trust(proof: Verified) -> str:
-    """Say what the checkpoint itself does not hold."""
     lines = [f"- {name}: {text(proof.skipped[name])}" for name in ("settings", "dictionary") if name in proof.skipped]
     return "\n".join(["Taken on trust, not proved:", "", *lines]) if lines else ""
 

@@ -1,4 +1,4 @@
-"""What stands on the Hub now: the head that will be committed to, its files, its card, our pull request, its tags."""
+"""What the Hub holds now: the commit to build on, its files, its card, our pull request, its tags."""
 
 from __future__ import annotations
 

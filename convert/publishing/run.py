@@ -168,7 +168,7 @@ def _run(api: HfApi, inventory: Inventory, facts: Facts, wish: Wish, dry_run: bo
         if error.code != "no-token" or not dry_run:
             raise
         nowhere = Remote(False, None, wish.revision, None, None, {}, None)
-        note = "there is no Hub token: what stands on the Hub was not looked at"
+        note = "there is no Hub token: the repository on the Hub was not looked at"
         return _finish(
             api, inventory, facts, make(api, inventory, facts, nowhere, wish), nowhere, None, (note,), [], True
         )
@@ -178,7 +178,9 @@ def _run(api: HfApi, inventory: Inventory, facts: Facts, wish: Wish, dry_run: bo
     for _ in range(5):
         remote = read(api, facts.repo_id, revision=wish.revision, create_pr=wish.create_pr, name=user.name)
         if wish.create_pr and not remote.exists:
-            message = f"{facts.repo_id} is not there, or the token may not see it: nothing to propose a change to"
+            message = (
+                f"{facts.repo_id} does not exist, or the token may not read it: there is nothing to propose a change to"
+            )
             raise ConvertError(message, code="not-found", key=facts.repo_id, hint="leave --create-pr out to create it")
         first = first or remote
         plan = make(api, inventory, facts, remote, wish)
@@ -197,7 +199,7 @@ def _run(api: HfApi, inventory: Inventory, facts: Facts, wish: Wish, dry_run: bo
         except Moved:
             first = first if first.exists else remote_now
     else:
-        message = f"{facts.repo_id} changes faster than it can be committed to; nothing of ours is there"
+        message = f"{facts.repo_id} changes faster than it can be committed to; nothing was committed"
         raise ConvertError(message, code="conflict", key=facts.repo_id, status=1, hint="run it again later")
     return _finish(api, inventory, facts, plan, remote, receipt, notes, model, dry_run)
 
@@ -252,7 +254,6 @@ def _finish(
 
 
 def _keep(inventory: Inventory, card: bytes) -> tuple[str, ...]:
-    """Write the published card into the model directory."""
     if inventory.card == card:
         return ()
     try:

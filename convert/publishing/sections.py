@@ -100,7 +100,7 @@ def _source(facts: Facts) -> str:
         name = f"{code(record.base.name)}, " if facts.compared("base.name") else ""
         lines.append(
             f"- Settings{kept}: from {name}sha256 {code(record.base.sha256)}; the checkpoint has none. "
-            f"The geometry was held against the tensors' shapes, which do not show {UNSEEN}"
+            f"The geometry was checked against the tensors' shapes, which do not show {UNSEEN}"
         )
     trainer = f"[{facts.trainer}](https://github.com/{facts.project})"
     lines.append(f"- Trained with {trainer}; converted by {facts.tool}: {code(_command(facts))}")
@@ -127,7 +127,6 @@ def _place(source: Source) -> list[str]:
 
 
 def _command(facts: Facts) -> str:
-    """Write the command line that converts the same."""
     record = facts.record
     checkpoint = record.source.catalogue or record.source.address or facts.checkpoint
     words = ["fairseq-to-hf convert", quoted(checkpoint), facts.repo_id.split("/")[-1]]
@@ -159,18 +158,16 @@ def _usage(facts: Facts) -> str:
     needs += " datasets" if "datasets" in snippets.usage(facts) else ""
     section = f"`pip install {needs}`, then:\n\n```python\n{snippets.usage(facts)}```"
     if facts.output == "hidden":
-        section += "\n\nThe model has no vocabulary: it gives hidden states, no text."
+        section += "\n\nThe model has no vocabulary: its output is hidden states, not text."
     kept = facts.record.sidecars.get("final_proj.safetensors")
     if kept:
-        section += (
-            "\n\nThe head of pretraining, for which transformers' class has no place, is in `final_proj.safetensors`"
-        )
+        section += "\n\nThe pretraining head, which transformers' class lacks, is in `final_proj.safetensors`"
         joined = facts.joined and facts.output == "hidden" and "final_proj.weight" in kept.tensors
         section += f":\n\n```python\n{snippets.final_proj(facts)}```" if joined else ", under fairseq's names."
     if facts.languages:
         several = f"{len(facts.languages)} languages, each with an adapter and a vocabulary of its own"
         section += (
-            f"\n\nThe model knows {several}: {', '.join(map(code, facts.languages))}. "
+            f"\n\nThe model has {several}: {', '.join(map(code, facts.languages))}. "
             f"By default its language is {code(facts.record.language)}. To change the language of "
             "a loaded model: `processor.tokenizer.set_target_lang(name)` and `model.load_adapter(name)`."
         )
@@ -185,7 +182,7 @@ def _input(facts: Facts) -> str:
         lines.append(
             "- Each waveform is brought to zero mean and unit variance (`do_normalize`), by the processor. On quiet audio "
             "this is not what fairseq does: transformers adds 1e-7 to the variance, fairseq 1e-5. At -40 dBFS fairseq's "
-            "result has 0.953 of transformers' amplitude, at -50 dBFS 0.69, so that both may write different text there; "
+            "result has 0.953 of transformers' amplitude, at -50 dBFS 0.69, so the two may transcribe it differently; "
             "louder speech is not affected."
         )
     elif features and features.num_mel_bins:
@@ -201,8 +198,8 @@ def _input(facts: Facts) -> str:
         )
     if features and features.return_attention_mask:
         lines.append(
-            "- In a padded batch, pass the processor's `attention_mask` on: fairseq masks padding always, and without the "
-            "mask shorter utterances come out differently."
+            "- In a padded batch, pass on the processor's `attention_mask`: fairseq always masks padding, and without the "
+            "mask shorter utterances give other results."
         )
     elif features:
         lines.append("- The processor returns no `attention_mask`; run utterances of different lengths one by one.")
@@ -222,13 +219,13 @@ def _measured_padding(facts: Facts) -> str:
         return ""
     return (
         f" Measured on {text(padding_text(asdict(rows[0])).removeprefix('padded batches: '))}. With an `attention_mask` that has as many "
-        "ones as it takes samples for fairseq's frames, transformers computes what fairseq does; that was verified, too."
+        "ones as it takes samples for fairseq's frames, transformers computes what fairseq does; that was verified too."
     )
 
 
 def _evaluation(facts: Facts) -> str:
     if not facts.text:
-        return "The model writes no text, so that there is no word error rate to measure."
+        return "The model writes no text, so there is no word error rate to measure."
     parts = []
     if facts.evaluation:
         head = ["data", "WER %", "CER %", "utterances", "decoder", "normaliser"]
@@ -270,7 +267,7 @@ def _limits(facts: Facts) -> str:
             "- It writes only what its vocabulary holds, and its decoding here is greedy, without a language model."
         )
     if facts.entry is None:
-        lines.append("- What it was trained on is known only as far as this card says it.")
+        lines.append("- What it was trained on is known only as far as this card says.")
     environment = facts.verification.environment if facts.verification else {}
     if "transformers" in environment:
         lines.append(

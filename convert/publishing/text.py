@@ -1,4 +1,4 @@
-"""Values in a card: each is text, whatever it holds, and can neither be markup nor end the part that it stands in."""
+"""Escaping for the card: a value is text, and can neither be markup nor end the part that it stands in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where to verify, and in which surroundings: TF32 off, deterministic algorithms."""
+"""The devices to verify on, and torch's settings meanwhile: TF32 off, deterministic algorithms on."""
 
 from __future__ import annotations
 

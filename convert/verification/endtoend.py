@@ -238,7 +238,7 @@ def generate(
             tokens = target.generate(waveform, language, beam=beam)
             ours, why = spell(tokens), ""
         except (IndexError, RuntimeError, ValueError) as error:  # what wrong settings of generation end in
-            tokens, ours, why = [], "", f"transformers cannot generate ({type(error).__name__}: {error})"
+            tokens, ours, why = [], "", f"transformers cannot generate: {type(error).__name__}: {error}"
         failed = bool(why)
         if beam and not failed and _written(tokens) != answer.beams[0][0]:
             why = _by_forced_tokens(target, waveform, _written(tokens), answer.beams[0][0], language, subject)

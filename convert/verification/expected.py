@@ -1,4 +1,4 @@
-"""What the model directory's JSON files must say: a fresh plan of the checkpoint, compared value by value with what lies there."""
+"""What the model directory's JSON files must say: a fresh plan of the checkpoint, compared with them value by value."""
 
 from __future__ import annotations
 

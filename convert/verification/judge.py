@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from convert.audio import Waveform
 from convert.verification.compare import (
@@ -51,6 +51,7 @@ class Judged:
         reference, target: what the two sides computed, kept where it is needed again.
         exact: what the reference computed in float64, kept likewise.
         theirs, ours: the outcomes of the two sides.
+        layers: what the converted model's layers returned, kept likewise; see `Target.resumed`.
     """
 
     probe: Probe
@@ -61,6 +62,7 @@ class Judged:
     exact: Answer = field(default_factory=lambda: Answer([]))
     theirs: Mapping[str, Stage] = field(default_factory=dict)
     ours: Mapping[str, Stage] = field(default_factory=dict)
+    layers: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def verdict(self) -> Verdict:
@@ -150,7 +152,9 @@ def judge(
 def _compared(
     target: Target, answer: Answer, batch: tuple[torch.Tensor, list[int] | None], probe: Probe, keep: bool
 ) -> Judged:
+    target.kept = {} if keep else None
     ours, differences = compared(target, answer, batch, keep)
+    layers, target.kept = target.kept or {}, None
     outcomes = [{name: side.stages[name] for name in OUTCOMES if name in side.stages} for side in (answer, ours)]
     if not keep:  # what is the same on both sides is not needed again
         differing = {difference.stage for difference in differences if not difference.equal}
@@ -161,7 +165,7 @@ def _compared(
         answer.stages = {name: stage for name, stage in answer.stages.items() if name in differing}
         ours.stages = {name: stage for name, stage in ours.stages.items() if name in differing}
     judged = Judged(probe, differences, ours.frames, answer, ours)
-    judged.theirs, judged.ours = outcomes
+    (judged.theirs, judged.ours), judged.layers = outcomes, layers
     return judged
 
 

@@ -1,4 +1,4 @@
-"""float64's own rounding, measured: a model once more in float64, with its sums in another order."""
+"""float64's own rounding, measured: the model runs in float64 a second time, with its sums in another order."""
 
 from __future__ import annotations
 
@@ -22,14 +22,19 @@ def another_order() -> AbstractContextManager[Any]:
     functions: Any = torch.nn.functional
     moved = (functions.linear, functions.conv1d, functions.layer_norm, functions.group_norm, functions.batch_norm)
     random = torch.Generator().manual_seed(0)
+    room = torch.empty(0)  # for the permuted weights
 
     def permuted(source: Any, weight: Any, *others: Any) -> tuple[Any, ...]:
+        nonlocal room
         order = torch.randperm(weight.shape[1], generator=random).to(weight.device)
+        if room.numel() < weight.numel() or (room.dtype, room.device) != (weight.dtype, weight.device):
+            room = weight.new_empty(weight.numel())
+        inner = torch.index_select(weight, 1, order, out=room[: weight.numel()].view(weight.shape))
         if weight.dim() == 2:
-            return (source[..., order], weight[:, order], *others)
+            return (source.index_select(-1, order), inner, *others)
         groups = torch.arange(source.shape[1] // len(order), device=weight.device)
         everywhere = (groups[:, None] * len(order) + order).reshape(-1)
-        return (source[:, everywhere], weight[:, order], *others)
+        return (source.index_select(1, everywhere), inner, *others)
 
     class AnotherOrder(TorchFunctionMode):
         def __torch_function__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:

@@ -1,4 +1,4 @@
-"""The picture of a verification: the difference along the stages against the floor, for the model and for the mistakes."""
+"""The picture of a verification: the difference at every stage against the floor, for the model and for the damaged copies."""
 
 from __future__ import annotations
 

@@ -257,7 +257,7 @@ class Recorded:
                 if not known or not 0 < piece.samples <= _LONGEST or not math.isfinite(piece.gain):
                     raise ValueError(f"an input of {piece.samples} samples of {piece.clip}")
         if SPEECH not in {piece.clip for piece in self.pieces()} or "quiet" not in {one.name for one in self.probes()}:
-            raise ValueError("without the inputs that every recording has")
+            raise ValueError("it lacks the inputs that every recording has")
 
     @property
     def clips(self) -> dict[str, Waveform]:

@@ -119,7 +119,7 @@ def verify(checkpoint: str | Path, model_dir: Path, options: Options) -> Verific
         done = findings.finish(
             files=files,
             checkpoint={"name": subject.name, "size": subject.size, "sha256": subject.sha256},
-            tensors=len(directory.tensors) + sum(map(len, directory.beside().values())),
+            tensors=directory.count,
             reference=_described(description),
             environment=surroundings,
             missing=sorted(absent),
@@ -159,7 +159,7 @@ def _failure(error: Exception, name: str, differs: bool) -> Sequence[Problem]:
     if not differs or isinstance(error, (ImportError, MemoryError, OSError)):
         raise error
     reason = f"{type(error).__name__}: {error}".splitlines()[0]
-    return [Problem("load", name, f"transformers cannot run it ({reason})")]
+    return [Problem("load", name, f"transformers cannot run it: {reason}")]
 
 
 class Steps:

@@ -1,4 +1,4 @@
-"""What is verified: the checkpoint as the reference needs to know it, and the model directory's own words."""
+"""What is verified: the checkpoint as the reference needs to know it, and what the model directory says of itself."""
 
 from __future__ import annotations
 

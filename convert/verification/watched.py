@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from convert.errors import ConvertError
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 Visit = Callable[[str, "torch.Tensor"], None]
+ENCODER = ("conv.", "pos_conv", "layer.")  # the stages of its layers, each of which runs once on an input
 
 
 class Target:
@@ -36,6 +37,8 @@ class Target:
         self.frames: list[int] = []
         self.current = self.native = ""  # the language that is loaded, and that of the weights
         self.stages: list[str] = []  # what it is compared at, in no order
+        self.layers: dict[str, Any] = {}  # the encoder's, by stage
+        self.kept: dict[str, Any] | None = None  # what they returned, in the order of the run
         self._hook()
         self.stages = [name for name in self.stages if name not in self.running.unused]
 
@@ -93,6 +96,8 @@ class Target:
         def hook(_: Any, __: Any, output: Any) -> None:
             if self.visit is None:
                 return
+            if self.kept is not None and name.startswith(ENCODER):
+                self.kept.setdefault(name, output)
             value = output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", output)
             self.visit(name, crop(name, value, self.frames))
             if name == "quantizer":
@@ -102,6 +107,7 @@ class Target:
 
         module.register_forward_hook(hook)
         self.lending.watch(module, name)
+        self.layers[name] = module
         self.stages += [name] if name not in self.stages else []
 
     @contextlib.contextmanager
@@ -141,6 +147,32 @@ class Target:
             self.visit = None
         return self.frames
 
+    @contextlib.contextmanager
+    def resumed(self, kept: Mapping[str, Any], changed: Collection[str]) -> Iterator[None]:
+        """Let the layers before the first with a changed tensor return what they returned on the same input.
+
+        Args:
+            kept: what they returned, in the order of that run.
+            changed: names of tensors; where one is in no layer, every layer runs.
+        """
+        weights = self.weights
+        places = {weights[name].data_ptr() for name in changed}
+        inside = {name: {one.data_ptr() for one in self.layers[name].state_dict().values()} for name in kept}
+        first = (
+            next((name for name in kept if places & inside[name]), "")
+            if places <= set().union(*inside.values())
+            else ""
+        )
+        before = list(kept)[: list(kept).index(first)] if first else []
+        plain = {name: self.layers[name].forward for name in before}
+        for name in before:
+            self.layers[name].forward = lambda *_, output=kept[name], **__: output
+        try:
+            yield
+        finally:
+            for name, forward in plain.items():
+                self.layers[name].forward = forward
+
     def set_language(self, language: str) -> None:
         """Load the adapters and the head of a language as users do; of that of the weights, if it is empty."""
         language = language or self.native
@@ -152,7 +184,7 @@ class Target:
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".split("\n")[0]
             raise ConvertError(
-                f"transformers cannot load the adapters of {language} ({reason})",
+                f"transformers cannot load the adapters of {language}: {reason}",
                 code="load",
                 key=f"adapter.{language}.safetensors",
                 status=1,

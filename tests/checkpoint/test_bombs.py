@@ -18,6 +18,9 @@ from command_line import ROOT
 from fairseq_models import save
 from torch_files import change_pickle, entries, instead, plain, text, write_zip
 
+from convert.checkpoint import unpickle
+from convert.errors import CheckpointError
+
 MEMORY, SECONDS = 900_000_000, 30  # of address space, numpy's threads included, for a whole process
 
 
@@ -254,3 +257,17 @@ def test_more_layers_than_tensors(where: str, tmp_path: Path) -> None:
     status, codes = run_limited(tmp_path / "layers.pt")
     assert status == 1
     assert "memory" not in codes
+
+
+def test_steps_are_bounded_however_large_a_file_pretends_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("_STEPS", 100), ("_BYTES", 32), ("_MOST", 150)):
+        monkeypatch.setattr(unpickle, name, value)
+
+    def read(pairs: int, behind: int) -> object:
+        return unpickle.load(b"\x80\x02" + b"N0" * pairs + b"N." + bytes(behind), 0, "x.pt").value
+
+    assert read(48, 0) is None
+    assert read(70, 32 * 50) is None  # as many more as the file has bytes for
+    for pairs, behind in ((60, 0), (80, 32 * 1000)):
+        with pytest.raises(CheckpointError, match="steps, which no trainer writes"):
+            read(pairs, behind)

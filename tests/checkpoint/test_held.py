@@ -221,7 +221,7 @@ def test_contentvec_without_what_hears_the_speaker(made: Callable[[str], Made], 
     changed["cfg"]["model"] |= {"encoder_layers_1": 3, "layer_norm_first": True}
     torch.save(changed, path)
     assert problems_of(path, head="encoder") == {
-        "encoder_layers_1": "is 3, and 2 of the layers have norms made of the speaker",
+        "encoder_layers_1": "is 3, and 2 of the layers have norms that depend on the speaker",
         "layer_norm_first": "is True: ContentVec has its last norm behind the layers that depend on the speaker, HubertModel "
         "before them",
     }
@@ -385,7 +385,7 @@ def test_settings_of_the_model_alone(made: Callable[[str], Made], tmp_path: Path
     with pytest.raises(ConvertError) as raised:
         convert.plan(path)
     assert [str(problem) for problem in raised.value.problems] == [
-        "normalize: the settings do not say it, and it cannot be guessed"
+        "normalize: missing from the checkpoint's settings; it has no safe default"
     ]
     assert raised.value.hint == (
         "say whether the waveforms were normalised, as task.normalize of the recipe does: --normalize or --no-normalize"
@@ -410,7 +410,7 @@ def test_settings_of_nobody_knows_which_model(made: Callable[[str], Made], tmp_p
     with pytest.raises(ConvertError) as raised:
         convert.plan(path)
     assert raised.value.message == (
-        "held.pt holds the weights of a model of fairseq's in `net`, and the settings of several models, of which none is "
+        "held.pt holds the weights of a fairseq model in `net`, and the settings of several models, of which none is "
         "said to be this one's: `runs.teacher.config`, `runs.student.config`; nothing was written"
     )
     converted(path, tmp_path / "out", like, base=like.path)

@@ -25,7 +25,7 @@ import convert
 from convert.errors import ConvertError
 from convert.inspection import inspect
 
-ANOTHER = "name a checkpoint of wav2vec 2.0 or another speech model of fairseq's"
+ANOTHER = "name a checkpoint of wav2vec 2.0 or another fairseq speech model"
 A_CHECKPOINT = "name a checkpoint, such as checkpoint_best.pt"
 UNPACK = "unpack it, and name the checkpoint inside"
 THE_BASE = (
@@ -121,7 +121,7 @@ def test_file_of_something_else(kind: str, command: Callable[..., Ran], tmp_path
     assert done.error == f"error: x.pt {said}; nothing was written\n\nhint: {hint}\n"
 
 
-# Files of tensors that hold no model of fairseq's
+# Files of tensors that hold no fairseq model
 TENSORS: dict[str, tuple[Callable[[], bytes], str, str]] = {
     "transformers": (
         lambda: saved(TRANSFORMERS),
@@ -209,7 +209,7 @@ def test_model_without_settings(
     if kind == "whole_module":
         what = "is a pickled module of the class torch.nn.parallel.data_parallel.DataParallel, and holds"
     assert (
-        f"conversion    not as it is: x.pt {what} the weights of a model of fairseq's {PLACES[kind]}, without its settings, such "
+        f"conversion    not as it is: x.pt {what} the weights of a fairseq model {PLACES[kind]}, without its settings, such "
         f"as the number of attention heads, which weights do not show\n  hint: {THE_BASE}\n"
     ) in done.text
     assert "settings      none in the file" in done.text

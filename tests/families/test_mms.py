@@ -169,7 +169,7 @@ def test_every_language_is_proved_complete(tmp_path: Path) -> None:
         "--lang LANG takes one language alone",
         "pass the dictionary the model was trained with: --dict dict.ltr.txt",
     )
-    assert caught.value.hint == f"{alone}; {letters}"
+    assert caught.value.hint == f"{letters}; {alone}"
 
 
 def test_languages_that_one_tokenizer_cannot_have(tmp_path: Path) -> None:

@@ -158,9 +158,10 @@ def test_a_way_of_making_text_that_nobody_knows(tmp_path: Path) -> None:
     with pytest.raises(PlanError) as raised:
         convert.plan(path)
     assert [str(problem) for problem in raised.value.problems] == [
-        "criterion.post_process: 'byte_pairs' is not a way of making text that fairseq has: --post-process NAME names one of "
-        "letter, sentencepiece, wordpiece, _EOW, silence, subword_nmt, @@ , @@, none; --head encoder leaves the vocabulary out"
+        "criterion.post_process: 'byte_pairs' is not one of fairseq's ways to make text: "
+        "letter, sentencepiece, wordpiece, _EOW, silence, subword_nmt, @@ , @@, none"
     ]
+    assert raised.value.hint == "correct it with --post-process NAME, or leave the vocabulary out: --head encoder"
     assert convert.plan(path, post_process="letter").target == "Wav2Vec2ForCTC"
     assert convert.plan(path, head="encoder").target == "Wav2Vec2Model"
 

@@ -159,7 +159,7 @@ def test_what_was_left_out_filled_in_or_changed_is_named(model):
     assert "- Left out: `w2v_encoder.w2v_model.quantizer.vars`: pretraining only\n" in card
     assert "- Filled in: `projection.weight`: fairseq has none here\n" in card
     assert "- Changed: `lm_head.bias`: blank_weight\n" in card
-    assert "the checkpoint's rounded to float16, but for what stands as changed above." in card
+    assert "the checkpoint's rounded to float16, except for what is listed as changed above." in card
 
 
 def test_where_the_model_and_its_settings_come_from(model):
@@ -173,7 +173,7 @@ def test_where_the_model_and_its_settings_come_from(model):
         ", fetched from `hf://me/models@a1b2/x.ckpt`\n- The model is in `state_dict`, under the prefix `ssl.model.`\n"
         in card
     )
-    shapes = "The geometry was held against the tensors' shapes, which do not show the number of attention heads, the strides and the normalisation of waveforms"
+    shapes = "The geometry was checked against the tensors' shapes, which do not show the number of attention heads, the strides and the normalisation of waveforms"
     assert f"- Settings: from `hubert base.pt`, sha256 `{'ab' * 32}`; the checkpoint has none. {shapes}\n" in card
     assert (
         "`fairseq-to-hf convert hf://me/models@a1b2/x.ckpt tiny --base 'hubert base.pt' --ema --no-normalize --head encoder --lang 'a b'`"

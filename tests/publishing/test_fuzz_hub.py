@@ -202,7 +202,7 @@ def test_a_dry_run_without_a_token_shows_the_card(model: Path, monkeypatch: pyte
     monkeypatch.setattr(remote, "read", None)
     done = publish(model, "me/x", dry_run=True)
     assert not done.committed and "+# x" in done.card_diff and "model.safetensors" in done.changed
-    assert done.notes == ("there is no Hub token: what stands on the Hub was not looked at",)
+    assert done.notes == ("there is no Hub token: the repository on the Hub was not looked at",)
     with pytest.raises(ConvertError) as caught:
         publish(model, "me/x")
     assert caught.value.code == "no-token"

@@ -22,13 +22,13 @@ from fairseq_models import VARIANTS, build, save
 from verify_models import converted, edit, short_inputs, subject_of
 
 from convert.errors import ConvertError
-from convert.families.damages import Change, Damage
 from convert.package import convert
-from convert.verification import fairseq_side, inputs, record, verify
+from convert.verification import controls, fairseq_side, inputs, record, verify
 from convert.verification.fairseq_side.importing import hashable_dataclasses, numpy_aliases
+from convert.verification.judge import compared, judge
 from convert.verification.recording import Recorded
-from convert.verification.reference import Live
-from convert.verification.target import Target
+from convert.verification.reference import Live, tensor
+from convert.verification.target import Target, load
 
 SHIPPED = BUNDLED.with_suffix(".reference.safetensors")
 SIDE = Path(fairseq_side.__path__[0])
@@ -319,20 +319,33 @@ def test_a_mistake_that_float32_hides_is_seen_in_float64(tmp_path: Path) -> None
     assert telling["float64_difference"] > 1000 * telling["float64_allowed"]
 
 
-def test_a_control_that_is_not_put_back_is_seen(large: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    import contextlib
-
-    @contextlib.contextmanager
-    def careless(target: Target, damage: Damage) -> Iterator[Target]:
-        assert isinstance(damage, Change)
-        damage.how(target.weights[damage.tensor])
-        yield target
-
-    never = Change("wav2vec2.encoder.layer_norm.bias", lambda value: value.add_(1.0))
-    monkeypatch.setattr("convert.verification.controls._damages", lambda *_: {"never put back": never})
-    monkeypatch.setattr("convert.verification.controls.damaged", careless)
-    done = verify(*large, devices=["cpu"], write=False)
-    assert "the undamaged model again, after all of them" in {problem.key for problem in done.problems}
+@pytest.mark.parametrize("variant", ["ctc_base", "pretrained_large"])
+def test_a_control_runs_what_is_behind_its_damage_and_leaves_the_model_as_it_was(variant: str, tmp_path: Path) -> None:
+    checkpoint, model = converted(variant, tmp_path)
+    subject, geometry = subject_of(checkpoint)
+    clips = {inputs.SPEECH: inputs.bundled()}
+    probe = inputs.probes(geometry, clips, rate=subject.rate)[0]
+    reference, target = Live(subject, clips, "cpu"), load(model, "cpu")
+    (clip,) = judge(reference, target, clips, [probe], normalize=subject.normalize, measured=probe.name)
+    batch = tensor(clips, probe, subject.normalize)
+    before = {name: value.clone() for name, value in target.weights.items()}
+    skipped = {}
+    for name, damage in controls._damages(target, ()).items():
+        with controls.damaged(target, damage) as copy:
+            whole = compared(copy, clip.reference, batch)[1]
+            plain = {stage: layer.forward for stage, layer in copy.layers.items()}
+            with copy.resumed(clip.layers, controls._changed(damage)):
+                assert compared(copy, clip.reference, batch)[1] == whole
+                skipped[name] = sum(layer.forward != plain[stage] for stage, layer in copy.layers.items())
+            assert {stage: layer.forward for stage, layer in copy.layers.items()} == plain
+        assert target.weights.keys() == before.keys()
+        assert all(torch.equal(value, before[name]) for name, value in target.weights.items()), name
+    front, layers = len(geometry.convolutions), target.model.config.num_hidden_layers
+    assert skipped.pop("weight_g of the positional convolution lost") == front
+    assert skipped.pop(f"layers 0 and {layers - 1} exchanged") == front + 1
+    assert skipped.pop(f"q and k of layer {layers // 2} swapped") == front + 1 + layers // 2
+    assert skipped.pop("a bias set to zero") in (0, front + layers)  # that of a norm in no layer, or the last layer's
+    assert not any(skipped.values())  # what changes more than tensors
 
 
 def test_the_numbers_of_a_difference_are_told(large: tuple[Path, Path], tmp_path: Path) -> None:

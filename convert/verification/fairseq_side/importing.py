@@ -1,4 +1,4 @@
-"""Importing fairseq 0.10 to main in Pythons and with numpys that are younger."""
+"""Importing fairseq 0.10 to main with newer versions of Python and numpy."""
 
 from __future__ import annotations
 

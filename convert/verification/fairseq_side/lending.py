@@ -1,4 +1,4 @@
-"""What a model computes with, made of the tensors that it keeps a layer at a time, and let go again."""
+"""Working copies of weights, made a layer at a time when the layer runs, and released after it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .blocks import in_blocks
 from .numerics import ALIGNMENT
 
 LAYERS = ("conv.", "pos_conv", "layer.", "decoder.layer.")  # stages whose tensors nothing but themselves looks at
@@ -40,6 +41,8 @@ class Lending:
             self._layers[id(module)] = module
             module.register_forward_pre_hook(lambda *_: self._lend(module))
             module.register_forward_hook(lambda *_: self._take_back(module))
+            if name.startswith("conv."):
+                in_blocks(module)
 
     @contextlib.contextmanager
     def lent(self) -> Any:
@@ -98,7 +101,9 @@ class Lending:
                     _hold(owners, made)
 
     def _take_back(self, layer: Any) -> None:
-        for owners, kept, made in self._lent.pop(id(layer), ()):
+        lent = self._lent.pop(id(layer), ())
+        self._spare = {} if lent else self._spare  # the next layer is most often like this one
+        for owners, kept, made in lent:
             _hold(owners, kept)
             self._spare.setdefault((made.shape, made.dtype, made.device), []).append(made)
 

@@ -138,8 +138,15 @@ class Reference:
                 self.lending.kind = torch.float32
 
     def _watch(self, module: Any, name: str, shape: Any) -> None:
-        def hook(_: Any, __: Any, output: Any) -> None:
-            self._see(name, shape(output[0] if isinstance(output, tuple) else output))
+        def hook(_: Any, __: Any, output: Any) -> Any:
+            value = output[0] if isinstance(output, tuple) else output
+            if name not in self.seen:
+                value = shelved(value)
+                self.seen[name] = shape(value)
+            if name.startswith("layer.") and isinstance(output, tuple) and isinstance(output[-1], tuple):
+                # fairseq holds every layer's to the end, and what its last residual is added to; all are the mapped numbers
+                return value, (output[-1][0], value)
+            return None
 
         module.register_forward_hook(hook)
         self.lending.watch(module, name)

@@ -1,4 +1,4 @@
-"""Tensors kept in files that have no name any more, mapped: the system can write them out, and they go when nobody needs them."""
+"""Tensors in mapped temporary files without names, which the system can write out, and which disappear when nothing uses them."""
 
 from __future__ import annotations
 
