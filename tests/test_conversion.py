@@ -149,7 +149,7 @@ def compared(
         model = convert(path, folder / "model").path
     directory = ModelDirectory(model)
     with open_checkpoint(path) as opened:
-        return directory, expected.expect(opened, directory, opened.sha256())
+        return directory, expected.expect(opened, directory, opened.sha256(), None)
 
 
 def changed(directory: ModelDirectory, change: Callable[[dict[str, Any]], Any]) -> ModelDirectory:
@@ -219,7 +219,8 @@ def test_other_words_of_another_version_are_noted(compared: tuple[ModelDirectory
     older = changed(directory, lambda values: (reword(values), values["tool"].update(version="0.0.1")))
     wrong, noted = expected.compare_records(older, meant)
     assert wrong == []
-    assert noted["conversion.json: tool.version"] == noted["conversion.json: config"] == "the words of version 0.0.1"
+    assert noted["conversion.json: tool.version"] == "made by version 0.0.1"
+    assert noted["conversion.json: config"] == "worded by version 0.0.1"
     forged = changed(older, lambda values: values["settings"]["model"].update(activation_fn="relu"))
     (problem,) = expected.compare_records(forged, meant)[0]
     assert str(problem).startswith('conversion.json: settings.model.activation_fn is "relu", expected ')

@@ -12,7 +12,7 @@ from convert.audio import Waveform
 from convert.conversion import Record
 from convert.directory import ModelDirectory
 from convert.errors import Problem
-from convert.verification import controls, endtoend, vocabulary
+from convert.verification import controls, endtoend, generation, vocabulary
 from convert.verification.compare import SCORES, Answer, Difference, Stage, distances
 from convert.verification.inputs import Cut, Probe
 from convert.verification.judge import Judged, Tell, judge
@@ -307,36 +307,26 @@ def _end_to_end(work: Work, reference: Reference, target: Target, spell: Spell |
         detail = f"is {extractor.sampling_rate}, fairseq's task has {work.subject.rate}"
         findings.problems.append(Problem("sampling-rate", "preprocessor_config.json", detail))
         return
+    sides = endtoend.Sides(work.subject, reference, target, extractor, spell, work.clips)
     exact = not reference.description.unlike and target.device == "cpu"
     exact = exact and not rounds(work.record) and not work.rounded and not target.rounds
     proved = all(run["verdict"] != "different" for run in findings.runs)
-    if isinstance(target, SpeechToTextTarget):
-        _to_text(work, reference, target, extractor, spell, findings)
-        return
     for name, piece in work.pieces.items():
         work.tell(f"from waveform to text: {name}", 1)
-        arguments = (reference, target, extractor, spell, work.clips, name, piece, work.subject)
-        one = endtoend.run(*arguments, exact=exact, proved=proved)
-        findings.end_to_end.append(one)
-        if one.verdict == "different":
-            findings.problems.append(Problem("end-to-end", name, one.why))
-    whole = work.pieces["speech"]
-    shorter = replace(whole, samples=max(1, whole.samples // 2))
-    findings.problems += endtoend.check_padding(extractor, work.clips, [whole, shorter], work.subject)
-
-
-def _to_text(
-    work: Work, reference: Reference, target: SpeechToTextTarget, extractor: Any, spell: Any, findings: Findings
-) -> None:
-    """Compare what both sides generate, token by token, and how transformers makes its features."""
-    for name, piece in work.pieces.items():
-        work.tell(f"from waveform to text: {name}", 1)
-        found = endtoend.generate(reference, target, spell, work.clips, name, piece, work.subject)
+        if isinstance(target, SpeechToTextTarget):
+            found = generation.generate(sides, target, name, piece)
+        else:
+            found = [endtoend.run(sides, name, piece, exact=exact, proved=proved)]
         findings.end_to_end += found
         findings.problems += [Problem("end-to-end", one.input, one.why) for one in found if one.verdict == "different"]
-        if len(found) == 1 and work.subject.beam > 1:
-            findings.skipped[f"beam {work.subject.beam}"] = "the recording holds no answers for it"
-    findings.problems += endtoend.check_features(extractor, work.clips, work.pieces["speech"])
+    whole = work.pieces["speech"]
+    if not isinstance(target, SpeechToTextTarget):
+        shorter = replace(whole, samples=max(1, whole.samples // 2))
+        findings.problems += endtoend.check_padding(sides, [whole, shorter])
+        return
+    if len(found) == 1 and work.subject.beam > 1:
+        findings.skipped[f"beam {work.subject.beam}"] = "the recording holds no answers for it"
+    findings.problems += generation.check_features(sides, whole)
     findings.skipped["filter banks"] = (
         "fairseq makes them with pykaldi or torchaudio; both sides were given the same, and their normalisation was compared"
     )

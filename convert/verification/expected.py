@@ -36,7 +36,7 @@ class Expected:
     record: Mapping[str, Any]
 
 
-def expect(opened: Checkpoint, directory: ModelDirectory, sha256: str, dictionary: Path | None) -> Expected:
+def expect(opened: Checkpoint, directory: ModelDirectory, sha256: str, dictionary: Path | None = None) -> Expected:
     """Plan the conversion again, with what the directory's conversion.json says was asked for.
 
     Args:

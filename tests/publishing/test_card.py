@@ -181,7 +181,7 @@ def test_where_the_model_and_its_settings_come_from(model):
     )
     conversion["base"]["whole"] = False
     verification = json.loads((model / "verification.json").read_text())
-    verification["skipped"] = {"conversion.json: base.name": "the checkpoint with the settings had another name"}
+    verification["skipped"] = {"conversion.json: base.name": "hubert base.pt, which is called base.pt now"}
     write(model / "conversion.json", conversion)
     write(model / "verification.json", verification)
     card = compose(facts_of(model)).decode()
