@@ -149,7 +149,7 @@ def compared(
         model = convert(path, folder / "model").path
     directory = ModelDirectory(model)
     with open_checkpoint(path) as opened:
-        return directory, expected.expect(opened, directory, opened.sha256())
+        return directory, expected.expect(opened, directory, opened.sha256(), None)
 
 
 def changed(directory: ModelDirectory, change: Callable[[dict[str, Any]], Any]) -> ModelDirectory:
