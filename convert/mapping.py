@@ -17,7 +17,8 @@ from convert.errors import PlanError
 from convert.families import FAMILIES
 from convert.families.base import Family
 from convert.families.encoder import Layout
-from convert.rules import Drop, Edit, Fill, Plan, Rename, Table, TensorSpec, add_prefix, plan
+from convert.planner import Plan, plan
+from convert.rules import Drop, Edit, Fill, Rename, Table, TensorSpec, add_prefix
 
 T = TypeVar("T")
 under = add_prefix  # its name until 0.2

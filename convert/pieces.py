@@ -12,7 +12,8 @@ from convert.checkpoint.stored import StoredTensor
 from convert.errors import Problem
 from convert.files import PIECE as CHUNK
 from convert.files import WIDTHS
-from convert.rules import FLOATS, Add, Edit, Identity, Plan, Sinusoids, TensorSpec, What, Zeros
+from convert.planner import Plan
+from convert.rules import FLOATS, Add, Edit, Identity, Sinusoids, TensorSpec, What, Zeros
 
 if TYPE_CHECKING:
     import numpy as np

@@ -1,7 +1,6 @@
-"""Rules between fairseq's names and Hugging Face's, tables of exact keys, and the planner that proves a table complete.
+"""Rules between fairseq's names and Hugging Face's, and tables of exact keys.
 
-Standard library only: tensors never appear here, only their names, shapes and dtypes. `source` is always fairseq,
-`target` is always Hugging Face (a table's `inverse` swaps the two).
+Standard library only: names, shapes and dtypes. `source` is fairseq, `target` Hugging Face; a table's `inverse` swaps the two.
 """
 
 from __future__ import annotations
@@ -12,13 +11,11 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from convert.errors import PlanError, Problem
 
 _AXIS = re.compile(r"\{(\w+)\}")
-Dims = Mapping[str, int]
-Axes = Mapping[str, Sequence[object]]
 T = TypeVar("T")
 FLOATS = ("F32", "F16", "BF16", "F64")
 
@@ -45,11 +42,6 @@ class Rename:
 
     Raises:
         ValueError: the two keys have different axes.
-
-    Example:
-        >>> Rename("encoder.layers.{layer}.fc1.bias", "encoder.layers.{n}.fc1.bias", "ffn")
-        Traceback (most recent call last):
-        ValueError: axes differ: 'encoder.layers.{layer}.fc1.bias' has ['layer'], 'encoder.layers.{n}.fc1.bias' has ['n']
     """
 
     source: str
@@ -149,11 +141,6 @@ class Fill:
     reason: str
     shape: str
 
-    @property
-    def inverse(self) -> Drop:
-        """What the way back does with the tensor."""
-        return Drop(self.target, f"made by the rule `{self.what}`: {self.reason}", self.shape)
-
     def renamed(self, rename: Callable[[str], str]) -> Fill:
         """Change its key, and the key that its content comes from."""
         what = NormOf(rename(self.what.key)) if isinstance(self.what, NormOf) else self.what
@@ -202,8 +189,8 @@ class Edit:
     @property
     def record(self) -> dict[str, object]:
         """What `conversion.json` keeps of it."""
-        change = {"rule": self.what.rule, "value": self.what.value}
-        return {"key": self.target, "row": self.row, **change, "reason": self.reason}
+        what = {"rule": self.what.rule, "value": self.what.value}
+        return {"key": self.target, "row": self.row, **what, "reason": self.reason}
 
 
 Rule = Rename | Drop | Fill
@@ -211,19 +198,17 @@ Rule = Rename | Drop | Fill
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """The exact conversion of one model: every rule expanded to keys without axes.
+    """The exact conversion of one model: every rule expanded to keys without axes, by `Table.build`.
 
     Args:
         name: what it converts, such as `wav2vec2 ctc`.
-        renames: source key -> (target key, shape).
+        renames: source key -> target key.
         drops: source key -> rule.
         fills: target key -> rule.
         shapes: the shape of every target key.
         edits: changes of single rows.
         dtypes: target key -> its dtype, of those that are not floating point numbers.
         skips: target key -> how many rows of its source come before those that it takes.
-
-    Build one with `Table.build`.
     """
 
     name: str
@@ -236,7 +221,14 @@ class Table:
     skips: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
-    def build(cls, name: str, rules: Iterable[Rule], axes: Axes, dims: Dims, edits: Iterable[Edit] = ()) -> Table:
+    def build(
+        cls,
+        name: str,
+        rules: Iterable[Rule],
+        axes: Mapping[str, Sequence[object]],
+        dims: Mapping[str, int],
+        edits: Iterable[Edit] = (),
+    ) -> Table:
         """Expand rules to exact keys.
 
         Args:
@@ -250,40 +242,33 @@ class Table:
             PlanError: `duplicate-source` or `duplicate-target`, every one of them.
             KeyError: an axis or a dimension has no value.
         """
-        renames: list[tuple[str, str]] = []
-        drops: list[Drop] = []
-        fills: list[Fill] = []
+        renames, drops, fills = list[Rename](), list[Drop](), list[Fill]()
         shapes: dict[str, tuple[int, ...]] = {}
-        dtypes: dict[str, str] = {}
-        skips: dict[str, int] = {}
         for rule in rules:
             for values in _grid(rule, axes):
-                shape = _shape(rule.shape.format(**values), dims)
+                shape = tuple(int(n) if n.isdigit() else dims[n] for n in rule.shape.format(**values).split())
+                text = " ".join(map(str, shape))
                 if isinstance(rule, Rename):
-                    renames.append((rule.source.format(**values), rule.target.format(**values)))
-                    shapes[renames[-1][1]] = shape
-                    dtypes |= {renames[-1][1]: rule.dtype} if rule.dtype else {}
-                    skips |= {renames[-1][1]: rule.skip} if rule.skip else {}
+                    source, target = rule.source.format(**values), rule.target.format(**values)
+                    renames.append(replace(rule, source=source, target=target, shape=text))
+                    shapes[target] = shape
                 elif isinstance(rule, Fill):
                     exact = rule.renamed(lambda key, values=values: key.format(**values))  # type: ignore[misc]
-                    fills.append(replace(exact, shape=" ".join(map(str, shape))))
-                    shapes[fills[-1].target] = shape
+                    fills.append(replace(exact, shape=text))
+                    shapes[exact.target] = shape
                 else:
-                    drops.append(replace(rule, source=rule.source.format(**values), shape=" ".join(map(str, shape))))
-        _refuse_repeated(
-            name,
-            [source for source, _ in renames] + [drop.source for drop in drops],
-            [target for _, target in renames] + [fill.target for fill in fills],
-        )
+                    drops.append(replace(rule, source=rule.source.format(**values), shape=text))
+        sources = [rule.source for rule in renames] + [drop.source for drop in drops]
+        _refuse_repeated(name, sources, [rule.target for rule in renames] + [fill.target for fill in fills])
         return cls(
             name,
-            dict(renames),
-            {drop.source: drop for drop in drops},
-            {fill.target: fill for fill in fills},
-            shapes,
-            tuple(edits),
-            dtypes,
-            skips,
+            renames={rule.source: rule.target for rule in renames},
+            drops={drop.source: drop for drop in drops},
+            fills={fill.target: fill for fill in fills},
+            shapes=shapes,
+            edits=tuple(edits),
+            dtypes={rule.target: rule.dtype for rule in renames if rule.dtype},
+            skips={rule.target: rule.skip for rule in renames if rule.skip},
         )
 
     def source_shape(self, target: str) -> tuple[int, ...]:
@@ -310,10 +295,10 @@ class Table:
     def inverse(self) -> Table:
         """The table that leads back: every rename turned round, fills become drops; it has no edits.
 
-        Drops have no inverse: what was dropped must come from elsewhere, so that a table with drops leads back only
-        to the tensors it kept.
+        Drops have no inverse: a table with drops leads back to the tensors that it kept.
         """
-        drops = {key: fill.inverse for key, fill in self.fills.items()}
+        made = "made by the rule `{0.what}`: {0.reason}"
+        drops = {key: Drop(key, made.format(fill), fill.shape) for key, fill in self.fills.items()}
         shapes = {source: self.shapes[target] for source, target in self.renames.items()}
         dtypes = {source: self.dtypes[target] for source, target in self.renames.items() if target in self.dtypes}
         return Table(f"{self.name} inverse", {t: s for s, t in self.renames.items()}, drops, {}, shapes, (), dtypes)
@@ -336,7 +321,6 @@ class Table:
         Raises:
             PlanError: `duplicate-source` or `duplicate-target`, every one of them.
         """
-
         ours = replace(
             self,
             renames={source: prefix + target for source, target in self.renames.items()},
@@ -346,21 +330,11 @@ class Table:
             dtypes={prefix + key: dtype for key, dtype in self.dtypes.items()},
             skips={prefix + key: rows for key, rows in self.skips.items()},
         )
-        _refuse_repeated(
-            name,
-            [source for table in (ours, other) for source in (*table.renames, *table.drops)],
-            [target for table in (ours, other) for target in table.shapes],
-        )
-        return Table(
-            name,
-            {**ours.renames, **other.renames},
-            {**ours.drops, **other.drops},
-            {**ours.fills, **other.fills},
-            {**ours.shapes, **other.shapes},
-            ours.edits + other.edits,
-            {**ours.dtypes, **other.dtypes},
-            {**ours.skips, **other.skips},
-        )
+        sources = [source for table in (ours, other) for source in (*table.renames, *table.drops)]
+        _refuse_repeated(name, sources, [*ours.shapes, *other.shapes])
+        mappings = ("renames", "drops", "fills", "shapes", "dtypes", "skips")
+        both: dict[str, Any] = {field: {**getattr(ours, field), **getattr(other, field)} for field in mappings}
+        return Table(name, **both, edits=ours.edits + other.edits)
 
     def rename_key(self, key: str) -> str | None:
         """Translate one source key; `None` for a key that is dropped.
@@ -368,11 +342,9 @@ class Table:
         Raises:
             PlanError: `unexpected-tensor`.
         """
-        if key in self.renames:
-            return self.renames[key]
-        if key in self.drops:
-            return None
-        raise PlanError(f"table {self.name!r} does not know {key}", code="unexpected-tensor", key=key)
+        if key not in self.renames and key not in self.drops:
+            raise PlanError(f"table {self.name!r} does not know {key}", code="unexpected-tensor", key=key)
+        return self.renames.get(key)
 
     def map_state_dict(self, state_dict: Mapping[str, T]) -> dict[str, T]:
         """Translate the keys of a state_dict; the values are handed on as they are, dropped ones left out.
@@ -381,110 +353,19 @@ class Table:
             state_dict: source keys with tensors of any kind. Every one must be known, and none may be missing.
 
         Returns:
-            The tensors under their target names, in the table's order. What the table fills is not among them.
+            The tensors under their target names, in the table's order, without what the table fills.
 
         Raises:
             PlanError: `unexpected-tensor` and `missing-tensor`, every one of them.
         """
-        wanted = {*self.renames, *(key for key, drop in self.drops.items() if not drop.optional)}
-        problems = [
-            Problem("unexpected-tensor", key, "has no place in the model") for key in state_dict if not self._knows(key)
-        ]
+        optional = {key for key, drop in self.drops.items() if drop.optional}
+        wanted = {*self.renames, *self.drops} - optional
+        strange = [key for key in state_dict if key not in wanted | optional]
+        problems = [Problem("unexpected-tensor", key, "has no place in the model") for key in strange]
         problems += [Problem("missing-tensor", key, "is not in the state_dict") for key in wanted - set(state_dict)]
         if problems:
             raise PlanError(f"{len(problems)} keys do not fit table {self.name!r}", code="keys", problems=problems)
         return {target: state_dict[source] for source, target in self.renames.items()}
-
-    def _knows(self, key: str) -> bool:
-        return key in self.renames or key in self.drops
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """A conversion that was proved complete: each source tensor is renamed or dropped, each target tensor has an origin.
-
-    Args:
-        table: the table it follows.
-        source: the checkpoint's tensors.
-        target: the tensors to write, with the dtype each will have before any conversion.
-    """
-
-    table: Table
-    source: Mapping[str, TensorSpec]
-    target: Mapping[str, TensorSpec]
-
-    @property
-    def renames(self) -> Mapping[str, str]:
-        """Source key -> target key."""
-        return self.table.renames
-
-    @property
-    def drops(self) -> tuple[Drop, ...]:
-        """The source tensors that are left out, those that are there."""
-        return tuple(drop for key, drop in self.table.drops.items() if key in self.source)
-
-    @property
-    def fills(self) -> tuple[Fill, ...]:
-        """The target tensors that a rule makes."""
-        return tuple(self.table.fills.values())
-
-
-def plan(table: Table, source: Mapping[str, TensorSpec], target: Mapping[str, TensorSpec] | None = None) -> Plan:
-    """Prove that a table converts a source completely. Pure: no tensor is needed.
-
-    Args:
-        table: the table.
-        source: the checkpoint's inventory.
-        target: the target's inventory where another authority than the table has one, such as a transformers model on
-            the meta device; by default the table's own.
-
-    Returns:
-        The plan.
-
-    Raises:
-        PlanError: every `unexpected-tensor`, `missing-tensor`, `unfilled-target`, `unknown-target`, `shape` and `dtype` at once.
-
-    Example:
-        >>> table = Table.build("toy", [Rename("proj.bias", "lm_head.bias", "vocab")], {}, {"vocab": 32})
-        >>> plan(table, {"proj.bias": TensorSpec("proj.bias", (32,), "F32")}).renames
-        {'proj.bias': 'lm_head.bias'}
-    """
-    wanted = table.target if target is None else target
-    problems = [
-        Problem("unexpected-tensor", key, f"has no place in the model; its shape is {spec.shape}")
-        for key, spec in source.items()
-        if key not in table.renames and key not in table.drops
-    ]
-    problems += [
-        Problem("missing-tensor", key, "the checkpoint has no such tensor" + _expected(spec.shape))
-        for key, spec in table.source.items()
-        if key not in source
-    ]
-    problems += [Problem("unfilled-target", key, "no rule fills it") for key in wanted if key not in table.shapes]
-    problems += [
-        Problem("unknown-target", key, "the target has no such tensor") for key in table.shapes if key not in wanted
-    ]
-    for key, target_key in table.renames.items():
-        if key in source and target_key in wanted:
-            problems += _disagreements(source[key], wanted[target_key], table, target_key)
-    for key, drop in table.drops.items():
-        if key in source and drop.shape and source[key].shape != tuple(map(int, drop.shape.split())):
-            problems.append(Problem("shape", key, f"source {source[key].shape}, the settings say ({drop.shape})"))
-    if problems:
-        raise PlanError(
-            f"{len(problems)} problems make a complete conversion impossible; nothing was written",
-            code="incomplete",
-            problems=problems,
-        )
-    dtypes = {target_key: source[key].dtype for key, target_key in table.renames.items()}
-    default = Counter(dtypes.values()).most_common(1)[0][0] if dtypes else ""
-    made = {key: TensorSpec(key, table.shapes[key], dtypes.get(key, default)) for key in table.shapes}
-    return Plan(table, dict(source), made)
-
-
-def _expected(shape: tuple[int, ...]) -> str:
-    """State a shape, unless it was to be read off the tensor that is not there."""
-    return "" if 0 in shape else f"; shape {shape} was expected"
 
 
 def add_prefix(rules: Iterable[Rule], *, source: str = "", target: str = "") -> list[Rule]:
@@ -501,38 +382,19 @@ def add_prefix(rules: Iterable[Rule], *, source: str = "", target: str = "") -> 
     return made
 
 
-def _grid(rule: Rule, axes: Axes) -> Iterable[dict[str, object]]:
+def _grid(rule: Rule, axes: Mapping[str, Sequence[object]]) -> Iterable[dict[str, object]]:
     text = rule.target if isinstance(rule, Fill) else rule.source
     names = list(dict.fromkeys(_AXIS.findall(text)))
     for values in itertools.product(*(axes[name] for name in names)):
         yield dict(zip(names, values, strict=True))
 
 
-def _shape(names: str, dims: Dims) -> tuple[int, ...]:
-    return tuple(int(name) if name.isdigit() else dims[name] for name in names.split())
-
-
 def _refuse_repeated(name: str, sources: Iterable[str], targets: Iterable[str]) -> None:
-    problems = [*_repeated("duplicate-source", sources), *_repeated("duplicate-target", targets)]
+    problems = [
+        Problem(code, key, f"{count} rules name it")
+        for code, keys in (("duplicate-source", sources), ("duplicate-target", targets))
+        for key, count in Counter(keys).items()
+        if count > 1
+    ]
     if problems:
         raise PlanError(f"table {name!r} contradicts itself", code=problems[0].code, problems=problems)
-
-
-def _repeated(code: str, keys: Iterable[str]) -> list[Problem]:
-    return [Problem(code, key, f"{count} rules name it") for key, count in Counter(keys).items() if count > 1]
-
-
-def _disagreements(source: TensorSpec, target: TensorSpec, table: Table, key: str) -> list[Problem]:
-    problems = []
-    if source.shape != table.source_shape(key):
-        stated = table.source_shape(key)
-        problems.append(Problem("shape", source.name, f"source {source.shape}, the settings say {stated}"))
-    if target.shape != table.shapes[key]:
-        problems.append(Problem("shape", target.name, f"source {source.shape}, target {target.shape}"))
-    dtype = table.dtypes.get(key, "")
-    if source.dtype not in (("", dtype) if dtype else ("", *FLOATS)):
-        expected = dtype or "a floating point type"
-        problems.append(Problem("dtype", source.name, f"source {source.dtype}, {expected} was expected"))
-    elif target.dtype and source.dtype and target.dtype != source.dtype:
-        problems.append(Problem("dtype", target.name, f"source {source.dtype}, target {target.dtype}"))
-    return problems

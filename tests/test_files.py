@@ -2,39 +2,28 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import errno
-import hashlib
-import json
 import os
-import re
 import resource
 import signal
 import stat
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors import SafetensorError, safe_open
 from steps import FAILED, at_every_step, in_child
 
 from convert import files, workspace
 from convert.errors import ConvertError
 from convert.files import (
-    Hashes,
-    header_bytes,
     new_directory,
     new_file,
-    read_header,
     resumed_file,
-    sha256_of,
     write_file,
 )
-from convert.interrupts import Interrupted, interruptible, shielded
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
@@ -677,47 +666,7 @@ def test_two_at_once(tmp_path: Path) -> None:
     assert (tmp_path / "out").read_bytes() == b"x"
 
 
-# ---- signals
-
-
-def test_a_step_is_not_divided() -> None:
-    done = []
-    with interruptible():
-        with pytest.raises(Interrupted) as caught, shielded():
-            signal.raise_signal(signal.SIGTERM)
-            done.append("the rest")
-        assert (done, caught.value.status) == (["the rest"], 143)
-    with pytest.raises(KeyboardInterrupt), interruptible():
-        signal.raise_signal(signal.SIGINT)  # the control
-        done.append("never")
-    assert done == ["the rest"]
-
-
-def test_one_wish_is_one_signal(monkeypatch: pytest.MonkeyPatch) -> None:
-    ended: list[int] = []
-    monkeypatch.setattr(os, "_exit", ended.append)
-    with interruptible():
-        with pytest.raises(Interrupted):
-            signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGTERM)  # a launcher sends both
-        assert ended == []
-        now = time.monotonic()
-        monkeypatch.setattr(time, "monotonic", lambda: now + 4)
-        signal.raise_signal(signal.SIGINT)  # who asks again after a while means it
-    assert ended == [130]
-
-
-def test_handlers_are_given_back_and_ignored_signals_stay_so() -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        handlers = [signal.getsignal(number) for number in SIGNALS]
-        with interruptible():
-            signal.raise_signal(signal.SIGHUP)
-            with shielded():
-                signal.raise_signal(signal.SIGHUP)
-        assert [signal.getsignal(number) for number in SIGNALS] == handlers
-    finally:
-        signal.signal(signal.SIGHUP, before)
+# ---- threads
 
 
 def test_threads_have_no_handlers(tmp_path: Path) -> None:
@@ -725,202 +674,3 @@ def test_threads_have_no_handlers(tmp_path: Path) -> None:
     thread.start()
     thread.join()
     assert state(tmp_path) == "new"
-
-
-# ---- reading
-
-
-def test_hash(tmp_path: Path) -> None:
-    content = os.urandom(3 * files.PIECE + 17)
-    (tmp_path / "file").write_bytes(content)
-    pieces: list[bytes] = []
-    assert (
-        sha256_of(tmp_path / "file", lambda piece: pieces.append(bytes(piece))) == hashlib.sha256(content).hexdigest()
-    )
-    assert b"".join(pieces) == content
-    with (tmp_path / "file").open("rb") as file:
-        file.seek(5)
-        assert sha256_of(file) == hashlib.sha256(content).hexdigest()
-        assert file.tell() == 5
-
-
-def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ConvertError) as caught:
-        sha256_of(tmp_path / "pipe")
-    assert caught.value.message == f"{tmp_path / 'pipe'} is not a regular file"
-
-
-@pytest.mark.parametrize("settled", [True, False])
-def test_each_file_is_hashed_once_and_a_change_is_seen(
-    settled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    count = [0]
-
-    def counted(*arguments: Any) -> str:
-        count[0] += 1
-        return sha256_of(*arguments)
-
-    monkeypatch.setattr(files, "sha256_of", counted)
-    monkeypatch.setattr(files, "_SETTLED", -(10**12) if settled else 10**12)
-    path = tmp_path / "file"
-    path.write_bytes(b"one")
-    hashes = Hashes()
-    assert hashes.of(path) == hashes.of(path) == hashlib.sha256(b"one").hexdigest()
-    hashes.check()
-    assert count[0] == (1 if settled else 2)  # what was written just now may change without a trace in its times
-    times = path.stat()
-    path.write_bytes(b"two")
-    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    with pytest.raises(ConvertError) as caught:
-        hashes.check()
-    assert caught.value.code == "changed"
-    path.unlink()
-    with pytest.raises(ConvertError, match="changed while it was in use"):
-        hashes.check()
-
-
-def test_a_file_that_changes_while_it_is_hashed(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(b"x" * 2 * files.PIECE)
-    with pytest.raises(ConvertError, match="changed while it was in use"):
-        Hashes().of(path, lambda piece: path.open("ab").write(b"y"))
-
-
-SPECS = [("a.weight", "F32", (2, 3)), ("b", "BF16", ()), ("c", "U8", (0, 4)), ("d", "BOOL", (5,))]
-
-
-def test_header_both_ways(tmp_path: Path) -> None:
-    head = header_bytes(SPECS)
-    assert len(head) % 64 == 0
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(head + bytes(24 + 2 + 0 + 5))
-    with path.open("rb") as file:
-        found, metadata = read_header(file)
-    assert metadata == {"format": "pt"}
-    assert {(name, one.dtype, one.shape) for name, one in found.items()} == set(SPECS)
-    assert [one.start - len(head) for one in found.values()] == [0, 24, 26, 26]
-    with safe_open(path, "pt") as opened:
-        assert {(name, tuple(opened.get_slice(name).get_shape())) for name in opened.keys()} == {  # noqa: SIM118
-            (name, shape) for name, _, shape in SPECS
-        }
-
-
-def packed(header: Any, data: bytes = bytes(8)) -> bytes:
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return len(text).to_bytes(8, "little") + text + data
-
-
-ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
-WRONG = {
-    "empty": b"",
-    "only a length": (10).to_bytes(8, "little"),
-    "a length beyond the file": (1 << 40).to_bytes(8, "little") + b"{}",
-    "not JSON": packed(b"{"),
-    "not UTF-8": packed(b'{"\xff": 1}'),
-    "not an object": packed(b"[]"),
-    "no dtype": packed({"x": {"shape": [2], "data_offsets": [0, 8]}}),
-    "an unknown dtype": packed({"x": ENTRY | {"dtype": "F33"}}),
-    "a negative length": packed({"x": ENTRY | {"shape": [-2]}}),
-    "a shape of another size": packed({"x": ENTRY | {"shape": [3]}}),
-    "bytes beyond the file": packed({"x": ENTRY}, bytes(4)),
-    "more bytes than are named": packed({"x": ENTRY}, bytes(9)),
-    "a gap": packed({"x": ENTRY | {"data_offsets": [4, 12]}}, bytes(12)),
-    "an overlap": packed({"x": ENTRY, "y": ENTRY}),
-    "metadata that is not text": packed({"__metadata__": {"a": 1}, "x": ENTRY}),
-}
-DEEP = {"a name twice": packed(b'{"x": %s, "x": %s}' % ((json.dumps(ENTRY).encode(),) * 2))}
-DEEP["nested too deeply"] = packed(b'{"x":' + b"[" * 100_000 + b"]" * 100_000 + b"}", b"")
-
-
-@pytest.mark.parametrize("name", [*WRONG, *DEEP])
-def test_wrong_headers_are_refused_as_safetensors_refuses_them(name: str, tmp_path: Path) -> None:
-    path = tmp_path / "x.safetensors"
-    path.write_bytes((WRONG | DEEP)[name])
-    with path.open("rb") as file, pytest.raises(ValueError):
-        read_header(file)
-    if name in WRONG:
-        with pytest.raises(SafetensorError), safe_open(path, "pt"):
-            pass
-    path.write_bytes(packed({"x": ENTRY}))  # the control
-    with path.open("rb") as file:
-        assert read_header(file)[0]["x"].count == 8
-
-
-# ---- once: nobody else writes
-
-
-WRITERS = {"files.py", "workspace.py", "fairseq_side/tensorfile.py"}  # the last runs by itself in old Pythons
-MODULES = {"tempfile", "shutil", "fcntl"}
-OF_OS = {"open", "rename", "renames", "replace", "link", "symlink", "unlink", "remove", "rmdir", "mkdir", "makedirs"}
-OF_PATHS_ALONE = {"write_bytes", "write_text", "rename", "unlink", "rmdir", "symlink_to", "hardlink_to", "touch"}
-
-
-def writing(text: str) -> set[str]:
-    """Name what a module does itself that `convert.files` is there for: writing, renaming, and hashing files in pieces."""
-    found = set()
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            named = [node.module or ""] if isinstance(node, ast.ImportFrom) else [name.name for name in node.names]
-            found |= {f"import {name}" for name in named if name.partition(".")[0] in MODULES}
-        if isinstance(node, ast.While) and any(
-            isinstance(part, ast.Attribute) and part.attr in ("update", "write") for part in ast.walk(node)
-        ):
-            found |= {"read in pieces"} if "read(" in ast.unparse(node) and "update(" in ast.unparse(node) else set()
-        if not isinstance(node, ast.Call):
-            continue
-        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-        owner = ast.unparse(node.func.value) if isinstance(node.func, ast.Attribute) else ""
-        modes = [
-            part.value
-            for part in (*node.args, *(word.value for word in node.keywords))
-            if isinstance(part, ast.Constant)
-        ]
-        if name == "open" and any(
-            isinstance(mode, str) and re.fullmatch(r"[rwxabt+]*[wxa+][rwxabt+]*", mode) for mode in modes
-        ):
-            found.add("open for writing")
-        if (owner == "os" and name in OF_OS) or (owner != "os" and name in OF_PATHS_ALONE):
-            found.add(f"{name}()")
-        if name == "replace" and owner not in ("", "dataclasses") and len(node.args) == 1 and not node.keywords:
-            found.add("replace()")
-    return found
-
-
-# each with its reason
-ALLOWED = {
-    "checkpoint/writer.py": {"open for writing"},  # an entry of a zip archive, in a file that `create` opened
-    "reading.py": {"open()"},  # to read
-    "rules.py": {"rename()"},  # of tensors
-    "verification/fairseq_side/weights.py": {"open()"},  # to read
-    # files without names: unlinked as soon as they are mapped
-    "verification/fairseq_side/shelf.py": {"import tempfile", "unlink()"},
-    "verification/report.py": {"import tempfile"},  # asks where temporary files lie, to name none of them
-    "evaluation/transcripts.py": {"unlink()"},  # a log that is not needed any more
-}
-
-
-def test_nobody_else_writes_renames_or_hashes() -> None:
-    root = Path(files.__file__).parent
-    paths = {path.relative_to(root).as_posix(): path.read_text("utf-8") for path in root.rglob("*.py")}
-    found = {name: writing(text) for name, text in paths.items() if name.removeprefix("verification/") not in WRITERS}
-    assert {name: what for name, what in found.items() if what} == ALLOWED
-    assert writing(paths["workspace.py"]) >= {"import shutil", "open()", "unlink()", "rmdir()"}  # the control
-
-
-@pytest.mark.parametrize(
-    ("line", "what"),
-    [
-        ("open('x', 'wb')", "open for writing"),
-        ("path.open(mode='a')", "open for writing"),
-        ("path.write_text('x')", "write_text()"),
-        ("part.replace(target)", "replace()"),
-        ("os.replace(a, b)", "replace()"),
-        ("import tempfile", "import tempfile"),
-        ("from shutil import copyfile", "import shutil"),
-        ("while piece := file.read(1):\n    digest.update(piece)", "read in pieces"),
-    ],
-)
-def test_control_who_does_is_found(line: str, what: str) -> None:
-    assert writing(line) == {what}
-    assert writing("text.replace('a', 'b'); path.open('rb'); replace(self, x=1)") == set()

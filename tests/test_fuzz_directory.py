@@ -15,7 +15,7 @@ from damage import MUTATIONS, PICKLED
 from evaluate_fixtures import write_manifest
 from fairseq_models import TINY, save
 from nonsense import other_json
-from verify_models import few_inputs, short_inputs
+from verify_models import computed_once, few_inputs, short_inputs
 
 from convert.checkpoint import open_checkpoint
 from convert.directory import ModelDirectory
@@ -59,7 +59,7 @@ def files_compared(checkpoint: Path, folder: Path) -> str:
     """What `verify` does before it loads a model."""
     directory = ModelDirectory(folder)
     with open_checkpoint(checkpoint) as opened:
-        meant = expected.expect(opened, directory, opened.sha256())
+        meant = expected.expect(opened, directory, opened.sha256(), None)
     problems = [*compare_weights(checkpoint, folder), *expected.compare_files(directory, meant.files)]
     problems += expected.compare_records(directory, meant)[0]
     return "different" if problems else "same"
@@ -106,7 +106,7 @@ def uses(
     made: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Callable[[Path], str]]]:
     checkpoint, folder = made[0], tmp_path_factory.mktemp("beside")
-    with short_inputs(), few_inputs("speech-even", "quiet"):
+    with short_inputs(), few_inputs("speech-even", "quiet"), computed_once():
         recording = record(checkpoint, folder / "recording", long=False)
         manifest = write_manifest(folder, ("TO", "EAT"))
         yield {
@@ -169,7 +169,7 @@ def test_a_traceback_would_be_seen(
 def test_a_damaged_recording_is_one_error(made: tuple[Path, Path], tmp_path: Path) -> None:
     checkpoint, model = made
     outcomes: Counter[str] = Counter()
-    with short_inputs(), few_inputs("speech-even", "quiet"):
+    with short_inputs(), few_inputs("speech-even", "quiet"), computed_once():
         content = record(checkpoint, tmp_path / "recording", long=False).read_bytes()
         count = int.from_bytes(content[:8], "little")
         for case in range(CASES):
@@ -196,7 +196,7 @@ def test_a_damaged_recording_is_one_error(made: tuple[Path, Path], tmp_path: Pat
 def test_a_damaged_checkpoint_is_recorded_or_one_error(made: tuple[Path, Path], tmp_path: Path) -> None:
     outcomes: Counter[str] = Counter()
     original, names = made[0].read_bytes(), PICKLED.split(",")
-    with short_inputs(), few_inputs("speech-even", "quiet"):
+    with short_inputs(), few_inputs("speech-even", "quiet"), computed_once():
         for case in range(CASES):
             chance = random.Random(case)
             (tmp_path / "damaged.pt").write_bytes(MUTATIONS[chance.choice(names)][1](chance, original))

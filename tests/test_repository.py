@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 from command_line import ROOT
+from conftest import SECONDS, share
 
 PROJECT = (ROOT / "pyproject.toml").read_text("utf-8")
 
@@ -48,3 +49,11 @@ def test_make_runs_what_contributing_names() -> None:
     targets = set(found(r"^([a-z]+):", (ROOT / "Makefile").read_text("utf-8")))
     named = found(r"`make ([a-z]+)`", (ROOT / "CONTRIBUTING.md").read_text("utf-8"))
     assert set(named) <= targets
+
+
+def test_every_file_of_tests_is_in_one_part() -> None:
+    (count,) = {int(one) for one in found(r"--part \$\*/(\d+)", (ROOT / "Makefile").read_text("utf-8"))}
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    parts = [share(files, number, count) for number in range(1, count + 1)]
+    assert sorted(path for part in parts for path in part) == files
+    assert all(parts) and SECONDS.keys() <= {path.name for path in files}

@@ -15,7 +15,7 @@ PRODUCT = ROOT / "convert"
 ORDER = (
     {"errors", "report"},
     {"interrupts", "reading", "rules", "typed"},
-    {"audio", "loading", "network", "workspace"},
+    {"audio", "loading", "network", "planner", "workspace"},
     {"files"},
     {"checkpoint", "fetching"},
     {"pieces"},
@@ -33,7 +33,7 @@ ORDER = (
     {"__init__", "__main__"},
 )
 LEVELS = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
-PLAIN = ("rules", "families", "mapping")  # rooms that need the standard library only
+PLAIN = ("rules", "planner", "families", "mapping")  # rooms that need the standard library only
 FILES = sorted(path for path in PRODUCT.rglob("*.py") if "fairseq_side" not in path.parts)
 
 

@@ -22,7 +22,8 @@ from convert.families.encoder import Layout, assemble, encoder_rules, infer_enco
 from convert.families.planning import choose, describe_encoder
 from convert.families.settings import Limit, Reader, Value, must_be, only
 from convert.families.tokenizers import Processor, is_plain, vocab
-from convert.rules import Drop, Edit, Fill, Plan, Rename, Rule, Table, TensorSpec, Zeros, add_prefix, plan
+from convert.planner import Plan, plan
+from convert.rules import Drop, Edit, Fill, Rename, Rule, Table, TensorSpec, Zeros, add_prefix
 
 # fmt: off
 ADAPTER = (

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 from convert.checkpoint import Anchor, Checkpoint
 from convert.checkpoint.data_config import DataConfig
 from convert.checkpoint.dictionary import Dictionary
-from convert.errors import PlanError, Problem
+from convert.errors import Problem
 from convert.families.damages import Converted, Damage, encoder_damages
 from convert.families.settings import Reader, Settings, Value
 from convert.families.tokenizers import Processor
-from convert.rules import Drop, Edit, Fill, Plan, Rename, Table
+from convert.planner import Plan
+from convert.rules import Drop, Edit, Fill, Rename, Table
 
 if TYPE_CHECKING:
     from convert.families.interface import Interface
@@ -22,50 +23,6 @@ if TYPE_CHECKING:
 Shapes = Mapping[str, tuple[int, ...]]
 KEPT_HEAD = "final_proj.safetensors"  # the file of `--keep-final-proj`
 NO_HEAD = "belongs to the head, and the bare encoder was asked for"
-
-
-def anchor(first: Rename, layer: Rename, inner: str = "", trainer: str = "fairseq") -> Anchor:
-    """Make what shows a model in files of other programs, of two rules.
-
-    Args:
-        first: a rule of a tensor that every model has.
-        layer: a rule of a tensor of its layers.
-        inner: what stands before both in the model.
-        trainer: the project whose trainer writes it.
-
-    Example:
-        >>> first = Rename("conv_layers.{conv}.{p}", "convolutions.{conv}.{p}", "hidden")
-        >>> anchor(first, Rename("layers.{layer}.fc1.bias", "layers.{layer}.fc1.bias", "ffn"), "encoder.").key
-        'encoder.conv_layers.0.weight'
-    """
-    key = first.source.replace("{p}", "weight")
-    return Anchor(f"{inner}{re.sub('{[^}]*}', '0', key)}", inner + layer.source.partition("{")[0], inner, trainer)
-
-
-def check_ranks(shapes: Shapes, model: str, needed: Mapping[str, int], others: Mapping[str, int]) -> None:
-    """Refuse a state_dict that is not one of a model.
-
-    Args:
-        shapes: the state_dict.
-        model: what it should be, for the error.
-        needed: tensors that every such model has, with their numbers of axes.
-        others: tensors that some have, with theirs.
-
-    Raises:
-        PlanError: `missing-tensor`, `shape`.
-    """
-    lost = [Problem("missing-tensor", key, "is not there") for key in needed if key not in shapes]
-    if lost:
-        message = f"this is not a {model}: {len(lost)} tensors that every such model has are missing"
-        raise PlanError(message, code="missing-tensor", problems=lost)
-    wrong = [
-        Problem("shape", key, f"{rank} axes expected, source {shapes[key]}")
-        for key, rank in {**needed, **others}.items()
-        if key in shapes and len(shapes[key]) != rank
-    ]
-    if wrong:
-        message = f"{len(wrong)} tensors have a different number of axes than in a {model}"
-        raise PlanError(message, code="shape", problems=wrong)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,29 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from convert.errors import PlanError
-from convert.families.base import NO_HEAD, Kind, Part, Shapes, anchor, check_ranks
+from convert.checkpoint import Anchor
+from convert.errors import PlanError, Problem
+from convert.families.base import NO_HEAD, Kind, Part, Shapes
 from convert.rules import Drop, Edit, Fill, Identity, NormOf, Rename, Rule, Table, Zeros, add_prefix
+
+
+def anchor(first: Rename, layer: Rename, inner: str = "", trainer: str = "fairseq") -> Anchor:
+    """Make what shows a model in files of other programs, of two rules.
+
+    Args:
+        first: a rule of a tensor that every model has.
+        layer: a rule of a tensor of its layers.
+        inner: what stands before both in the model.
+        trainer: the project whose trainer writes it.
+
+    Example:
+        >>> first = Rename("conv_layers.{conv}.{p}", "convolutions.{conv}.{p}", "hidden")
+        >>> anchor(first, Rename("layers.{layer}.fc1.bias", "layers.{layer}.fc1.bias", "ffn"), "encoder.").key
+        'encoder.conv_layers.0.weight'
+    """
+    key = first.source.replace("{p}", "weight")
+    return Anchor(f"{inner}{re.sub('{[^}]*}', '0', key)}", inner + layer.source.partition("{")[0], inner, trainer)
+
 
 # fmt: off
 CONVOLUTIONS = (
@@ -261,3 +281,29 @@ def count(keys: Iterable[str], pattern: str) -> int:
     """Count what keys number from 0 on; the pattern's group is the number."""
     found = [int(match[1]) for key in keys if (match := re.fullmatch(pattern, key))]
     return max(found, default=-1) + 1
+
+
+def check_ranks(shapes: Shapes, model: str, needed: Mapping[str, int], others: Mapping[str, int]) -> None:
+    """Refuse a state_dict that is not one of a model.
+
+    Args:
+        shapes: the state_dict.
+        model: what it should be, for the error.
+        needed: tensors that every such model has, with their numbers of axes.
+        others: tensors that some have, with theirs.
+
+    Raises:
+        PlanError: `missing-tensor`, `shape`.
+    """
+    lost = [Problem("missing-tensor", key, "is not there") for key in needed if key not in shapes]
+    if lost:
+        message = f"this is not a {model}: {len(lost)} tensors that every such model has are missing"
+        raise PlanError(message, code="missing-tensor", problems=lost)
+    wrong = [
+        Problem("shape", key, f"{rank} axes expected, source {shapes[key]}")
+        for key, rank in {**needed, **others}.items()
+        if key in shapes and len(shapes[key]) != rank
+    ]
+    if wrong:
+        message = f"{len(wrong)} tensors have a different number of axes than in a {model}"
+        raise PlanError(message, code="shape", problems=wrong)

@@ -12,7 +12,7 @@ from typing import Any
 from convert.checkpoint import Checkpoint
 from convert.errors import PlanError, Problem
 from convert.families.base import Sources
-from convert.families.settings import MISSING, Reader, Value
+from convert.families.settings import Reader, Value, carried
 from convert.report import quoted
 
 # fairseq.utils.get_activation_fn -> transformers.activations.ACT2FN
@@ -185,14 +185,7 @@ def encoder_settings(checkpoint: Checkpoint) -> Reader:
 def encoder_config(sources: Sources) -> list[Value]:
     """Translate the settings of an encoder into values of its `config.json`."""
     reader, fields = sources.reader, sources.family.settings
-    values = []
-    for name, target in fields.same.items():
-        default = fields.defaults.get(name, MISSING)
-        if name in fields.counts:
-            value: Any = reader.count(name, default)
-        else:
-            value = reader.get(name, bool if name in fields.flags else float, default)
-        values.append(Value(target, value, reader.origin(name)))
+    values = carried(reader, fields)
     convolutions = reader.convolutions("conv_feature_layers")
     origin = reader.origin("conv_feature_layers")
     values += [
@@ -210,10 +203,15 @@ def encoder_config(sources: Sources) -> list[Value]:
         Value("mask_feature_min_masks", 0, "apply_mask asks for none"),
     ]
     values += _masking(sources)
-    hidden, heads = reader.get("encoder_embed_dim", int), reader.count("encoder_attention_heads")
-    if heads > 0 and hidden % heads:
-        sources.refuse("bad-setting", "encoder_attention_heads", f"{heads} does not divide {hidden}")
+    check_heads(sources, reader, "encoder_attention_heads", "encoder_embed_dim")
     return values
+
+
+def check_heads(sources: Sources, reader: Reader, heads: str, width: str) -> None:
+    """Refuse a number of attention heads that does not divide the width."""
+    number, whole = reader.get(heads, int), reader.get(width, int)
+    if number > 0 and whole % number:
+        sources.refuse("bad-setting", heads, f"{number} does not divide {whole}")
 
 
 def _masking(sources: Sources) -> list[Value]:

@@ -8,16 +8,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-from convert.checkpoint.dictionary import Dictionary
 from convert.errors import PlanError, Problem
-from convert.families.base import NO_HEAD, Conversion, Family, Kind, Part, Shapes, Sources, anchor, check_ranks
+from convert.families.base import NO_HEAD, Conversion, Family, Kind, Part, Shapes, Sources
 from convert.families.ctc import Symbols
-from convert.families.encoder import Encoder, Layout, count
-from convert.families.planning import classify, finish, prove
-from convert.families.settings import Limit, Reader, Settings, Value, off, only
-from convert.families.tokenizers import Processor, tokenizer_file, vocab
+from convert.families.encoder import Encoder, Layout, anchor, check_ranks, count
+from convert.families.encoder_settings import check_heads
+from convert.families.fairseq2_processor import make_piece_processor
+from convert.families.planning import classify, finish, prove, too_many
+from convert.families.settings import Limit, Reader, Settings, Value, carried, off, only
 from convert.families.wav2vec2 import Quantizer
 from convert.rules import Drop, Edit, Fill, Identity, Rename, Rule, Table, Zeros, add_prefix
 
@@ -239,7 +238,6 @@ _COUNTS = {
     *("num_pos_conv_groups", "temporal_mask_span_len", "spatial_mask_span_len", "target_vocab_size", "final_dim"),
     *("quantized_dim", "num_codebooks", "num_codebook_entries", "num_distractors"),
 }
-_WHOLE = {"min_num_temporal_mask_spans", "min_num_spatial_mask_spans"}  # counts that may be zero
 _FLAGS = {"feature_extractor_bias", "use_masking"}
 _READ = {"_name", "feature_dim", "feature_extractor_layer_descs", "feature_extractor_layer_norm_convs"}
 _READ |= {"layer_norm_features", "final_proj_bias"}
@@ -256,6 +254,7 @@ SETTINGS = Settings(
     training_only=_TRAINING_ONLY,
     defaults={},
     counts=_COUNTS,
+    whole=frozenset({"min_num_temporal_mask_spans", "min_num_spatial_mask_spans"}),
     flags=_FLAGS,
 )
 _OWN = {"ctc": _SAME_CTC, "pretraining": _SAME_PRETRAINING}
@@ -273,7 +272,7 @@ def describe(sources: Sources) -> Conversion:
     training_only = classify(sources, settings)
     config = _config(sources, settings)
     layout = None if any(problem.code.endswith("-setting") for problem in sources.problems) else _layout(sources)
-    processor = _processor(sources)
+    processor = make_piece_processor(sources)
     config += [Value(key, value, "the tokenizer") for key, value in processor.ids.items()]
     proved = prove(sources, layout)
     return finish(sources, proved, sources.family.classes.get(sources.head, ""), config, training_only, processor)
@@ -281,13 +280,7 @@ def describe(sources: Sources) -> Conversion:
 
 def _config(sources: Sources, settings: Settings) -> list[Value]:
     reader = sources.reader
-    values = []
-    for name, target in settings.same.items():
-        if name in settings.counts:
-            value: Any = reader.count(name)
-        else:
-            value = reader.get(name, bool if name in settings.flags else int if name in _WHOLE else float)
-        values.append(Value(target, value, reader.origin(name)))
+    values = carried(reader, settings)
     convolutions, origin = _convolutions(reader), reader.origin("feature_extractor_layer_descs")
     values += [
         Value("conv_dim", [channels for channels, _, _ in convolutions], origin),
@@ -323,9 +316,7 @@ def _config(sources: Sources, settings: Settings) -> list[Value]:
 
 def _check(sources: Sources, order: str, convolutions: Sequence[tuple[int, int, int]]) -> None:
     reader = sources.reader
-    hidden, heads = reader.get("model_dim", int), reader.get("num_encoder_attn_heads", int)
-    if heads > 0 and hidden % heads:
-        sources.refuse("bad-setting", "num_encoder_attn_heads", f"{heads} does not divide {hidden}")
+    check_heads(sources, reader, "num_encoder_attn_heads", "model_dim")
     early = reader.get("layer_norm_features", bool)
     if early == (order == "PRE") and order in ("PRE", "POST"):
         found = "norms before and after its layers" if early else "a norm neither before nor after its layers"
@@ -359,14 +350,8 @@ def _layout(sources: Sources) -> Layout[Own] | None:
     except PlanError as error:
         sources.problems.extend(error.reasons)
         return None
-    layers, hidden, convolutions = (
-        reader.get("num_encoder_layers", int),
-        reader.get("model_dim", int),
-        _convolutions(reader),
-    )
-    if layers > len(inventory):  # or the table would be as long as it says
-        detail = f"{layers} layers of a checkpoint with {len(inventory)} tensors"
-        sources.refuse("bad-setting", "num_encoder_layers", detail)
+    hidden, convolutions = reader.get("model_dim", int), _convolutions(reader)
+    if too_many(sources, reader, "num_encoder_layers"):
         return None
     encoder = Encoder(
         convolutions=tuple((channels, kernel) for channels, kernel, _ in convolutions),
@@ -376,7 +361,7 @@ def _layout(sources: Sources) -> Layout[Own] | None:
         weight_norm=True,
         hidden=hidden,
         ffn=reader.get("ffn_inner_dim", int),
-        layers=layers,
+        layers=reader.get("num_encoder_layers", int),
         conv_pos=reader.get("pos_conv_kernel_size", int),
         pos_group=hidden // reader.get("num_pos_conv_groups", int),
     )
@@ -387,124 +372,6 @@ def _layout(sources: Sources) -> Layout[Own] | None:
         final_bias=not pretraining or reader.get("final_proj_bias", bool),
     )
     return replace(seen, encoder=encoder, head=sources.kind.state(sources, seen.head), own=own)
-
-
-# --- the tokenizer --------------------------------------------------------------------------------------------------
-
-_SPACE = "\u2581"  # what sentencepiece writes for a space
-
-
-def _processor(sources: Sources) -> Processor:
-    """Make the processor's files."""
-    task = sources.task
-    if "normalize" not in task.values:
-        sources.refuse(
-            "no-normalize", "--normalize", "no config.yaml says whether the model was trained on normalised waveforms"
-        )
-    features: dict[str, Any] = {
-        "do_normalize": task.get("normalize", bool, False),
-        "feature_extractor_type": "Wav2Vec2FeatureExtractor",
-        "feature_size": 1,
-        "padding_side": "right",
-        "padding_value": 0.0,
-        "return_attention_mask": True,  # fairseq2 masks the padding of every model
-        "sampling_rate": 16000,
-    }
-    if sources.head != "ctc":
-        return Processor(
-            {"preprocessor_config.json": features | {"processor_class": "Wav2Vec2FeatureExtractor"}}, {}, ""
-        )
-    dictionary = sources.dictionary = sources.checkpoint.dictionary or sources.request.dictionary
-    tokenizer = task.values.get("tokenizer")
-    if dictionary is None or not isinstance(tokenizer, Mapping):
-        detail = "there is no tokenizer (a sentencepiece .model) next to the checkpoint"
-        sources.refuse("no-dictionary", "--dict", detail, "pass the model's tokenizer: --dict tokenizer.model")
-        return Processor({}, {}, "")
-    _check_pieces(sources, dictionary, tokenizer)
-    vocabulary = vocab(dictionary)
-    files = {
-        "preprocessor_config.json": features | {"processor_class": "Wav2Vec2Processor"},
-        "tokenizer.json": _fast(vocabulary, tokenizer),
-        "tokenizer_config.json": {
-            "bos_token": "<s>",
-            "clean_up_tokenization_spaces": False,
-            "eos_token": "</s>",
-            "pad_token": "<pad>",
-            "processor_class": "Wav2Vec2Processor",
-            "tokenizer_class": "PreTrainedTokenizerFast",
-        },
-        "vocab.json": vocabulary,
-    }
-    named = {"bos_token_id": "<s>", "eos_token_id": "</s>", "pad_token_id": "<pad>"}
-    ids = {name: vocabulary[piece] for name, piece in named.items() if piece in vocabulary}
-    return Processor(files, ids, "sentencepiece characters")
-
-
-def _check_pieces(sources: Sources, dictionary: Dictionary, tokenizer: Mapping[str, Any]) -> None:
-    """Refuse a tokenizer whose decoding no tokenizer of transformers has."""
-    pieces, kinds = dictionary.symbols, tokenizer["kinds"]
-    rows = sources.reader.get("target_vocab_size", int)
-    if len(pieces) != rows:
-        sources.refuse("dictionary-size", "--dict", f"has {len(pieces)} pieces, the model's head {rows} rows")
-    repeated = sorted({piece for piece in pieces if pieces.count(piece) > 1}) if len(set(pieces)) < len(pieces) else []
-    if repeated:
-        sources.refuse("bad-dictionary", "--dict", f"pieces are repeated: {repeated[:5]}")
-    long = [piece for index, piece in enumerate(pieces) if str(index) not in kinds and len(piece) != 1]
-    if long:
-        detail = f"{len(long)} pieces are longer than a character, such as {long[:3]}: no character tokenizer"
-        sources.refuse("unsupported-tokenizer", "--dict", detail)
-    if 6 in kinds.values():
-        sources.refuse("unsupported-tokenizer", "--dict", "has pieces for bytes")
-    if pieces[:2] != ("<s>", "<pad>") or kinds.get("0") != 3 or kinds.get("1") != 3:
-        detail = f"its first pieces are {list(pieces[:2])}, <s> (the blank) and <pad> were expected"
-        sources.refuse("bad-dictionary", "--dict", detail)
-
-
-def _fast(vocabulary: Mapping[str, int], tokenizer: Mapping[str, Any]) -> dict[str, Any]:
-    """A `tokenizers` file of single characters that decodes as sentencepiece does: nothing is stripped but what it strips."""
-    kinds = {int(index): kind for index, kind in tokenizer["kinds"].items()}
-    names = {index: name for name, index in vocabulary.items()}
-    control = [names[index] for index, kind in sorted(kinds.items()) if kind == 3]
-    unknown = [names[index] for index, kind in sorted(kinds.items()) if kind == 2]
-    steps: list[dict[str, Any]] = [
-        {"type": "CTC", "pad_token": "<pad>", "word_delimiter_token": "<pad>", "cleanup": False},
-        *({"type": "Replace", "pattern": {"String": name}, "content": tokenizer["unk_surface"]} for name in unknown),
-        *({"type": "Replace", "pattern": {"String": name}, "content": ""} for name in control if name != "<pad>"),
-        {"type": "Fuse"},
-    ]
-    if _SPACE in vocabulary:
-        if tokenizer["extra_whitespace"] or tokenizer["dummy_prefix"]:
-            leading = f"^{_SPACE}+" if tokenizer["extra_whitespace"] else f"^{_SPACE}"
-            steps.append({"type": "Replace", "pattern": {"Regex": leading}, "content": ""})
-        steps.append({"type": "Replace", "pattern": {"String": _SPACE}, "content": " "})
-    # without merges, single characters; unlike WordLevel it makes one unknown piece of several, as sentencepiece does
-    model: dict[str, Any] = {
-        "type": "BPE",
-        "vocab": dict(vocabulary),
-        "merges": [],
-        "unk_token": unknown[0] if unknown else None,
-    }
-    return tokenizer_file(
-        vocabulary,
-        [name for name in control if name in ("<s>", "<pad>", "</s>")],
-        normalizer=_normalizer(vocabulary, tokenizer),
-        decoder={"type": "Sequence", "decoders": steps},
-        model=model | {"fuse_unk": True},
-    )
-
-
-def _normalizer(vocabulary: Mapping[str, int], tokenizer: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What is done to a text before it is split, where spaces are sentencepiece's marks."""
-    if _SPACE not in vocabulary:
-        return None
-    steps: list[dict[str, Any]] = []
-    if tokenizer["extra_whitespace"]:
-        steps.append({"type": "Replace", "pattern": {"Regex": " +"}, "content": " "})
-        steps.append({"type": "Strip", "strip_left": True, "strip_right": True})
-    if tokenizer["dummy_prefix"]:
-        steps.append({"type": "Prepend", "prepend": " "})
-    steps.append({"type": "Replace", "pattern": {"String": " "}, "content": _SPACE})
-    return {"type": "Sequence", "normalizers": steps}
 
 
 FAMILY = Family(

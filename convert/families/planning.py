@@ -12,10 +12,11 @@ from convert.errors import PlanError
 from convert.families.base import KEPT_HEAD, Conversion, Language, Part, Sidecar, Sources
 from convert.families.encoder import PREFIXES, Encoder, Layout
 from convert.families.encoder_settings import FINE_TUNING, encoder_config
-from convert.families.settings import Settings, Value
+from convert.families.settings import Reader, Settings, Value, refuse_limited
 from convert.families.tokenizers import Processor, make_processor
 from convert.pieces import not_repeated
-from convert.rules import Edit, Plan, Table, TensorSpec, plan
+from convert.planner import Plan, plan
+from convert.rules import Edit, Table, TensorSpec
 
 DEFAULT = "eng"  # the language of a `Wav2Vec2ForCTC` with adapters, where nobody asks for another
 _MADE = 16_000_000  # bytes that rules may make for a small file
@@ -134,11 +135,7 @@ def classify(sources: Sources, fields: Settings) -> dict[str, Any]:
                 sources.refuse("unknown-setting", name, detail, hint)
             else:
                 training_only[name] = value
-    for limit in fields.limits:
-        value = reader.values.get(limit.field)
-        present = limit.field in reader.values or limit.required
-        if (not limit.heads or sources.head in limit.heads) and present and not limit.neutral(value):
-            sources.refuse("unsupported-setting", limit.field, f"is {value!r}: {limit.why}")
+    refuse_limited(reader.values, fields.limits, sources.problems, sources.head)
     return dict(sorted(training_only.items()))
 
 
@@ -170,10 +167,8 @@ def stated_layout(sources: Sources, head: Part, own: Part, weight_norm: bool = T
         head, own: what tensors tell of the head and of what only the family has.
         weight_norm: whether the positional convolution has its weight norm.
     """
-    reader, kind, tensors = sources.reader, sources.kind.name, len(sources.checkpoint.tensors)
-    layers = reader.get("encoder_layers", int)
-    if layers > tensors:  # or the table would be as long as it says
-        sources.refuse("bad-setting", "encoder_layers", f"{layers} layers of a checkpoint with {tensors} tensors")
+    reader, kind = sources.reader, sources.kind.name
+    if too_many(sources, reader, "encoder_layers"):
         return None
     convolutions = reader.convolutions("conv_feature_layers")
     hidden, groups = reader.get("encoder_embed_dim", int), reader.get("conv_pos_groups", int)
@@ -187,7 +182,7 @@ def stated_layout(sources: Sources, head: Part, own: Part, weight_norm: bool = T
         weight_norm=weight_norm,
         hidden=hidden,
         ffn=reader.get("encoder_ffn_embed_dim", int),
-        layers=layers,
+        layers=reader.get("encoder_layers", int),
         conv_pos=reader.get("conv_pos", int),
         pos_group=hidden // groups,
     )
@@ -197,6 +192,15 @@ def stated_layout(sources: Sources, head: Part, own: Part, weight_norm: bool = T
         sources, Layout(sources.family.name, stated, PREFIXES[stated], encoder, head, own)
     )
     return made
+
+
+def too_many(sources: Sources, reader: Reader, name: str) -> bool:
+    """Refuse more layers than there are tensors: the table would be as long as the settings say."""
+    layers: int = reader.get(name, int)
+    tensors = len(sources.checkpoint.tensors)
+    if layers > tensors:
+        sources.refuse("bad-setting", name, f"{layers} layers of a checkpoint with {tensors} tensors")
+    return layers > tensors
 
 
 def kept_head(sources: Sources, table_of: Callable[[Any, Iterable[str]], Table]) -> list[Sidecar]:

@@ -14,14 +14,14 @@ from typing import Any
 
 from convert.errors import PlanError
 from convert.families import hubert, wav2vec2
-from convert.families.base import Conversion, Family, Kind, Running, Shapes, Sources, check_ranks
+from convert.families.base import Conversion, Family, Kind, Running, Shapes, Sources
 from convert.families.damages import Absent, Change, Configure, Converted, Damages, Generate, blocks, pair, roll
 from convert.families.encoder import Layout as EncoderLayout
-from convert.families.encoder import count
-from convert.families.encoder_settings import encoder_config
+from convert.families.encoder import check_ranks, count
+from convert.families.encoder_settings import check_heads, encoder_config
 from convert.families.interface import Interface, encoder_interface
-from convert.families.planning import classify, encoder_layout, finish, prove, read_dictionary
-from convert.families.settings import MISSING, Limit, Settings, Value, off
+from convert.families.planning import classify, encoder_layout, finish, prove, read_dictionary, too_many
+from convert.families.settings import Limit, Settings, Value, carried, off, refuse_limited
 from convert.families.tokenizers import Processor, make_processor, make_sequence_processor, sequence_decoding
 from convert.rules import Drop, Edit, Fill, Rename, Rule, Sinusoids, Table
 
@@ -247,17 +247,10 @@ def describe(sources: Sources) -> Conversion:
 def _decoder(sources: Sources) -> list[Value]:
     """The values of the decoder's part of `config.json`."""
     outer = sources.outer
-    values = []
-    for name, target in SAME.items():
-        default = SETTINGS.defaults.get(name, MISSING)
-        value: Any = outer.count(name, default) if name in SETTINGS.counts else outer.get(name, float, default)
-        values.append(Value(target, value, outer.origin(name)))
-    for limit in SETTINGS.limits:
-        if not limit.neutral(outer.values.get(limit.field)):
-            sources.refuse("unsupported-setting", limit.field, f"is {outer.values[limit.field]!r}: {limit.why}")
-    width, heads = outer.get("decoder_embed_dim", int), outer.get("decoder_attention_heads", int)
-    if heads > 0 and width % heads:
-        sources.refuse("bad-setting", "decoder_attention_heads", f"{heads} does not divide {width}")
+    values = carried(outer, SETTINGS)
+    refuse_limited(outer.values, SETTINGS.limits, sources.problems)
+    check_heads(sources, outer, "decoder_attention_heads", "decoder_embed_dim")
+    width = outer.get("decoder_embed_dim", int)
     if width < 4:
         sources.refuse("bad-setting", "decoder_embed_dim", f"fairseq has no sinusoids for a width of {width}")
     pre_norm = outer.get("decoder_normalize_before", bool, False)
@@ -288,15 +281,14 @@ def _decoder(sources: Sources) -> list[Value]:
 
 def _both(sources: Sources) -> list[Value]:
     """The values that belong to neither of the two parts."""
-    values = [Value("is_encoder_decoder", True, "the class"), *_ids()]
-    return [*values, Value("tie_word_embeddings", False, "the encoder and the decoder share nothing")]
+    tied = Value("tie_word_embeddings", False, "the encoder and the decoder share nothing")
+    return [Value("is_encoder_decoder", True, "the class"), *_ids(), tied]
 
 
 def _ids() -> list[Value]:
     ids = {"bos_token_id": 0, "decoder_start_token_id": 2, "eos_token_id": 2, "pad_token_id": 1}
-    return [
-        Value(name, value, "fairseq's Dictionary; SequenceGenerator starts with </s>") for name, value in ids.items()
-    ]
+    why = "fairseq's Dictionary; SequenceGenerator starts with </s>"
+    return [Value(name, value, why) for name, value in ids.items()]
 
 
 def _processor(sources: Sources) -> Processor:
@@ -330,11 +322,7 @@ def _layout(sources: Sources) -> Layout | None:
     """State the geometry from the settings."""
     outer, encoder = sources.outer, encoder_layout(sources)
     width, blocks = outer.get("decoder_embed_dim", int), outer.get("decoder_layers", int)
-    if blocks > len(sources.checkpoint.tensors):  # or the table would be as long as it says
-        detail = f"{blocks} layers of a checkpoint with {len(sources.checkpoint.tensors)} tensors"
-        sources.refuse("bad-setting", "decoder_layers", detail)
-        return None
-    if encoder is None:
+    if too_many(sources, outer, "decoder_layers") or encoder is None:
         return None
     embeddings = sources.checkpoint.inventory.get("decoder.embed_tokens.weight")
     rows = (embeddings.shape if embeddings else ()) or (0,)

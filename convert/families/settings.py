@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any
@@ -79,7 +79,7 @@ class Settings:
         read: settings that the family's functions read by name.
         training_only: settings that act while training only, or not at all.
         defaults: what fairseq's dataclass says where a checkpoint is silent.
-        counts, flags: the names in `same` that are whole numbers above zero, and true or false.
+        counts, whole, flags: the names in `same` that are whole numbers above zero, whole numbers, and true or false.
         min_masks: how many masks of time `apply_mask` asks for at least.
         absent: what transformers takes where `config.json` is silent, by field; those of geometry have no default.
     """
@@ -91,6 +91,7 @@ class Settings:
     training_only: AbstractSet[str]
     defaults: Mapping[str, Any]
     counts: AbstractSet[str]
+    whole: AbstractSet[str] = frozenset()
     flags: AbstractSet[str] = frozenset()
     min_masks: int = 2
     absent: Mapping[str, Any] = field(default_factory=dict)
@@ -178,6 +179,33 @@ class Reader:
         except ValueError as error:
             self.problems.append(Problem("bad-setting", name, str(error)))
             return []
+
+
+def carried(reader: Reader, fields: Settings) -> list[Value]:
+    """Translate the settings whose value stays what it is."""
+    values = []
+    for name, target in fields.same.items():
+        default = fields.defaults.get(name, MISSING)
+        kind = bool if name in fields.flags else int if name in fields.whole else float
+        value = reader.count(name, default) if name in fields.counts else reader.get(name, kind, default)
+        values.append(Value(target, value, reader.origin(name)))
+    return values
+
+
+def refuse_limited(values: Mapping[str, Any], limits: Iterable[Limit], problems: list[Problem], head: str = "") -> None:
+    """Refuse settings that the target cannot represent.
+
+    Args:
+        values: the settings.
+        limits: what cannot be represented.
+        problems: each reason is added here.
+        head: the head that is asked for.
+    """
+    for limit in limits:
+        value = values.get(limit.field)
+        present = limit.field in values or limit.required
+        if (not limit.heads or head in limit.heads) and present and not limit.neutral(value):
+            problems.append(Problem("unsupported-setting", limit.field, f"is {value!r}: {limit.why}"))
 
 
 def parse_convolutions(text: str) -> list[tuple[int, int, int]]:

@@ -1,30 +1,27 @@
-"""Speech-to-text transformers (`fairseq.models.speech_to_text.S2TTransformerModel`): names, settings, and the task's config.yaml.
+"""Speech-to-text transformers (`fairseq.models.speech_to_text.S2TTransformerModel`): names and settings.
 
 `source` is fairseq's whole key, `target` that of `Speech2TextForConditionalGeneration`. Settings:
-`fairseq.models.speech_to_text.s2t_transformer`, `fairseq.models.transformer.TransformerDecoderBase`,
-`fairseq.data.audio.data_cfg.S2TDataConfig`, `fairseq.sequence_generator.SequenceGenerator`; and
-`transformers.Speech2TextConfig`, `Speech2TextFeatureExtractor`, `Speech2TextTokenizer`.
+`fairseq.models.speech_to_text.s2t_transformer`, `fairseq.models.transformer.TransformerDecoderBase`; and
+`transformers.Speech2TextConfig`.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from convert.checkpoint.dictionary import SPECIAL, Dictionary
-from convert.checkpoint.sentencepiece import pieces
+from convert.checkpoint.dictionary import SPECIAL
 from convert.checkpoint.writer import NewNamespace
 from convert.errors import PlanError
-from convert.families.base import Conversion, Family, Kind, Restoring, Running, Shapes, Sources, anchor, check_ranks
+from convert.families.base import Conversion, Family, Kind, Restoring, Running, Shapes, Sources
 from convert.families.damages import Absent, Change, Configure, Converted, Damages, blocks, fewer, ones, pair, roll
-from convert.families.encoder import count
-from convert.families.encoder_settings import ACTIVATIONS
+from convert.families.encoder import anchor, check_ranks, count
+from convert.families.encoder_settings import ACTIVATIONS, check_heads
 from convert.families.interface import Interface
-from convert.families.planning import classify, finish, prove, read_dictionary
-from convert.families.settings import MISSING, Limit, Reader, Settings, Value, off, only
-from convert.families.tokenizers import SUBWORDS, Processor
+from convert.families.planning import classify, finish, prove, read_dictionary, too_many
+from convert.families.settings import Limit, Settings, Value, carried, off, only
+from convert.families.speech_to_text_processor import LANGUAGE, bins, make_data_processor
 from convert.rules import Drop, Edit, Rename, Rule, Table
 
 NAME = "speech_to_text"
@@ -101,12 +98,7 @@ class Layout:
 
 
 def table(layout: Layout, head: str = "", edits: Iterable[Edit] = ()) -> Table:
-    """Make the table of one model.
-
-    Args:
-        layout: the model's geometry.
-        head: nothing: the model is always converted whole.
-        edits: changes of single rows, see `Edit`.
+    """Make the table of one model; see `convert.mapping.table`.
 
     Raises:
         PlanError: `no-head`, when a part of the model was asked for.
@@ -137,10 +129,7 @@ def table(layout: Layout, head: str = "", edits: Iterable[Edit] = ()) -> Table:
 
 
 def infer(shapes: Shapes) -> Layout:
-    """Read the geometry off the names and shapes of a fairseq state_dict.
-
-    Args:
-        shapes: fairseq's keys with their shapes.
+    """Read the geometry off names and shapes; see `convert.mapping.infer_layout`.
 
     Raises:
         PlanError: `missing-tensor`, when it is not a speech-to-text transformer; `shape`, when a tensor has other axes.
@@ -176,8 +165,6 @@ CLASS = "Speech2TextForConditionalGeneration"
 # arguments of `register_model_architecture("s2t_transformer", ...)`; a Namespace keeps the architecture's name
 ARCHITECTURES = tuple(f"s2t_transformer{size}" for size in ("", "_xs", "_s", "_sp", "_m", "_mp", "_l", "_lp"))
 EMBEDDINGS = "decoder.embed_tokens.weight"
-MAX_LENGTH = 200  # fairseq-generate's max_len_b
-LANGUAGE = re.compile(r"<lang:(.*)>")  # SpeechToTextDataset.LANG_TAG_TEMPLATE
 
 # fmt: off
 SAME = {
@@ -216,46 +203,22 @@ LIMITS = (
     Limit("encoder_xformers_att_config",    off,         "Speech2TextEncoder has plain attention"),
     Limit("decoder_xformers_att_config",    off,         "Speech2TextDecoder has plain attention"),
 )
-# config.yaml
-DATA_LIMITS = (
-    Limit("input_channels",                      only(1), "Speech2TextFeatureExtractor makes one channel"),
-    Limit("sample_rate",                         only(16000), "Speech2TextFeatureExtractor has windows for 16000 samples a second"),
-    Limit("use_audio_input",                     off,     "Speech2TextForConditionalGeneration takes features, no waveform"),
-    Limit("prepend_bos_and_append_tgt_lang_tag", off,     "generate() ends with </s>, not with a language's tag"),
-    Limit("eos_token",                           off,     "generate() ends with </s>, not with another symbol"),
-)
 # fmt: on
 READ = frozenset({"_name", "activation_fn", "conv_kernel_sizes", "decoder_embed_dim", "decoder_output_dim"})
 READ |= {"input_channels", "input_feat_per_channel", "no_scale_embedding", "share_decoder_input_output_embed"}
 TRAINING_ONLY = frozenset({"encoder_freezing_updates", "load_pretrained_encoder_from", "relu_dropout"})
 TRAINING_ONLY |= {"adaptive_softmax_dropout", "ctc_weight", "ignore_prefix_size", "label_smoothing"}
 TRAINING_ONLY |= {"conv_out_channels", "decoder_input_dim", "encoder_layerdrop"}  # without effect on this model
-COUNTS = frozenset(name for name in SAME if not name.endswith(("dropout", "layerdrop")))
-CHOICES = {"activation_fn": ("activation_function", ACTIVATIONS)}
 SETTINGS = Settings(
     same=SAME,
-    choices=CHOICES,
+    choices={"activation_fn": ("activation_function", ACTIVATIONS)},
     limits=LIMITS,
     read=READ,
     training_only=TRAINING_ONLY,
     defaults={"decoder_layerdrop": 0.0},
-    counts=COUNTS,
+    counts=frozenset(name for name in SAME if not name.endswith(("dropout", "layerdrop"))),
 )
 KIND = Kind(NAME, data_config=True)
-# What config.yaml says for the processor, and what acts while training only
-DATA_READ = {"bpe_tokenizer", "feature_transforms", "hub", "input_feat_per_channel", "pre_tokenizer"}
-DATA_READ |= {"prepend_tgt_lang_tag", "transforms", "utterance_cmvn", "vocab_filename"}
-# config.yaml's lists of transforms -> those that transformers has
-TRANSFORMS = {"transforms": {"utterance_cmvn"}, "feature_transforms": {"utterance_cmvn"}}
-TRANSFORMS |= {"waveform_transforms": set(), "dataset_transforms": set()}
-DATA_TRAINING_ONLY = {"audio_root", "sampling_alpha", "shuffle", "specaugment", "speaker_set_filename"}
-DATA_TRAINING_ONLY |= {"concataugment", "noiseaugment", "musicaugment", "babbleaugment", "sporadicnoiseaugment"}
-DATA_TRAINING_ONLY |= {"noisyoverlapaugment", "backgroundnoiseaugment"}
-DATA_TRAINING_ONLY |= {
-    "delta_deltas",
-    "global_cmvn",
-}  # parameters of transforms, which are refused where they are named
-DATA_TRAINING_ONLY |= {"standardize_audio", "use_sample_rate", "vocoder"}  # of models that take or make waveforms
 
 
 def describe(sources: Sources) -> Conversion:
@@ -272,7 +235,7 @@ def describe(sources: Sources) -> Conversion:
         hint = "pass the config.yaml of the model's data, its dictionary and its sentencepiece model beside it: "
         sources.refuse("no-data-config", "--data-config", detail, hint + "--data-config config.yaml")
     sources.dictionary = read_dictionary(sources, EMBEDDINGS)
-    processor = _processor(sources)
+    processor = make_data_processor(sources)
     config.append(Value("vocab_size", len(sources.dictionary or ()), "dictionary"))
     layout = None if any(p.code == "missing-setting" for p in sources.problems) else _layout(sources)
     made = finish(sources, prove(sources, layout), CLASS, config, training_only, processor)
@@ -289,17 +252,14 @@ def describe(sources: Sources) -> Conversion:
 def _config(sources: Sources) -> list[Value]:
     """The values of `config.json`."""
     reader = sources.reader
-    values = []
-    for name, target in SAME.items():
-        read: Callable[..., Any] = reader.count if name in COUNTS else lambda *a: reader.get(a[0], float, a[1])
-        values.append(Value(target, read(name, SETTINGS.defaults.get(name, MISSING)), reader.origin(name)))
-    values += [reader.choice(name, target, words) for name, (target, words) in CHOICES.items()]
+    values = carried(reader, SETTINGS)
+    values += [reader.choice(name, target, words) for name, (target, words) in SETTINGS.choices.items()]
     kernels, unscaled = _kernels(sources), reader.get("no_scale_embedding", bool, False)
     tied = reader.get("share_decoder_input_output_embed", bool, False)
     values += [
         Value("conv_kernel_sizes", kernels, reader.origin("conv_kernel_sizes")),
         Value("num_conv_layers", len(kernels), reader.origin("conv_kernel_sizes")),
-        Value("input_feat_per_channel", _bins(sources), reader.origin("input_feat_per_channel")),
+        Value("input_feat_per_channel", bins(sources), reader.origin("input_feat_per_channel")),
         Value("input_channels", 1, reader.origin("input_channels")),
         Value("scale_embedding", not unscaled, reader.origin("no_scale_embedding")),
         Value("tie_word_embeddings", tied, reader.origin("share_decoder_input_output_embed")),
@@ -316,9 +276,7 @@ def _config(sources: Sources) -> list[Value]:
             detail = f"is {reader.values[name]!r}, encoder_embed_dim {width}: all of Speech2TextModel has one width"
             sources.refuse("unsupported-setting", name, detail)
     for name in ("encoder_attention_heads", "decoder_attention_heads"):
-        heads = reader.get(name, int)
-        if heads > 0 and width % heads:
-            sources.refuse("bad-setting", name, f"{heads} does not divide {width}")
+        check_heads(sources, reader, name, "encoder_embed_dim")
     return values
 
 
@@ -335,30 +293,17 @@ def _kernels(sources: Sources) -> list[int]:
     return kernels
 
 
-def _bins(sources: Sources) -> int:
-    """The numbers of a frame: the task writes what its config.yaml says into the model's settings."""
-    bins = sources.reader.count("input_feat_per_channel")
-    data = sources.request.data_config
-    stated = data.values.get("input_feat_per_channel", 80) if data else bins
-    if stated != bins:
-        sources.refuse("conflict", "input_feat_per_channel", f"the checkpoint says {bins}, config.yaml {stated!r}")
-    return bins
-
-
 def _layout(sources: Sources) -> Layout | None:
     """State the geometry from the settings; whether there is a CTC projection only the tensors tell."""
     reader, tensors = sources.reader, sources.checkpoint.tensors
-    embeddings = tensors.get(EMBEDDINGS)
-    for name in ("encoder_layers", "decoder_layers"):  # or the table would be as long as it says
-        if reader.get(name, int) > len(tensors):
-            sources.refuse("bad-setting", name, f"{reader.get(name, int)} layers of {len(tensors)} tensors")
-            return None
-    kernels = _kernels(sources)
+    if any(too_many(sources, reader, name) for name in ("encoder_layers", "decoder_layers")):
+        return None
+    kernels, embeddings = _kernels(sources), tensors.get(EMBEDDINGS)
     if not kernels:
         return None
     return Layout(
         family=NAME,
-        features=_bins(sources),
+        features=bins(sources),
         channels=reader.get("conv_channels", int),
         kernels=tuple(kernels),
         hidden=reader.get("encoder_embed_dim", int),
@@ -369,150 +314,6 @@ def _layout(sources: Sources) -> Layout | None:
         vocab=embeddings.shape[0] if embeddings and embeddings.shape else 0,  # read_dictionary counted them
         ctc="encoder.ctc_proj.weight" in tensors,
     )
-
-
-def _processor(sources: Sources) -> Processor:
-    """The feature extractor, the tokenizer, and how to generate: what fairseq's config.yaml says."""
-    config, dictionary = sources.request.data_config, sources.dictionary
-    if config is None or dictionary is None:
-        return Processor({}, {}, "")
-    data = Reader(dict(config.values), dict.fromkeys(config.values, "config.yaml"), sources.problems)
-    known = DATA_READ | DATA_TRAINING_ONLY | TRANSFORMS.keys() | {limit.field for limit in DATA_LIMITS}
-    for name in sorted(data.values.keys() - known):
-        if data.values[name]:
-            detail = f"config.yaml: {str(data.values[name])[:60]!r}: no rule says what it does"
-            sources.refuse("unknown-setting", name, detail)
-    for limit in DATA_LIMITS:
-        if not limit.neutral(data.values.get(limit.field)):
-            sources.refuse("unsupported-setting", limit.field, f"is {data.values[limit.field]!r}: {limit.why}")
-    _check_tokenizer(sources, data, dictionary, config.subwords)
-    languages = [symbol for symbol in dictionary.symbols if LANGUAGE.fullmatch(symbol)]
-    files = {
-        "preprocessor_config.json": _features(sources, data),
-        "vocab.json": {symbol: index for index, symbol in enumerate(dictionary.symbols)},
-        SUBWORDS: config.subwords,
-        "tokenizer_config.json": _tokenizer(languages),
-        "generation_config.json": _generation(sources, data, dictionary, languages),
-    }
-    return Processor(files, {}, "sentencepiece")
-
-
-def _features(sources: Sources, data: Reader) -> dict[str, Any]:
-    normalised = "utterance_cmvn" in _transforms(sources, data)
-    cmvn = data.get("utterance_cmvn", dict, {})
-    return {
-        "dither": 0.0,
-        "do_ceptral_normalize": normalised,
-        "feature_extractor_type": "Speech2TextFeatureExtractor",
-        "feature_size": _bins(sources),
-        "normalize_means": bool(cmvn.get("norm_means", True)),
-        "normalize_vars": bool(cmvn.get("norm_vars", True)),
-        "num_mel_bins": _bins(sources),
-        "padding_side": "right",
-        "padding_value": 0.0,
-        "processor_class": "Speech2TextProcessor",
-        "return_attention_mask": True,
-        "sampling_rate": 16000,
-    }
-
-
-def _transforms(sources: Sources, data: Reader) -> list[str]:
-    """What is done to features when no model is trained (`S2TDataConfig.get_transforms`)."""
-    found: list[str] = []
-    for name, known in TRANSFORMS.items():
-        splits = data.get(name, dict, {})
-        own = [split for split in splits if split not in ("*", "_eval", "_train") and not split.startswith("train")]
-        if own:
-            sources.refuse("unsupported-setting", name, f"config.yaml has transforms of its own for {', '.join(own)}")
-        chosen = splits.get("_eval") or splits.get("*") or []
-        if not isinstance(chosen, list) or not all(isinstance(transform, str) for transform in chosen):
-            sources.refuse("bad-setting", name, f"config.yaml: names in a list expected, {str(chosen)[:60]!r} found")
-            continue
-        for other in [transform for transform in chosen if transform not in known]:
-            detail = (
-                f"config.yaml asks for {other}; Speech2TextFeatureExtractor normalises each utterance, nothing else"
-            )
-            sources.refuse("unsupported-setting", name, detail)
-        found += chosen
-    return found
-
-
-def _check_tokenizer(sources: Sources, data: Reader, dictionary: Dictionary, subwords: bytes) -> None:
-    tokenizer = data.get("bpe_tokenizer", dict, {})
-    bpe = tokenizer.get("bpe")
-    if bpe != "sentencepiece" or not tokenizer.get("sentencepiece_model"):
-        bpe = f"{bpe}, and names no model" if bpe == "sentencepiece" else bpe
-        detail = f"config.yaml says {bpe!r}; Speech2TextTokenizer needs a sentencepiece model"
-        sources.refuse("unsupported-setting", "bpe_tokenizer", detail)
-    first = data.get("pre_tokenizer", dict, {}).get("tokenizer")
-    if first:
-        detail = f"config.yaml says {first!r}; Speech2TextTokenizer has none before sentencepiece"
-        sources.refuse("unsupported-setting", "pre_tokenizer", detail)
-    if dictionary.symbols[: len(SPECIAL)] != SPECIAL or len(set(dictionary.symbols)) != len(dictionary):
-        detail = f"{', '.join(SPECIAL)} must come first, and no symbol twice"
-        sources.refuse("bad-dictionary", "dictionary", detail)
-    made_up = re.compile(rf"{LANGUAGE.pattern}|madeupword\d+")  # symbols that need no piece
-    pieces_of_it = set(pieces(subwords)) if subwords else set(dictionary.symbols)
-    strange = [s for s in dictionary.symbols[len(SPECIAL) :] if s not in pieces_of_it and not made_up.fullmatch(s)]
-    if strange:
-        detail = f"is of another model: it lacks {len(strange)} symbols of the dictionary, such as {strange[0]!r}"
-        sources.refuse("conflict", "sentencepiece_model", detail)
-
-
-def _tokenizer(languages: list[str]) -> dict[str, Any]:
-    """fairseq strips the languages' tags from what it generates, as transformers does with special tokens."""
-    return {
-        "additional_special_tokens": languages,
-        "bos_token": "<s>",
-        "clean_up_tokenization_spaces": False,
-        "do_lower_case": False,
-        "do_upper_case": False,
-        "eos_token": "</s>",
-        "pad_token": "<pad>",
-        "processor_class": "Speech2TextProcessor",
-        "sp_model_kwargs": {},
-        "tokenizer_class": "Speech2TextTokenizer",
-        "unk_token": "<unk>",
-    }
-
-
-def _beam(sources: Sources) -> dict[str, Any]:
-    """The beam that the checkpoint's own section `generation` states, which ends as soon as it has as many texts."""
-    stated = sources.checkpoint.generation
-    beam, penalty = stated.get("beam", 1), 0.0 if stated.get("unnormalized") else stated.get("lenpen", 1.0)
-    if not isinstance(beam, int) or not 0 < beam <= MAX_LENGTH or not isinstance(penalty, (int, float)):
-        sources.refuse("bad-setting", "generation", f"beam {beam!r}, lenpen {penalty!r}: a number of each expected")
-        return {}
-    if beam == 1:
-        return {}
-    return {"num_beams": beam, "early_stopping": True} | ({} if penalty == 1 else {"length_penalty": float(penalty)})
-
-
-def _generation(sources: Sources, data: Reader, dictionary: Dictionary, languages: list[str]) -> dict[str, Any]:
-    """What `SequenceGenerator` does beside choosing the best: with it, `generate()` gives the same tokens."""
-    longest = min(MAX_LENGTH, sources.reader.get("max_target_positions", int) - 1)
-    made = {
-        "bos_token_id": 0,
-        "decoder_start_token_id": 2,
-        "eos_token_id": 2,
-        "forced_eos_token_id": 2,  # at the greatest length
-        "max_length": longest + 2,  # fairseq counts neither the start nor the end
-        "min_new_tokens": 1,  # min_len
-        "pad_token_id": 1,
-        "suppress_tokens": [1],  # never <pad>
-    }
-    made |= _beam(sources)
-    if data.get("prepend_tgt_lang_tag", bool, False):
-        language = sources.request.language or data.get("hub", dict, {}).get("tgt_lang")
-        tag = f"<lang:{language}>" if language else languages[0] if len(languages) == 1 else ""
-        if tag in languages:
-            made["forced_bos_token_id"] = dictionary.symbols.index(tag)
-        else:
-            found = ", ".join(LANGUAGE.sub(r"\1", symbol) for symbol in languages) or "none"
-            asked = f"{language!r} was asked for" if language else "none was named"
-            detail = f"each text starts with its language's tag: {asked}, there are {found}"
-            sources.refuse("no-language", "--lang", detail)
-    return made
 
 
 def _arguments(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -80,16 +80,7 @@ def make_processor(
         problems: what cannot be represented is added here.
         post_process: what the caller asks for in place of the criterion's.
     """
-    features = {
-        "do_normalize": task.get("normalize", bool),
-        "feature_extractor_type": "Wav2Vec2FeatureExtractor",
-        "feature_size": 1,
-        "padding_side": "right",
-        "padding_value": 0.0,
-        # transformers' own converter says false for group norm models; fairseq always masks the padding
-        "return_attention_mask": True,
-        "sampling_rate": task.count("sample_rate", 16000),
-    }
+    features = waveform_features(task.get("normalize", bool), task.count("sample_rate", 16000))
     if dictionary is None:
         features["processor_class"] = "Wav2Vec2FeatureExtractor"  # or AutoProcessor looks for a tokenizer, and fails
         return Processor({"preprocessor_config.json": features}, {}, "")
@@ -136,6 +127,20 @@ def make_processor(
         "eos_token_id": vocabulary.get("</s>", 2),
     }
     return Processor(files, ids, decoding)
+
+
+def waveform_features(normalize: bool, rate: int) -> dict[str, Any]:
+    """Make `preprocessor_config.json` of a model that takes waveforms, but for `processor_class`."""
+    return {
+        "do_normalize": normalize,
+        "feature_extractor_type": "Wav2Vec2FeatureExtractor",
+        "feature_size": 1,
+        "padding_side": "right",
+        "padding_value": 0.0,
+        # transformers' own converter says false for group norm models; fairseq always masks the padding, and so does fairseq2
+        "return_attention_mask": True,
+        "sampling_rate": rate,
+    }
 
 
 def post_process_of(criterion: Mapping[str, Any], task: Mapping[str, Any], asked: str = "") -> str:

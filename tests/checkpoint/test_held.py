@@ -24,7 +24,7 @@ import wavlm_models
 from held_models import COMPLETE, INVENTED, WITHOUT_SETTINGS
 from safetensors.torch import load_file
 from torch_files import read
-from verify_models import short_inputs
+from verify_models import computed_once, few_inputs, short_inputs
 
 import convert
 from convert.errors import ConvertError
@@ -289,7 +289,7 @@ def all_commands(path: Path, folder: Path, **asked: Any) -> str:
     target = convert.plan(path, **asked).target
     assert convert.convert(path, folder / "out", **asked).model.target == target
     given = {name: asked[name] for name in ("base", "dictionary") if name in asked}
-    with short_inputs():
+    with short_inputs(), few_inputs("speech-even", "quiet", "padded-batch"), computed_once():
         record(path, folder / "answers.safetensors", long=False, **asked)
         live = verify(path, folder / "out", devices=["cpu"], long=False, **given)
         recorded = verify(

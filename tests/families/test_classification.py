@@ -17,7 +17,7 @@ from fairseq_models import BASE
 from faults import SILENT, reported, settings, weight_faults
 from hub_fixtures import facts_of
 from safetensors.numpy import load_file, save_file
-from verify_models import edit, few_inputs, one_reference, short_inputs
+from verify_models import computed_once, edit, few_inputs, short_inputs
 
 import convert
 from convert.errors import PlanError
@@ -266,7 +266,7 @@ def test_every_fault_is_reported(tmp_path: Path) -> None:
     """Every tensor perturbed, moved or swapped, and every value that decides the classes or their names."""
     smallest = {"encoder_layers": 1, "conv_feature_layers": "[(32, 10, 5)] + [(32, 4, 4)]"}
     variant = Variant(BASE | smallest, LINEAR | {"latent_embed_dim": 24}, EMOTIONS)
-    with short_inputs(), few_inputs("quiet", "padded-batch"), one_reference():
+    with short_inputs(), few_inputs("quiet", "padded-batch"), computed_once():
         path = save(variant, tmp_path / "m.pt")
         pair = (path, convert.convert(path, tmp_path / "model").path)
         wrong: dict[str, Any] = {

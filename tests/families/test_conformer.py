@@ -17,7 +17,7 @@ from fairseq import checkpoint_utils
 from fairseq.data import Dictionary
 from faults import Fault, in_weights, reported, settings
 from faults import weight_faults as every_weight_fault
-from verify_models import few_inputs, one_reference, short_inputs
+from verify_models import computed_once, few_inputs, short_inputs
 
 import convert
 from convert.errors import PlanError
@@ -325,7 +325,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Pat
 def test_every_fault_in_the_weights_is_reported(pairs: Any, tmp_path: Path) -> None:
     faults = weight_faults(pairs["ctc_relative"][1])
     assert len(faults) > 40
-    with few_inputs("speech-even", "quiet"), one_reference():
+    with few_inputs("speech-even", "quiet"), computed_once():
         codes = {name: reported(pairs["ctc_relative"], fault, tmp_path) for name, fault in faults.items()}
     assert [name for name, found in codes.items() if "bytes" not in found] == []
     unseen = [name for name, found in codes.items() if "different" not in found]
@@ -367,7 +367,7 @@ def test_every_setting_counts_where_it_should(pairs: Any, tmp_path: Path) -> Non
     config = json.loads((pairs["ctc_rotary_base"][1] / "config.json").read_text())
     changes = {name: other(value) for name, value in config.items()} | WRONG | WORDS
     assert changes.keys() == config.keys() and all(changes[name] != config[name] for name in config)
-    with few_inputs("speech-even", "quiet"), one_reference():
+    with few_inputs("speech-even", "quiet"), computed_once():
         codes = {
             name: reported(pairs["ctc_rotary_base"], settings("config.json", **{name: value}), tmp_path)
             for name, value in changes.items()

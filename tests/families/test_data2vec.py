@@ -20,7 +20,7 @@ from fairseq_models import Variant, _Task, write
 from faults import SILENT, reported, settings, weight_faults
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
-from verify_models import few_inputs, one_reference, short_inputs
+from verify_models import computed_once, few_inputs, short_inputs
 
 import convert
 from convert.errors import PlanError
@@ -321,7 +321,7 @@ def test_keys_for_other_peoples_scripts() -> None:
 def test_every_fault_is_reported(tmp_path: Path) -> None:
     """Every tensor perturbed, moved or swapped, and every value of the configuration that the class reads."""
     smallest = {"encoder_layers": 1, "conv_feature_layers": "[(32, 10, 5)] + [(32, 4, 4)]", "pos_conv_depth": 2}
-    with few_inputs("quiet"), one_reference():
+    with few_inputs("quiet"), computed_once():
         path = save(Variant("ctc", BASE | smallest, normalize=True), tmp_path / "m.pt")
         pair = (path, convert.convert(path, tmp_path / "model").path)
         wrong: dict[str, Any] = {

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from faults import SILENT, config_faults, in_weights, reported, settings, weight_faults
 from hubert_models import BASE, Variant, save
-from verify_models import converted, few_inputs, one_reference, short_inputs
+from verify_models import computed_once, converted, few_inputs, short_inputs
 
 COUNTER = "encoder.pos_conv_embed.batch_norm.num_batches_tracked"  # for training, and no number that a fraction fits
 
@@ -19,7 +19,7 @@ def _short() -> Iterator[None]:
     with (
         short_inputs(),
         few_inputs("speech-even", "quiet", "padded-batch"),
-        one_reference(),
+        computed_once(),
     ):
         yield
 

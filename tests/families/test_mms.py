@@ -17,7 +17,7 @@ import transformers
 from environments import recorded_elsewhere
 from mms_models import ONE, REFUSED, VARIANTS, Adapted, build, logits, save, speak
 from safetensors.torch import load_file, save_file
-from verify_models import few_inputs, one_reference, short_inputs
+from verify_models import computed_once, few_inputs, short_inputs
 
 import convert
 from convert.errors import ConvertError, PlanError
@@ -291,7 +291,7 @@ def test_every_fault_in_a_language_is_reported(made: Any) -> None:
     file = folder / "adapter.hin.safetensors"
     whole = file.read_bytes()
     missed: list[str] = []
-    with one_reference():
+    with computed_once():
         for name in (name for name in load_file(file) if "layers.1." in name or "layers" not in name):
             tensors = load_file(file)
             tensors[name].view(-1)[tensors[name].numel() // 2] += 0.5

@@ -20,7 +20,7 @@ from fairseq_models import dictionary
 from faults import SILENT, Fault, perturbed, reported, swapped
 from safetensors.numpy import load_file
 from seq2seq_models import DECODER, REFUSED, VARIANTS, Seq2Seq, build, save
-from verify_models import edit, few_inputs, one_reference, short_inputs
+from verify_models import computed_once, edit, few_inputs, short_inputs
 
 import convert
 from convert.errors import PlanError
@@ -35,7 +35,7 @@ ENCODERS = {"wav2vec2": "Wav2Vec2Model", "hubert": "HubertModel"}
 
 @pytest.fixture(scope="module", autouse=True)
 def _short() -> Iterator[None]:
-    with short_inputs(), few_inputs("speech-even", "quiet", "padded-batch"), one_reference():
+    with short_inputs(), few_inputs("speech-even", "quiet", "padded-batch"), computed_once():
         yield
 
 

@@ -27,7 +27,7 @@ from typing import Any
 from convert.errors import ConvertError
 from convert.package import compare_weights, convert
 
-CASES = 500  # for each container, mutation and further kind of model: 8,500 in all
+CASES = 150  # for each container, mutation and further kind of model: 2,550 in all
 SECONDS = 10  # for one file, most of which take some milliseconds
 BYTES = 32_000_000  # beyond what an undamaged conversion left; its buffers take 13 MB
 # one arena and no pools: what is reserved is what is asked for

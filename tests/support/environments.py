@@ -110,7 +110,7 @@ def _verify(name: str, checkpoint: Path, model: Path, against: str, **options: A
 
 def verify_all(work: Path, name: str, *others: str) -> None:
     """Verify every model of `many_models.make_models`."""
-    from verify_models import few_inputs, short_inputs
+    from verify_models import computed_once, few_inputs, short_inputs
 
     from convert.verification import record
     from convert.verification.fairseq_side.machine import bits
@@ -125,7 +125,8 @@ def verify_all(work: Path, name: str, *others: str) -> None:
         if model.name.startswith("speech_to_text"):
             asked = json.loads((model / "conversion.json").read_text())["request"]
             options = {"data_config": folder / "config.yaml", "language": asked.get("language")}
-        with short_inputs(), few_inputs(*HEADS) if model.name.startswith("head-") else nullcontext():
+        few = few_inputs(*HEADS) if model.name.startswith("head-") else nullcontext()
+        with short_inputs(), few, computed_once():
             found.append(_verify(model.name, checkpoint, model, "live"))
             for other in others:
                 reference = work / "recordings" / other / model.name

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from command_line import ROOT
+from command_line import COMMANDS, ROOT, objects
 from hub_server import Hub
 
 from convert.publishing.facts import Stated, gather
@@ -45,7 +45,8 @@ for line in sys.stdin:
 
 
 # `fairseq-to-hf`, with shorter pauses between its questions
-START = "import convert.publishing.hub as hub; hub.PACE = 0.05; from convert.cli import main; main()"
+PACE = "import convert.publishing.hub as hub; hub.PACE = 0.05\n"
+START = f"{PACE}from convert.cli import main; main()"
 
 
 class Publisher:
@@ -72,6 +73,23 @@ class Publisher:
         assert status is None or process.returncode == status, f"exit {process.returncode}\n{out}\n{err}"
         assert "Traceback" not in err, err
         return out, err
+
+    def run_all(self, lines: list[list[str]]) -> list[dict]:
+        """Run several with `--json` in one process; return the objects."""
+        words = json.dumps([["publish", *line, "--json"] for line in lines])
+        command = [sys.executable, "-c", PACE + COMMANDS]
+        done = subprocess.run(command, input=words, env=self.environment(), capture_output=True, text=True, timeout=300)
+        self.said += [done.stdout, done.stderr]
+        assert (done.returncode, done.stderr) == (0, ""), (done.stdout, done.stderr)
+        return objects(done.stdout)
+
+    def told_nobody(self) -> None:
+        """Check that the token went to the API and nowhere else."""
+        for text in self.said:
+            assert not any(secret in text for secret in SECRETS)
+        for row in self.hub.seen:
+            assert not (row.authorized and "localhost" in row.host)
+            assert not any(secret.encode() in row.body or secret in row.path for secret in (TOKEN, READ, OTHER))
 
     def run(self, *arguments: object, status: int = 0, token: str | None = TOKEN, **more: str) -> dict:
         """Run with `--json` and return the object."""
@@ -133,11 +151,7 @@ def hub(session_hub: Hub) -> Iterator[Hub]:
 def publisher(hub: Hub, tmp_path: Path) -> Iterator[Publisher]:
     made = Publisher(hub, tmp_path / "hf-home")
     yield made
-    for text in made.said:
-        assert not any(secret in text for secret in SECRETS)
-    for row in hub.seen:  # the token goes to the API and nowhere else
-        assert not (row.authorized and "localhost" in row.host)
-        assert not any(secret.encode() in row.body or secret in row.path for secret in (TOKEN, READ, OTHER))
+    made.told_nobody()
 
 
 @pytest.fixture(scope="session")

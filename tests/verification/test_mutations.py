@@ -12,7 +12,7 @@ from command_line import ROOT
 from environments import recorded_elsewhere
 from fairseq_models import VARIANTS
 from faults import SILENT, config_faults, processor_faults, reported, weight_faults
-from verify_models import converted, few_inputs, one_reference, short_inputs
+from verify_models import computed_once, converted, few_inputs, short_inputs
 
 from convert.verification import verify
 from convert.verification.recording import Recorded
@@ -23,7 +23,7 @@ MODELS = ("ctc_base", "ctc_large", "pretrained_base")
 
 @pytest.fixture(scope="module", autouse=True)
 def _short() -> Iterator[None]:
-    with short_inputs(), few_inputs("speech-even", "quiet", "padded-batch"), one_reference():
+    with short_inputs(), few_inputs("speech-even", "quiet", "padded-batch"), computed_once():
         yield
 
 

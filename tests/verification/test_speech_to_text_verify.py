@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from faults import in_weights, outcomes, perturbed, reported, rolled, settings, swapped, transposed
 from speech_to_text_models import save
-from verify_models import edit, few_inputs, one_reference, short_inputs
+from verify_models import computed_once, edit, few_inputs, short_inputs
 
 from convert.errors import ConvertError
 from convert.package import convert
@@ -95,7 +95,7 @@ def test_half_precision_is_judged(pair: tuple[Path, Path], tmp_path: Path) -> No
     out = convert(
         pair[0], tmp_path / "out", data_config=pair[0].with_name("config.yaml"), language="de", dtype="bfloat16"
     )
-    with few_inputs("speech-even", "quiet"), one_reference():
+    with few_inputs("speech-even", "quiet"), computed_once():
         done = verify(pair[0], out.path, devices=["cpu"], write=False)
     assert done.problems == ()
     assert {run["dtype"] for run in done.report["runs"]} == {"float32 with bfloat16 weights", "bfloat16"}
@@ -136,7 +136,7 @@ def faults() -> dict[str, tuple[Fault, set[str]]]:
 
 
 def test_every_fault_is_reported(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    with few_inputs("speech-even", "padded-batch", "quiet"), one_reference():
+    with few_inputs("speech-even", "padded-batch", "quiet"), computed_once():
         found = {name: reported(pair, fault, tmp_path) for name, (fault, _) in faults().items()}
     assert len(found) >= 30
     assert {name: codes for name, codes in found.items() if not codes & faults()[name][1]} == {}
@@ -144,7 +144,7 @@ def test_every_fault_is_reported(pair: tuple[Path, Path], tmp_path: Path) -> Non
 
 
 def test_the_same_weights_in_another_place_are_no_fault(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    with few_inputs("speech-even", "quiet"), one_reference():
+    with few_inputs("speech-even", "quiet"), computed_once():
         assert outcomes(pair, in_weights(lambda tensors: None), tmp_path) == [{"changed-file"}, {"changed-file"}]
 
 
