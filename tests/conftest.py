@@ -23,12 +23,12 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored below nohup, and by the 
 pytest_plugins = ["hub_fixtures", "download_server"]  # fixtures: the Hub, the publisher, a model; a server of downloads
 
 
-# what the files take that take longest, in seconds of one core; the others take some seconds each
+# about what the longest files take, in seconds of one core; the others take some seconds each
 SECONDS = {
     "test_mutations.py": 210,
     "test_large.py": 110,
     "test_environments.py": 110,
-    "test_irregular.py": 90,
+    "test_irregular.py": 60,
     "test_benchmarks.py": 100,
     "test_fuzz.py": 75,
     "test_held.py": 70,
@@ -43,7 +43,7 @@ SECONDS = {
     "test_inspect.py": 30,
     "test_fuzz_hub.py": 30,
     "test_fairseq2_folders.py": 30,
-    "test_publish_families.py": 30,
+    "test_publish_families.py": 25,
     "test_evaluate_processes.py": 27,
     "test_hubert_faults.py": 20,
     "test_bombs.py": 20,
