@@ -3,7 +3,7 @@
 As released in 2020: `args` a flat Namespace with the pretrained model's `w2v_args` inside, optionally with Adam's state
 beside the model, in the zip or in the legacy container. With `--languages N`, as MMS: adapters and a head for each language,
 whose numbers are views of one random array, so that the file may be larger than the memory.
-Usage: `python benchmarks/large.py FILE.pt [--adam] [--legacy] [--small] [--languages N] [--layers N] [--width N]`.
+Usage: `python benchmarks/large.py FILE.pt [--adam] [--legacy] [--small] [--languages N] [--layers N] [--width N] [--ffn N]`.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ FINE_TUNED = {
 ADAPTER = 16  # `adp_dim` of MMS
 
 
-def shapes(layers: int, width: int) -> OrderedDict[str, tuple[int, ...]]:
+def shapes(layers: int, width: int, ffn: int) -> OrderedDict[str, tuple[int, ...]]:
     """List fairseq's tensors of a CTC model with layer norm, in the order of its modules."""
     encoder, channels = "w2v_encoder.w2v_model.", width // 2
     found: OrderedDict[str, tuple[int, ...]] = OrderedDict()
@@ -102,8 +102,8 @@ def shapes(layers: int, width: int) -> OrderedDict[str, tuple[int, ...]]:
         for part in ("k", "v", "q", "out"):
             add(f"{layer}self_attn.{part}_proj", width, width)
         add(f"{layer}self_attn_layer_norm", width)
-        add(f"{layer}fc1", 4 * width, width)
-        add(f"{layer}fc2", width, 4 * width)
+        add(f"{layer}fc1", ffn, width)
+        add(f"{layer}fc2", width, ffn)
         add(f"{layer}final_layer_norm", width)
     add(f"{encoder}encoder.layer_norm", width)
     add(f"{encoder}layer_norm", channels)
@@ -111,11 +111,11 @@ def shapes(layers: int, width: int) -> OrderedDict[str, tuple[int, ...]]:
     return found
 
 
-def state_dict(size: tuple[int, int] = LARGE, seed: int = 0) -> OrderedDict[str, torch.Tensor]:
+def state_dict(size: tuple[int, int] = LARGE, seed: int = 0, ffn: int = 0) -> OrderedDict[str, torch.Tensor]:
     """Make weights about as fairseq initialises them, float32: norms of ones and zeros, no biases."""
     generator = torch.Generator().manual_seed(seed)
     made: OrderedDict[str, torch.Tensor] = OrderedDict()
-    for name, shape in shapes(*size).items():
+    for name, shape in shapes(*size, ffn or 4 * size[1]).items():
         spread = 0.5 / (shape[1] * shape[2]) ** 0.5 if len(shape) == 3 else 0.02
         if name.endswith("bias"):
             made[name] = torch.zeros(shape)
@@ -164,14 +164,24 @@ def languages(count: int, size: tuple[int, int], seed: int = 0) -> dict[str, Any
 
 
 def save(
-    path: Path, *, adam: bool = False, legacy: bool = False, size: tuple[int, int] = LARGE, several: int = 0
+    path: Path,
+    *,
+    adam: bool = False,
+    legacy: bool = False,
+    size: tuple[int, int] = LARGE,
+    ffn: int = 0,
+    several: int = 0,
 ) -> Path:
     """Write a checkpoint in the layout of 2020; of several languages, in that of MMS."""
     layers, width = size
-    model = state_dict(size)
+    model = state_dict(size, ffn=ffn)
     strides = [(5 if index == 0 else 2) for index in range(len(KERNELS))]
     convolutions = [(width // 2, kernel, stride) for kernel, stride in zip(KERNELS, strides, strict=True)]
-    encoder = ENCODER | {"encoder_layers": layers, "encoder_embed_dim": width, "encoder_ffn_embed_dim": 4 * width}
+    encoder = ENCODER | {
+        "encoder_layers": layers,
+        "encoder_embed_dim": width,
+        "encoder_ffn_embed_dim": ffn or 4 * width,
+    }
     encoder |= {"conv_feature_layers": str(convolutions)}
     fine_tuned: dict[str, Any] = dict(FINE_TUNED)
     adapters: dict[str, Any] = {}
@@ -210,8 +220,11 @@ if __name__ == "__main__":
     parser.add_argument("--languages", type=int, default=0, help="as MMS, with adapters for so many languages")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--width", type=int)
+    parser.add_argument(
+        "--ffn", type=int, default=0, help="the width inside the layers; by default four times the other"
+    )
     asked = parser.parse_args()
     layers, width = SMALL if asked.small else LARGE
     size = asked.layers or layers, asked.width or width
-    save(asked.file, adam=asked.adam, legacy=asked.legacy, size=size, several=asked.languages)
+    save(asked.file, adam=asked.adam, legacy=asked.legacy, size=size, ffn=asked.ffn, several=asked.languages)
     dictionary(asked.file.with_suffix(".dict.txt"))
