@@ -20,7 +20,7 @@ from verify_models import converted, short_inputs, subject_of
 from convert.package import convert
 from convert.verification import record, verify
 from convert.verification.devices import steady
-from convert.verification.fairseq_side import numerics, shelf
+from convert.verification.fairseq_side import blocks, numerics, shelf
 from convert.verification.fairseq_side.lending import Lending
 from convert.verification.inputs import bundled
 from convert.verification.reference import Live
@@ -111,6 +111,23 @@ def test_a_half_type_is_kept_as_it_is_stored(lending: Lending) -> None:
         found = lending.model(TOKENS)
     assert kept(lending.model) == before
     assert torch.equal(found, lending.model.float()(TOKENS))
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+@pytest.mark.parametrize("over_time", [False, True])
+def test_a_convolution_of_float64_lays_out_a_block_of_frames_at_a_time(
+    over_time: bool, kind: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "FRAMES", 7)
+    torch.manual_seed(0)
+    norm = torch.nn.GroupNorm(4, 4) if over_time else torch.nn.GELU()
+    layer = torch.nn.Sequential(torch.nn.Conv1d(2, 4, 5, stride=3), norm).to(kind).requires_grad_(False)
+    source, seen = torch.randn(2, 2, 101, dtype=kind), []
+    whole = layer(source)
+    layer[0].register_forward_hook(lambda *given: seen.append(given[-1].shape[-1]))
+    blocks.in_blocks(layer)
+    assert torch.allclose(layer(source), whole, rtol=0, atol=1e-14 if kind == torch.float64 else 0)
+    assert seen == ([7, 7, 7, 7, 5] if kind == torch.float64 and not over_time else [33])
 
 
 def test_what_fails_gives_everything_back(lending: Lending) -> None:
