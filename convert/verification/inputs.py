@@ -163,10 +163,17 @@ def probes(geometry: Geometry, clips: dict[str, Waveform], *, rate: int, masks: 
     return made
 
 
-def in_languages(made: Iterable[Probe], languages: Iterable[str]) -> list[Probe]:
-    """Add the first input in further languages, each of which has adapters of its own in one and the same model."""
+def in_languages(made: Iterable[Probe], languages: Iterable[str], geometry: Geometry) -> list[Probe]:
+    """Add the first quarter of the first input in further languages, each of which has adapters of its own in the same model.
+
+    Every frame passes through every adapter, so that a few show a fault in one as many do, and there may be 1,000 languages.
+    """
     made = list(made)
-    return made + [replace(made[0], name=f"{made[0].name} in {name}", language=name) for name in languages]
+    whole = made[0].cuts[0]
+    step = geometry.multiple
+    frames = max(step, geometry.frames(whole.samples) // 4 // step * step)
+    first = replace(made[0], cuts=(replace(whole, samples=geometry.samples(frames)),))
+    return made + [replace(first, name=f"{first.name} in {name}", language=name) for name in languages]
 
 
 def _single(name: str, cut: Cut, frames: int, step: int) -> Probe:

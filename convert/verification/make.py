@@ -46,7 +46,8 @@ def make_recording(opened: Checkpoint, out: Path, request: Request, options: Opt
         clips = collect(options.audio, subject.rate, geometry)
         wanted = [one for one in probes(geometry, clips, rate=subject.rate) if options.long or one.name != "30-seconds"]
         if not request.language:
-            wanted = in_languages(wanted, (name for name in subject.languages if name != subject.language))
+            others = (name for name in subject.languages if name != subject.language)
+            wanted = in_languages(wanted, others, geometry)
         pieces = list(pieces_of(geometry, clips, wanted).values())
         asked, arrays = ask(subject, clips, wanted, pieces, options.dtype)
         steps = Steps(options.progress, options.doing)

@@ -79,7 +79,8 @@ def verify(checkpoint: str | Path, model_dir: Path, options: Options) -> Verific
         chosen, absent = choose(options.devices)
         recorded = _recording(options.reference, subject) if options.reference is not None else None
         clips = recorded.clips if recorded else collect(options.audio, subject.rate, geometry)
-        wanted = recorded.probes() if recorded else in_languages(probes(geometry, clips, rate=subject.rate), others)
+        made = probes(geometry, clips, rate=subject.rate)
+        wanted = recorded.probes() if recorded else in_languages(made, others, geometry)
         wanted = [probe for probe in wanted if options.long or probe.name != LONG]
         wanted = [probe for probe in wanted if not probe.language or probe.language in others]
         pieces = pieces_of(geometry, clips, wanted)

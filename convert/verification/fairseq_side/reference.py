@@ -234,8 +234,9 @@ class Reference:
     def spell(self, language: str = "") -> str:
         """Transcribe a path that holds every symbol of the dictionary that is not special, in order, twice."""
         self.set_language(language)
-        ids = [i for i in range(len(self.request["symbols"])) if i not in self.request["special"]]
-        return self.transcribe([part for i in ids * 2 for part in (i, self.blank)]) if ids else ""
+        blank, special = self.blank, self.request["special"]
+        ids = [i for i in range(len(self.request["symbols"])) if i not in special]
+        return self.transcribe([part for i in ids * 2 for part in (i, blank)]) if ids else ""
 
     def words(self) -> Any:
         """fairseq's dictionary of the symbols that were passed."""
