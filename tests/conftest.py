@@ -19,16 +19,23 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored below nohup, and by the product then too
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell script
 
 pytest_plugins = ["hub_fixtures", "download_server"]  # fixtures: the Hub, the publisher, a model; a server of downloads
 
 
 # about what the longest files take, in seconds of one core; the others take some seconds each
 SECONDS = {
-    "test_mutations.py": 210,
+    "test_mutations.py": 300,
+    "test_readme.py": 180,
     "test_large.py": 110,
-    "test_environments.py": 110,
+    "test_environments.py": 150,
     "test_irregular.py": 60,
+    "test_verify.py": 60,
+    "test_saved.py": 60,
+    "test_publish.py": 60,
+    "test_data2vec.py": 30,
+    "test_publish_faults.py": 40,
     "test_benchmarks.py": 100,
     "test_fuzz.py": 75,
     "test_held.py": 70,

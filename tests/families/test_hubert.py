@@ -330,7 +330,7 @@ def test_a_variant_is_proved(name: str, tmp_path: Path) -> None:
     assert ("running_var of the positional convolution lost" in controls) == ("batch_norm" in name)
     (padding,) = done.report["padding"]
     assert padding["fairseq_frames"] != padding["transformers_frames"] and padding["max_abs_difference"] > 0.01
-    assert "counts 158, 106, 53 frames, and transformers 158, 105, 52" in str(done)
+    assert "counts 78, 53, 27 frames, and transformers 78, 52, 26" in str(done)
     left_out = [patch for patch in done.report["reference"]["patches"] if "label_embs_concat" in patch]
     assert len(left_out) == 1
     fixed = [patch for patch in done.report["reference"]["patches"] if "autoregressive" in patch]
@@ -351,7 +351,7 @@ def test_the_card_tells_of_the_kept_head_and_of_padding(name: str, tmp_path: Pat
     verify(*made, devices=["cpu"])
     card = compose(facts_of(made[1])).decode()
     assert ("class HubertModelWithFinalProj(HubertModel):" in card) == (name == "hubert_base")
-    assert "of 6340, 4220, 2100 samples fairseq counts 158, 106, 53 frames" in card
+    assert "of 3140, 2100, 1060 samples fairseq counts 78, 53, 27 frames" in card
     assert "HuBERT: Self-Supervised" in card
 
 
