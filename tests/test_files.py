@@ -339,8 +339,8 @@ def test_temporary_name_is_taken(
 ) -> None:
     """Names cannot be guessed; and if one could, nothing would be written through it, and nothing removed."""
     prepare(make, tmp_path)
-    words = iter([*["0" * 16] * 3, "1" * 16])
-    monkeypatch.setattr(workspace.secrets, "token_hex", lambda count: next(words))
+    words = iter([*[b"\x00" * 8] * 3, b"\x11" * 8])
+    monkeypatch.setattr(workspace.os, "urandom", lambda count: next(words))
     elsewhere = tmp_path.with_name(tmp_path.name + "-elsewhere")
     elsewhere.mkdir()
     (elsewhere / "mine").write_bytes(b"mine")

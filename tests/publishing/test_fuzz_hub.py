@@ -147,7 +147,7 @@ def test_files_larger_than_the_hub_s_limit_are_searched_too(model: Path, tmp_pat
     from convert.publishing.files import read
 
     values = json.loads((model / "conversion.json").read_text())
-    dictionary = {"symbols": ["/a/", *(f"symbol {n}" for n in range(199))], "counts": [1] * 200, "special": []}
+    dictionary = {"symbols": ["/a/", *(f"symbol {n}" for n in range(299))], "counts": [1] * 300, "special": []}
     values["languages"] = {f"l{n}": dictionary for n in range(1162)}
     write(model / "conversion.json", values)
     assert (model / "conversion.json").stat().st_size > 10 << 20
