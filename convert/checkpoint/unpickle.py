@@ -42,11 +42,11 @@ class Loaded:
 
 
 _MARK = object()
-# Limits far above what trainers write: opcodes of a pickle (and one more for every 32 bytes of the file, so that memory stays
-# in proportion to it), and of any file, however large it pretends to be: torch writes 33 a tensor, and the largest file, MMS's
-# of 1,162 languages, has 338,000 tensors and so 11 million; elements handed to constructors beyond those that were read, sets, bytes of one number, bytes of all
-# texts together (a sparse file can claim gigabytes of them and take none of the disk).
+# Limits far above what trainers write. Opcodes of a pickle: some, one more for every 32 bytes of the file, so that memory stays
+# in proportion to it, and never more than the last number, however large a sparse file pretends to be. torch writes 33 for a
+# tensor, and the largest file, MMS's of 1,162 languages, has 338,000 tensors and so 11 million.
 _STEPS, _BYTES, _MOST = 1_000_000, 32, 24_000_000
+# Elements handed to constructors beyond those that were read, sets, bytes of one number, bytes of all texts together.
 _COPIES, _SETS, _NUMBER, _TEXTS = 1_000_000, 10_000, 256, 1 << 26
 _PICKLE, _RECALLED = 1 << 28, 100_000  # bytes of a pickle that are searched, numbers of the memo that are told apart
 _LONGEST = 11  # bytes of a GET
